@@ -1,0 +1,117 @@
+"""What every diffusers autoencoder has in common: pixels -> posterior -> raw latents -> pixels.
+
+`AutoencoderKL` gives a Gaussian posterior, `AutoencoderTiny` a deterministic one; the rest of the package speaks to
+both through the functions here and never asks which it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# The encoder's variance is exp(logvar) with logvar kept in this range (latent-diffusion's DiagonalGaussian).
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z | x): a diagonal Gaussian N(mean, exp(logvar)), or a point mass where `logvar` is None.
+
+    Args:
+        mean: (B, C, h, w).
+        logvar: (B, C, h, w) inside `LOGVAR_RANGE`, or None for an autoencoder without variance (AutoencoderTiny).
+    """
+
+    mean: Tensor
+    logvar: Tensor | None = None
+
+    @classmethod
+    def from_moments(cls, moments: Tensor, deterministic: bool = False) -> Posterior:
+        """Splits encoder moments (B, 2C, h, w) into mean and logvar; deterministic moments (B, C, h, w) are the mean."""
+        if deterministic:
+            return cls(moments)
+        if moments.shape[1] % 2:
+            raise ValueError(
+                f"Moments hold mean and logvar, so their channel count must be even; got {tuple(moments.shape)}. "
+                "Pass deterministic=True for an autoencoder without variance."
+            )
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    @property
+    def moments(self) -> Tensor:
+        """(B, 2C, h, w), or (B, C, h, w) for a deterministic posterior: what a latent store keeps."""
+        return self.mean if self.logvar is None else torch.cat([self.mean, self.logvar], dim=1)
+
+    def mode(self) -> Tensor:
+        """The most likely raw latents, (B, C, h, w)."""
+        return self.mean
+
+    def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Raw latents mean + exp(logvar / 2) * noise; `noise` (B, C, h, w) is drawn from `generator` when absent."""
+        if self.logvar is None:
+            return self.mean
+        if noise is None:
+            noise = torch.randn(
+                self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+            )
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, I)) summed over C, h, w: (B,) in nats; 0 for a deterministic posterior."""
+        if self.logvar is None:
+            return self.mean.new_zeros(self.mean.shape[0])
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+
+
+def encode(vae: nn.Module, pixels: Tensor) -> Posterior:
+    """The posterior of pixels (B, 3, H, W) in [-1, 1]; H and W must be multiples of `downsampling_factor(vae)`."""
+    factor = downsampling_factor(vae)
+    if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
+        raise ValueError(
+            f"The autoencoder downsamples by {factor}, so height and width must be multiples of {factor}; "
+            f"got {pixels.shape[-2]}x{pixels.shape[-1]}. Resize or crop the pictures first."
+        )
+    output = vae.encode(pixels)
+    if hasattr(output, "latent_dist"):
+        return Posterior(output.latent_dist.mean, output.latent_dist.logvar)
+    return Posterior(output.latents)
+
+
+def decode(vae: nn.Module, raw_latents: Tensor) -> Tensor:
+    """Pixels (B, 3, h * f, w * f), nominally in [-1, 1] and not clamped, of raw (not normalised) latents."""
+    return vae.decode(raw_latents).sample
+
+
+def is_deterministic(vae: nn.Module) -> bool:
+    """True where the encoder gives latents and no variance (AutoencoderTiny)."""
+    return not hasattr(vae, "quant_conv") and not getattr(vae.encoder, "double_z", False)
+
+
+def latent_channels(vae: nn.Module) -> int:
+    return int(vae.config.latent_channels)
+
+
+def downsampling_factor(vae: nn.Module) -> int:
+    """f of an 'f8' autoencoder: pixels per latent cell along one side."""
+    channels = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
+    return 2 ** (len(channels) - 1)
+
+
+def last_encoder_layer(vae: nn.Module) -> nn.Conv2d:
+    """The convolution that produces the moments, where alignment gradients are compared (ReaLS, VA-VAE)."""
+    return _last_convolution(vae.encoder)
+
+
+def last_decoder_layer(vae: nn.Module) -> nn.Conv2d:
+    """The convolution that produces the pixels, where the adversarial weight is measured (VQGAN eq. 7)."""
+    return _last_convolution(vae.decoder)
+
+
+def _last_convolution(module: nn.Module) -> nn.Conv2d:
+    if hasattr(module, "conv_out"):
+        return module.conv_out
+    return [child for child in module.modules() if isinstance(child, nn.Conv2d)][-1]
