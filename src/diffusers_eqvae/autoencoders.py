@@ -54,9 +54,7 @@ class Posterior:
         if self.logvar is None:
             return self.mean
         if noise is None:
-            noise = torch.randn(
-                self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
-            )
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
@@ -88,7 +86,7 @@ def decode(vae: nn.Module, raw_latents: Tensor) -> Tensor:
 
 def is_deterministic(vae: nn.Module) -> bool:
     """True where the encoder gives latents and no variance (AutoencoderTiny)."""
-    return not hasattr(vae, "quant_conv") and not getattr(vae.encoder, "double_z", False)
+    return last_encoder_layer(vae).out_channels == latent_channels(vae)
 
 
 def latent_channels(vae: nn.Module) -> int:
