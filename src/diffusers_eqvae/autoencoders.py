@@ -29,7 +29,7 @@ class Posterior:
 
     @classmethod
     def from_moments(cls, moments: Tensor, deterministic: bool = False) -> Posterior:
-        """Splits encoder moments (B, 2C, h, w) into mean and logvar; deterministic moments (B, C, h, w) are the mean."""
+        """Splits moments (B, 2C, h, w) into mean and logvar; deterministic moments (B, C, h, w) are the mean."""
         if deterministic:
             return cls(moments)
         if moments.shape[1] % 2:

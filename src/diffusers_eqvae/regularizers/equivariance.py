@@ -1,0 +1,73 @@
+"""EQ-VAE's implicit regularisation: decode transformed latents, compare with transformed pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..equivariance import Tau, TauDistribution
+from .base import Regularizer
+
+
+@dataclass(frozen=True)
+class EquivarianceDraw:
+    """What one optimizer step does: `kind`, and the tau it does it with (None for a plain step)."""
+
+    kind: Literal["equivariance", "low_resolution", "plain"]
+    tau: Tau | None = None
+
+
+class EquivarianceRegularizer(Regularizer):
+    """Replaces the reconstruction objective on a share of the steps (EQ-VAE, arXiv 2502.09509, eq. 5 and section 3.3).
+
+    - with probability `p_equivariance`: reconstruct tau(x) from D(tau(z)), z ~ q(z | x);
+    - otherwise, prior preservation: with probability `p_low_resolution` the plain objective on x resized by tau's
+      scale, else the plain objective on x.
+
+    Args:
+        downsampling_factor: pixels per latent cell (8 for an f8 autoencoder).
+        distribution: how tau is drawn.
+        p_equivariance: share of equivariance steps, in [0, 1].
+        p_low_resolution: share of resized steps among the others, in [0, 1].
+
+    Differs from the reference: its `p_prior` is the probability of the equivariance step, against its own
+    documentation, and generator and discriminator see different draws; here a step draws once for both.
+    """
+
+    def __init__(
+        self,
+        downsampling_factor: int,
+        *,
+        distribution: TauDistribution | None = None,
+        p_equivariance: float = 0.5,
+        p_low_resolution: float = 0.25,
+    ) -> None:
+        super().__init__()
+        for name, value in (("p_equivariance", p_equivariance), ("p_low_resolution", p_low_resolution)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is a probability and must lie in [0, 1]; got {value}.")
+        self.downsampling_factor = downsampling_factor
+        self.distribution = distribution or TauDistribution()
+        self.p_equivariance = p_equivariance
+        self.p_low_resolution = p_low_resolution if self.distribution.scale != "none" else 0.0
+
+    def draw(self, latent_size: tuple[int, int], generator: torch.Generator) -> EquivarianceDraw:
+        equivariance, low_resolution = torch.rand(2, generator=generator).tolist()
+        if equivariance < self.p_equivariance:
+            return EquivarianceDraw("equivariance", self.distribution.draw(latent_size, generator))
+        if low_resolution < self.p_low_resolution:
+            return EquivarianceDraw("low_resolution", self.distribution.draw(latent_size, generator))
+        return EquivarianceDraw("plain")
+
+    def augment(self, pixels: Tensor, draw: EquivarianceDraw) -> Tensor:
+        if draw.kind != "low_resolution":
+            return pixels
+        return draw.tau.resize_pixels(pixels, self.downsampling_factor)
+
+    def transform(self, latents: Tensor, pixels: Tensor, draw: EquivarianceDraw) -> tuple[Tensor, Tensor]:
+        if draw.kind != "equivariance":
+            return latents, pixels
+        return draw.tau.apply_to_latents(latents), draw.tau.apply_to_pixels(pixels, self.downsampling_factor)
