@@ -1,1 +1,6 @@
-"""metrics"""
+"""Measurements of autoencoders; each is one function of tensors."""
+
+from .equivariance import measure_equivariance
+from .reconstruction import psnr
+
+__all__ = ["measure_equivariance", "psnr"]

@@ -1,6 +1,6 @@
 """Latent-space regularisers by name; `--regularizers NAME ...` composes them on one autoencoder."""
 
-from .base import Regularizer
+from .base import REGULARIZERS, Regularizer, register
 from .equivariance import EquivarianceDraw, EquivarianceRegularizer
 
-__all__ = ["EquivarianceDraw", "EquivarianceRegularizer", "Regularizer"]
+__all__ = ["REGULARIZERS", "EquivarianceDraw", "EquivarianceRegularizer", "Regularizer", "register"]

@@ -1,14 +1,32 @@
 """A regulariser of the latent space: what it draws once per step, and what it does to latents, pixels and the loss.
 
-A method is one file in this folder, one line in `REGULARIZERS` (`regularizers/__init__.py`) and its test.
+A method is one file in this folder whose class is decorated with `@register("its_name")`, one import line in
+`regularizers/__init__.py`, and its test.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+REGULARIZERS: dict[str, type[Regularizer]] = {}
+
+
+def register(name: str) -> Callable[[type[Regularizer]], type[Regularizer]]:
+    """Makes a regulariser available as `--regularizers NAME`; a name that is taken is refused."""
+
+    def add(cls: type[Regularizer]) -> type[Regularizer]:
+        if name in REGULARIZERS:
+            raise ValueError(
+                f"The regulariser {name!r} is already {REGULARIZERS[name].__name__}; choose another name."
+            )
+        REGULARIZERS[name] = cls
+        return cls
+
+    return add
 
 
 class Regularizer(nn.Module):
@@ -29,6 +47,11 @@ class Regularizer(nn.Module):
 
     weight: float = 1.0
     adaptive: bool = False
+
+    @classmethod
+    def from_arguments(cls, arguments: Any, vae: nn.Module) -> Regularizer:
+        """The regulariser that `training_utils.autoencoder_arguments.RegularizerArguments` describe, for `vae`."""
+        return cls()
 
     def draw(self, latent_size: tuple[int, int], generator: torch.Generator) -> Any:
         """The step's random choices for latents of (h, w) cells."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..autoencoders import downsampling_factor
 from ..equivariance import Tau, TauDistribution
-from .base import Regularizer
+from .base import Regularizer, register
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class EquivarianceDraw:
     tau: Tau | None = None
 
 
+@register("equivariance")
 class EquivarianceRegularizer(Regularizer):
     """Replaces the reconstruction objective on a share of the steps (EQ-VAE, arXiv 2502.09509, eq. 5 and section 3.3).
 
@@ -53,6 +55,20 @@ class EquivarianceRegularizer(Regularizer):
         self.distribution = distribution or TauDistribution()
         self.p_equivariance = p_equivariance
         self.p_low_resolution = p_low_resolution if self.distribution.scale != "none" else 0.0
+
+    @classmethod
+    def from_arguments(cls, arguments: Any, vae: nn.Module) -> EquivarianceRegularizer:
+        return cls(
+            downsampling_factor(vae),
+            distribution=TauDistribution(
+                scale=arguments.tau_scale,
+                rotation=arguments.tau_rotation,
+                interpolation=arguments.tau_interpolation,
+                antialias=arguments.tau_antialias,
+            ),
+            p_equivariance=arguments.p_equivariance,
+            p_low_resolution=arguments.p_low_resolution,
+        )
 
     def draw(self, latent_size: tuple[int, int], generator: torch.Generator) -> EquivarianceDraw:
         equivariance, low_resolution = torch.rand(2, generator=generator).tolist()

@@ -1,0 +1,67 @@
+"""How far an autoencoder is from "transforming latents equals transforming pictures" (EQ-VAE, table 1)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..autoencoders import decode, downsampling_factor, encode
+from ..equivariance import ROTATIONS, SCALES, Tau, equivariance_error, rotation, scaling
+from .reconstruction import psnr
+
+
+@torch.no_grad()
+def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Means over all pictures of `batches`, each (B, 3, H, W) in [-1, 1], of the posterior mean's behaviour.
+
+    Returns:
+        - `psnr`: plain reconstruction, dB;
+        - `equivariance_rotation`, `equivariance_scale`: |tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2, averaged over
+          quarter turns {90, 180, 270} degrees and over scales {.25, .5, .75}; with suffix `_centred` both sides are
+          taken relative to the channel means, which a constant offset of the latents cannot flatter;
+        - `psnr_rotated_latent`, `psnr_halved_latent`: decoding tau(E(x)) against tau(x), for a quarter turn and for
+          half the size, dB; `psnr_rotated_pixels`, `psnr_halved_pixels`: decoding E(tau(x)), the bound;
+        - `latent_std`: standard deviation of the latents, which tells a collapse.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    vae_was_training = vae.training
+    vae.eval()
+    sums: dict[str, float] = defaultdict(float)
+    count = 0
+    for pixels in batches:
+        count += len(pixels)
+        for name, values in _measure_batch(vae, pixels).items():
+            sums[name] += values.double().sum().item()
+    vae.train(vae_was_training)
+    if count == 0:
+        raise ValueError("Equivariance needs at least one picture to be measured on; got none.")
+    return {name: total / count for name, total in sums.items()}
+
+
+def _measure_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    factor = downsampling_factor(vae)
+    latents = encode(vae, pixels).mode()
+    size = (latents.shape[-2], latents.shape[-1])
+    results = {"psnr": psnr(decode(vae, latents), pixels), "latent_std": latents.flatten(1).std(1)}
+
+    def errors(taus: list[Tau], name: str) -> None:
+        encoded = [encode(vae, tau.apply_to_pixels(pixels, factor)).mode() for tau in taus]
+        transformed = [tau.apply_to_latents(latents) for tau in taus]
+        for suffix, centred in (("", False), ("_centred", True)):
+            pairs = zip(encoded, transformed, strict=True)
+            each = [equivariance_error(e, t, centred=centred) for e, t in pairs]
+            results[f"equivariance_{name}{suffix}"] = torch.stack(each).mean(0)
+
+    errors([rotation(size, quarter_turns) for quarter_turns in ROTATIONS], "rotation")
+    errors([scaling(size, scale) for scale in SCALES], "scale")
+
+    for name, tau in (("rotated", rotation(size, 1)), ("halved", scaling(size, 0.5))):
+        target = tau.apply_to_pixels(pixels, factor)
+        results[f"psnr_{name}_latent"] = psnr(decode(vae, tau.apply_to_latents(latents)), target)
+        results[f"psnr_{name}_pixels"] = psnr(decode(vae, encode(vae, target).mode()), target)
+    return results

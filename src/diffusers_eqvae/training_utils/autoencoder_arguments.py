@@ -1,0 +1,116 @@
+"""What `training/train_autoencoder.py` can be told about the model, the losses and the regularisers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..regularizers import REGULARIZERS
+
+
+@dataclass
+class AutoencoderArguments:
+    """The autoencoder to train and where it starts from."""
+
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Autoencoder to fine-tune: a directory or Hub name in diffusers layout (AutoencoderKL, "
+            "AutoencoderTiny or a subclass)."
+        },
+    )
+    subfolder: str | None = field(
+        default=None, metadata={"help": "Folder of the autoencoder inside it, e.g. vae for a pipeline."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the pretrained model."})
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "Train from scratch instead: a JSON file with the init arguments of AutoencoderKLEQ."},
+    )
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] | None = field(
+        default=None,
+        metadata={
+            "help": "Padding of the convolutions; unset keeps the model's own. Plain diffusers knows only zeros."
+        },
+    )
+    sample_posterior: bool = field(
+        default=True, metadata={"help": "Decode a sample of the posterior while training, instead of its mean."}
+    )
+    channels_last: bool = field(
+        default=True, metadata={"help": "Keep activations in channels_last memory format (faster convolutions)."}
+    )
+
+
+@dataclass
+class AutoencoderLossArguments:
+    """The terms of the objective; a term of weight 0 costs nothing."""
+
+    reconstruction_loss: Literal["l1", "l2"] = field(default="l1", metadata={"help": "Distance in pixels."})
+    reduction: Literal["sum", "mean"] = field(
+        default="sum",
+        metadata={
+            "help": "Over channels and pixels: sum is the LDM/EQ-VAE form (small pictures weigh less), or mean."
+        },
+    )
+    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of LPIPS; 0 switches it off."})
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS backbone."})
+    lpips_backbone_weights: str | None = field(
+        default=None, metadata={"help": "Local file with the backbone's ImageNet weights (torchvision key names)."}
+    )
+    lpips_linear_weights: str | None = field(
+        default=None, metadata={"help": "Local file with the LPIPS v0.1 linear heads of that backbone."}
+    )
+    kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL divergence to N(0, I)."})
+    disc_weight: float = field(
+        default=0.5, metadata={"help": "Weight of the adversarial term; 0 trains without a discriminator."}
+    )
+    disc_start: int = field(default=0, metadata={"help": "First optimizer step with the adversarial term."})
+    disc_loss: Literal["hinge", "vanilla"] = field(default="hinge", metadata={"help": "Discriminator objective."})
+    disc_norm: Literal["batch", "group"] = field(
+        default="batch",
+        metadata={"help": "Normalisation in the discriminator; group does not mix the pictures of a batch."},
+    )
+    disc_num_layers: int = field(default=3, metadata={"help": "Strided layers of the PatchGAN discriminator."})
+    disc_channels: int = field(default=64, metadata={"help": "Filters of its first layer."})
+    disc_pretrained: str | None = field(
+        default=None, metadata={"help": "Directory of a saved discriminator to continue with."}
+    )
+    adaptive_disc_weight: bool = field(
+        default=True,
+        metadata={"help": "Multiply disc_weight by |grad nll| / |grad g| at the decoder's last layer (VQGAN)."},
+    )
+
+
+@dataclass
+class RegularizerArguments:
+    """Which latent-space regularisers run, and how."""
+
+    regularizers: list[str] = field(
+        default_factory=lambda: ["equivariance"],
+        metadata={"help": f"Any of {', '.join(REGULARIZERS)}, or none. Several compose on one autoencoder."},
+    )
+    p_equivariance: float = field(
+        default=0.5, metadata={"help": "Share of steps that reconstruct tau(x) from tau(z) (EQ-VAE)."}
+    )
+    p_low_resolution: float = field(
+        default=0.25, metadata={"help": "Among the other steps, share that encodes a resized picture."}
+    )
+    tau_scale: Literal["isotropic", "anisotropic", "uniform", "discrete", "none"] = field(
+        default="isotropic", metadata={"help": "How tau's scale is drawn; none leaves rotation alone."}
+    )
+    tau_rotation: bool = field(default=True, metadata={"help": "Whether tau rotates by quarter turns."})
+    tau_interpolation: Literal["bilinear", "bicubic"] = field(
+        default="bilinear", metadata={"help": "Resampling of latents and pictures."}
+    )
+    tau_antialias: bool = field(default=False, metadata={"help": "Low-pass filter before resampling."})
+    alignment_teacher: str = field(
+        default="facebook/dinov2-with-registers-large",
+        metadata={"help": "Feature network of the alignment regulariser: a transformers name or directory."},
+    )
+    alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
+    alignment_adaptive: bool = field(
+        default=True,
+        metadata={"help": "Multiply it by |grad nll| / |grad alignment| at the encoder's last layer."},
+    )
+    alignment_hidden_size: int = field(default=2048, metadata={"help": "Width of the alignment network."})
+    alignment_image_size: int = field(
+        default=448, metadata={"help": "Side in pixels of the pictures shown to the teacher."}
+    )
