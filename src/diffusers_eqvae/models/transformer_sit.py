@@ -1,0 +1,400 @@
+"""The class-conditional latent transformer of DiT and SiT (arXiv:2212.09748, arXiv:2401.08740), one backbone for both.
+
+A latent is cut into patches; every block is self-attention and an MLP whose inputs are shifted and scaled, and whose
+outputs are gated, by the condition c = time + class ("adaLN-zero"). c is computed once per forward, and one matrix
+product gives every block's modulation:
+
+    x = x + gate_1 * Attention(LN(x) * (1 + scale_1) + shift_1)
+    x = x + gate_2 * MLP(LN(x) * (1 + scale_2) + shift_2)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+TIMESTEP_CONVENTIONS = ("flow", "diffusion")
+NUM_TRAIN_TIMESTEPS = 1000
+TIME_FREQUENCIES = 128
+MAX_PERIOD = 10_000.0
+
+# Depth, width and heads of the papers. Trainable parameters with patch 2, 4 channels and learned sigma, in millions.
+_SIZES = {
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 32.87
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 130.32
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 457.84
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 674.83
+}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "SiT": {"timestep_convention": "flow", "learn_sigma": False},
+    "DiT": {"timestep_convention": "diffusion", "learn_sigma": True},
+}
+SIT_PRESETS: dict[str, dict[str, Any]] = {
+    f"{family}-{size}/{patch_size}": {**_SIZES[size], **options, "patch_size": patch_size}
+    for family, options in _FAMILIES.items()
+    for size in _SIZES
+    for patch_size in (1, 2, 4, 8)
+}
+
+
+def sincos_position_embedding(rows: int, columns: int, hidden_size: int) -> Tensor:
+    """Fixed 2-D positions (1, rows * columns, hidden_size) in float32, row-major over the grid.
+
+    The first half of the channels encodes the column, the second half the row; each half is [sin | cos] of
+    position * 10000^(-i / (hidden_size / 4)), i = 0 .. hidden_size / 4 - 1 (MAE, arXiv:2111.06377).
+    """
+    # On the CPU in float64 whatever the default device: the table is made once, and some devices have no float64.
+    index = torch.arange(hidden_size // 4, dtype=torch.float64, device="cpu")
+    frequencies = MAX_PERIOD ** (-index / (hidden_size // 4))
+
+    def encode(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    by_column = encode(columns)[None].expand(rows, -1, -1)
+    by_row = encode(rows)[:, None].expand(-1, columns, -1)
+    table = torch.cat([by_column, by_row], dim=-1).reshape(1, rows * columns, hidden_size)
+    return table.to(dtype=torch.float32).to(torch.get_default_device())
+
+
+def timestep_frequencies(time: Tensor) -> Tensor:
+    """[cos | sin] of time * 10000^(-i / 128), i = 0 .. 127: (B,) -> (B, 256), in float32."""
+    index = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=time.device)
+    frequencies = torch.exp(index * (-math.log(MAX_PERIOD) / TIME_FREQUENCIES))
+    angles = time.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed * (1 + scale) + shift in one pass; (B, N, D) with (B, 1, D) shift and scale."""
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+class SiTTimeEmbedding(nn.Module):
+    """Frequencies -> Linear -> SiLU -> Linear: (B,) times -> (B, hidden_size)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(2 * TIME_FREQUENCIES, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, time: Tensor) -> Tensor:
+        features = timestep_frequencies(time).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class SiTAttnProcessor:
+    """Scaled dot-product attention through diffusers' backend table."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: SiTAttention, hidden_states: Tensor) -> Tensor:
+        # A fixed head size, so that the number of heads may be a shard's.
+        query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, -1, attn.head_dim)).unbind(2)
+        if attn.norm_q is not None:
+            # Autocast gives the normalised tensors in float32, and every backend wants one dtype.
+            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+        backend, parallel_config = self._attention_backend, self._parallel_config
+        attended = dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
+        return attn.to_out(attended.flatten(2, 3).to(query.dtype))
+
+
+class SiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with one query-key-value projection; `qk_norm` adds LayerNorm per head to both."""
+
+    _default_processor_cls = SiTAttnProcessor
+    _available_processors = (SiTAttnProcessor,)
+    _supports_qkv_fusion = False  # always fused
+
+    def __init__(self, num_attention_heads: int, attention_head_dim: int, *, qk_norm: bool = False):
+        super().__init__()
+        hidden_size = num_attention_heads * attention_head_dim
+        self.heads = num_attention_heads
+        self.head_dim = attention_head_dim
+        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.norm_q = nn.LayerNorm(attention_head_dim) if qk_norm else None
+        self.norm_k = nn.LayerNorm(attention_head_dim) if qk_norm else None
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.processor(self, hidden_states)
+
+
+class SiTFeedForward(nn.Module):
+    """Linear -> GELU (tanh form) -> Linear."""
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(hidden_size, inner_size)
+        self.linear_2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(hidden_states), approximate="tanh"))
+
+
+class SiTTransformerBlock(nn.Module):
+    """One adaLN-zero block; its six modulation vectors come from outside, (B, 6, hidden_size)."""
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        hidden_size = num_attention_heads * attention_head_dim
+        self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
+        self.attn = SiTAttention(num_attention_heads, attention_head_dim, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
+        self.ff = SiTFeedForward(hidden_size, int(hidden_size * mlp_ratio))
+
+    def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
+        transformed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        return torch.addcmul(hidden_states, gate_ff, transformed)
+
+
+class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts the velocity (SiT) or the noise (DiT) of class-conditional latents.
+
+    Parameters are those of the papers (`SIT_PRESETS`); the position table is a buffer, neither counted nor saved.
+
+    Args:
+        sample_size: side of the latents in cells, or (height, width); divisible by `patch_size`.
+        patch_size: side of a token in latent cells.
+        in_channels: C, channels of the latents.
+        num_layers, num_attention_heads, attention_head_dim: depth, heads, and width per head; the hidden size is
+            num_attention_heads * attention_head_dim and must be divisible by 4.
+        mlp_ratio: width of the MLP over the hidden size.
+        num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null class.
+        class_dropout_prob: share of samples whose label becomes the null class, per forward in training.
+        learn_sigma: 2C output channels; the second half is the learned variance (DiT) or unused (SiT).
+        qk_norm: LayerNorm on queries and keys.
+        timestep_convention: "flow" embeds t = 1 - timestep / 1000 and gives the velocity d x / d sigma (published SiT
+            weights have the opposite sign; the conversion negates their last layer); "diffusion" embeds the timestep
+            as it is and gives the noise (DiT).
+        norm_eps: of the LayerNorms without parameters.
+        latent_fingerprint: which autoencoder and normalisation the latents came from (`latents.vae_fingerprint`).
+
+    Raises:
+        ValueError: for sizes that do not divide or an unknown convention.
+
+    Differs from the reference: one linear layer holds all blocks' adaLN weights; same parameters, fewer and larger
+    matrix products.
+
+    Example:
+        >>> model = SiTTransformer2DModel.from_preset("SiT-S/2", num_classes=10)
+        >>> velocity = model(torch.randn(2, 4, 32, 32), torch.tensor([900.0, 100.0]), torch.tensor([3, 7])).sample
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["SiTTransformerBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["SiTTransformerBlock"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["embed", "modulation", "norm", "proj_out"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["time_embedder"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = False,
+        qk_norm: bool = False,
+        timestep_convention: str = "flow",
+        norm_eps: float = 1e-6,
+        latent_fingerprint: str | None = None,
+    ):
+        super().__init__()
+        hidden_size = num_attention_heads * attention_head_dim
+        self.sample_height, self.sample_width = _height_and_width(sample_size, patch_size)
+        _check_options(hidden_size, timestep_convention, class_dropout_prob)
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.gradient_checkpointing = False
+
+        self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        grid = (self.sample_height // patch_size, self.sample_width // patch_size)
+        self.register_buffer("pos_embed", sincos_position_embedding(*grid, hidden_size), persistent=False)
+        self.time_embedder = SiTTimeEmbedding(hidden_size)
+        self.class_embedder = nn.Embedding(num_classes + 1, hidden_size)
+        # Rows: 6 vectors per block (shift, scale, gate of attention, then of the MLP), then the last shift and scale.
+        self.modulation = nn.Linear(hidden_size, (6 * num_layers + 2) * hidden_size)
+        self.transformer_blocks = nn.ModuleList(
+            SiTTransformerBlock(
+                num_attention_heads, attention_head_dim, mlp_ratio=mlp_ratio, qk_norm=qk_norm, norm_eps=norm_eps
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
+        self._initialize_weights()
+
+    def _initialize_weights(self) -> None:
+        """Xavier for linears, N(0, 0.02) for the conditioning, zero for every modulation and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
+        nn.init.zeros_(self.patch_embed.bias)
+        for module in (self.class_embedder, self.time_embedder.linear_1, self.time_embedder.linear_2):
+            nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> SiTTransformer2DModel:
+        """A freshly initialised model of the papers' size, e.g. "SiT-XL/2"; `overrides` are constructor arguments.
+
+        Raises:
+            ValueError: for a name that is not in `SIT_PRESETS`.
+        """
+        if name not in SIT_PRESETS:
+            raise ValueError(f"Unknown model preset {name!r}. Choose one of: {', '.join(SIT_PRESETS)}.")
+        return cls(**{**SIT_PRESETS[name], **overrides})
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class"."""
+        return self.config.num_classes
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor,
+        drop_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The prediction, (B, C, h, w), or (B, 2C, h, w) with `learn_sigma`.
+
+        Args:
+            hidden_states: noisy latents (B, C, h, w) of the configured size.
+            timestep: 1000 * sigma, (B,) or one number, 0 .. 1000; float32, since bfloat16 cannot tell 999 from 1000.
+            class_labels: (B,) integers, 0 .. num_classes, where num_classes is the null class.
+            drop_labels: (B,) bool, True where the label becomes the null class; without it, and in training only,
+                drawn once per call from the global generator with `class_dropout_prob`.
+
+        Raises:
+            ValueError: for shapes that do not fit, and labels out of range (looked at on the CPU only: reading them
+                on an accelerator would stall it).
+        """
+        self._check_inputs(hidden_states, class_labels, drop_labels)
+        modulation = self._modulation(hidden_states, timestep, class_labels, drop_labels)
+        *block_modulations, last = modulation.split([6] * self.config.num_layers + [2], dim=1)
+
+        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        # The weights' dtype: float32 under autocast, so that the residual stream stays in float32 there.
+        hidden_states = hidden_states + self.pos_embed.to(self.patch_embed.weight.dtype)
+        for block, block_modulation in zip(self.transformer_blocks, block_modulations, strict=True):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, block_modulation)
+            else:
+                hidden_states = block(hidden_states, block_modulation)
+
+        shift, scale = last.chunk(2, dim=1)
+        output = self._unpatchify(self.proj_out(modulate(self.norm_out(hidden_states), shift, scale)))
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _modulation(
+        self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor, drop_labels: Tensor | None
+    ) -> Tensor:
+        """All shifts, scales and gates of one forward: (B, 6 * num_layers + 2, hidden_size)."""
+        time = self._time(timestep, hidden_states)
+        if drop_labels is None and self.training and self.config.class_dropout_prob > 0:
+            chances = torch.rand(class_labels.shape, device=class_labels.device)
+            drop_labels = chances < self.config.class_dropout_prob
+        if drop_labels is not None:
+            class_labels = class_labels.masked_fill(drop_labels, self.null_class)
+        condition = self.time_embedder(time) + self.class_embedder(class_labels)
+        modulation = self.modulation(F.silu(condition).to(self.class_embedder.weight.dtype))
+        return modulation.unflatten(1, (-1, self.class_embedder.embedding_dim))
+
+    def _time(self, timestep: Tensor | float, hidden_states: Tensor) -> Tensor:
+        """The time the embedding sees, (B,) float32."""
+        batch_size = hidden_states.shape[0]
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device)
+        if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, batch_size)):
+            raise ValueError(
+                f"`timestep` must be one number or one per sample; got shape {tuple(timestep.shape)} for a batch of "
+                f"{batch_size}. Pass 1000 * sigma as a tensor of shape ({batch_size},)."
+            )
+        timestep = timestep.expand(batch_size)
+        return 1 - timestep / NUM_TRAIN_TIMESTEPS if self.config.timestep_convention == "flow" else timestep
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, N, p * p * channels) with p, p, channels in this order -> (B, channels, h, w)."""
+        patch_size = self.config.patch_size
+        rows, columns = self.sample_height // patch_size, self.sample_width // patch_size
+        patches = tokens.reshape(-1, rows, columns, patch_size, patch_size, self.out_channels)
+        image = patches.permute(0, 5, 1, 3, 2, 4)
+        return image.reshape(-1, self.out_channels, self.sample_height, self.sample_width)
+
+    def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor, drop_labels: Tensor | None) -> None:
+        expected = (self.config.in_channels, self.sample_height, self.sample_width)
+        if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"This transformer takes latents of shape (batch, {', '.join(map(str, expected))}); got "
+                f"{tuple(hidden_states.shape)}. Check that the autoencoder and the resolution are those it was "
+                "trained with, or build it with another `in_channels` or `sample_size`."
+            )
+        for name, value in (("class_labels", class_labels), ("drop_labels", drop_labels)):
+            if value is not None and tuple(value.shape) != (hidden_states.shape[0],):
+                raise ValueError(
+                    f"`{name}` must have shape ({hidden_states.shape[0]},), one per sample; got {tuple(value.shape)}."
+                )
+        if class_labels.is_floating_point():
+            raise ValueError(f"`class_labels` must be integers; got {class_labels.dtype}. Call `.long()` on them.")
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = class_labels.aminmax()
+            if low < 0 or high > self.null_class:
+                raise ValueError(
+                    f"`class_labels` must lie in 0 .. {self.null_class} ({self.null_class} is the null class); got "
+                    f"{int(low)} .. {int(high)}. Check that `num_classes` is that of the dataset."
+                )
+
+
+def _height_and_width(sample_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    if height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"`sample_size` must be a positive multiple of `patch_size`; got {height}x{width} with patch "
+            f"{patch_size}. Choose a patch size that divides both sides of the latents."
+        )
+    return height, width
+
+
+def _check_options(hidden_size: int, timestep_convention: str, class_dropout_prob: float) -> None:
+    if hidden_size % 4:
+        raise ValueError(
+            "The hidden size (num_attention_heads * attention_head_dim) must be divisible by 4 for the 2-D positions; "
+            f"got {hidden_size}. Change one of the two factors."
+        )
+    if timestep_convention not in TIMESTEP_CONVENTIONS:
+        raise ValueError(f"`timestep_convention` must be one of {TIMESTEP_CONVENTIONS}; got {timestep_convention!r}.")
+    if not 0 <= class_dropout_prob < 1:
+        raise ValueError(f"`class_dropout_prob` must lie in [0, 1); got {class_dropout_prob}.")
