@@ -1,4 +1,4 @@
-"""Every test runs offline, on the CPU, on one thread, from the same seed; fixtures give tiny models and shared data."""
+"""Every test runs offline, on the CPU, on one thread, from one seed; fixtures give tiny models and shared data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
 
 # Hugging Face libraries read these at import, so they are set before any of them is imported. The cache is empty and
 # private: a test that only passes because of something in a developer's own cache fails here.
@@ -25,10 +29,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(_name, None)
-
-import numpy as np
-import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
