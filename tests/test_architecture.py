@@ -92,8 +92,9 @@ def layer(name: str) -> int:
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_only_from_its_own_layer_and_the_ones_before(name):
-    wrong = sorted(target for target in internal_imports(name) if layer(target) > layer(name))
-    assert not wrong, f"diffusers_eqvae.{name} (layer {LAYERS[layer(name)]}) must not import {wrong}"
+    level = layer(name)
+    wrong = sorted(target for target in internal_imports(name) if layer(target) > level)
+    assert not wrong, f"diffusers_eqvae.{name} (layer {LAYERS[level]}) must not import {wrong}"
 
 
 def test_there_are_no_import_cycles():
