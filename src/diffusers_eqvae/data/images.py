@@ -1,0 +1,295 @@
+"""Pictures from any Hugging Face dataset, folder or parquet directory, as PIL images and as pixels in [-1, 1]."""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+logger = logging.getLogger(__name__)
+
+MIN_SIDE_PX = 8
+MAX_UNREADABLE_SHARE = 0.01
+MIN_UNREADABLE_ALLOWED = 3
+START_CHECKS = 256
+PICTURE_SUFFIXES = frozenset(Image.registered_extensions())
+# What Pillow raises for files that are absent, cut short, no pictures, or hostile.
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB, turned upright by its EXIF orientation.
+
+    Transparency is laid over white, 16-bit grey levels are divided by 257 and rounded, CMYK, palette, grey and YCbCr
+    are converted.
+
+    Raises:
+        ValueError: floating-point pictures and integer ones beyond 16 bits, whose range is unknown.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"integer levels {levels.min()}..{levels.max()} do not fit 16 bits")
+        return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point levels have no known range; save the picture with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of (size, size) pixels as ADM (Dhariwal & Nichol 2021) prepares ImageNet.
+
+    While the short side is at least twice `size` the picture is halved with a box filter; then it is resized
+    (bicubic) so that the short side is `size`, and the middle is cut out.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop_resize(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    min_fraction: float = 0.5,
+    max_fraction: float = 1.0,
+) -> Image.Image:
+    """A random square of `min_fraction`..`max_fraction` of the short side, resized (bicubic) to (size, size).
+
+    The fraction and the place are uniform; this is the training crop of latent diffusion and EQ-VAE.
+
+    Raises:
+        ValueError: fractions that do not satisfy 0 < min <= max <= 1.
+    """
+    if not 0 < min_fraction <= max_fraction <= 1:
+        raise ValueError(f"Crop fractions must satisfy 0 < min <= max <= 1; got {min_fraction} and {max_fraction}.")
+    short = min(image.size)
+    side = max(1, round(short * rng.uniform(min_fraction, max_fraction)))
+    left = int(rng.integers(0, image.width - side + 1))
+    top = int(rng.integers(0, image.height - side + 1))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Pixels (3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
+    levels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return levels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Samples of the same shape, uint8: clamp(127.5 x + 128) truncated, the inverse of `to_pixels` on its range."""
+    return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+class ImageSource:
+    """Pictures with labels; a picture that cannot be read is named, counted and replaced by the next readable one.
+
+    Args:
+        dataset: rows {image_column: {"bytes": ..., "path": ...}} (a `datasets.Dataset` with undecoded pictures).
+        image_column: column of the pictures.
+        labels: (N,) int64 class ids, or None.
+        names: class names by id, or None.
+        root: folder that picture names are given relative to.
+
+    More than 1 % unreadable pictures (at least 3 are allowed, a quarter of a smaller dataset) are an error: then
+    something is wrong with the data as a whole.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        image_column: str = "image",
+        labels: np.ndarray | None = None,
+        names: list[str] | None = None,
+        root: Path | None = None,
+    ) -> None:
+        if not len(dataset):
+            raise ValueError("The dataset holds no pictures; check the directory or the split.")
+        self.dataset = dataset
+        self.image_column = image_column
+        self.labels = labels
+        self.names = names
+        self.root = root
+        self.unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by id; ids without names are their own names; empty without labels."""
+        if self.labels is None:
+            return {}
+        return dict(enumerate(self.names or map(str, range(int(self.labels.max()) + 1))))
+
+    def name(self, index: int) -> str:
+        """The picture's file, or its row where the dataset keeps no file names."""
+        return self._name(index, self.dataset[index][self.image_column])
+
+    def get(self, index: int) -> tuple[Image.Image, int | None]:
+        """The RGB picture and class id at `index`, or those of the next readable picture."""
+        image, label, _ = self.read(index)
+        return image, label
+
+    def read(self, index: int) -> tuple[Image.Image, int | None, int]:
+        """As `get`, with the index that was used: index..used-1 (modulo N) are unreadable.
+
+        Raises:
+            ValueError: more pictures are unreadable than allowed (see the class).
+        """
+        for offset in range(len(self)):
+            used = (index + offset) % len(self)
+            if used in self.unreadable:
+                continue
+            record = self.dataset[used][self.image_column]
+            try:
+                image = _decode(record)
+            except DECODE_ERRORS as error:
+                self._count_unreadable(used, self._name(used, record), error)
+                continue
+            return image, None if self.labels is None else int(self.labels[used]), used
+        raise ValueError("None of the pictures can be read.")
+
+    def check(self, limit: int = START_CHECKS) -> None:
+        """Opens up to `limit` evenly spaced pictures (their headers only), so that bad data fails at the start."""
+        for index in np.unique(np.linspace(0, len(self) - 1, min(limit, len(self))).round().astype(int)).tolist():
+            record = self.dataset[index][self.image_column]
+            try:
+                _open(record).close()
+            except DECODE_ERRORS as error:
+                self._count_unreadable(index, self._name(index, record), error)
+
+    def _name(self, index: int, record: Any) -> str:
+        path = record.get("path") if isinstance(record, dict) else None
+        if not path:
+            return f"row {index}"
+        relative = self.root is not None and Path(path).is_relative_to(self.root)
+        return str(Path(path).relative_to(self.root)) if relative and self.root else Path(path).name
+
+    def _count_unreadable(self, index: int, name: str, error: Exception) -> None:
+        self.unreadable[index] = name
+        logger.warning("Skipped picture %s (%d so far): %s", name, len(self.unreadable), error)
+        allowed = max(int(MAX_UNREADABLE_SHARE * len(self)), min(MIN_UNREADABLE_ALLOWED, len(self) // 4))
+        if len(self.unreadable) > allowed:
+            listed = ", ".join(list(self.unreadable.values())[:5])
+            raise ValueError(
+                f"At most {allowed} of the {len(self)} pictures may be unreadable, but {len(self.unreadable)} are, "
+                f"among them {listed}. Last reason: {error}. Repair or remove them."
+            ) from error
+
+
+def _open(record: Any) -> Image.Image:
+    """The picture of a dataset row with its header read; too small ones are refused."""
+    if not isinstance(record, dict) or (record.get("bytes") is None and not record.get("path")):
+        raise ValueError("the row holds no picture")
+    image = Image.open(io.BytesIO(record["bytes"]) if record.get("bytes") is not None else record["path"])
+    if min(image.size) < MIN_SIDE_PX:
+        raise ValueError(f"{image.width}x{image.height} px is smaller than {MIN_SIDE_PX} px")
+    return image
+
+
+def _decode(record: Any) -> Image.Image:
+    with _open(record) as image:
+        return to_rgb(image)
+
+
+class PixelDataset(Dataset):
+    """Square pixels of an `ImageSource`: {"pixel_values": (3, S, S) in [-1, 1], "class_labels": id where labelled}.
+
+    Args:
+        source: the pictures.
+        resolution: S in pixels.
+        random_crop: a random crop of 0.5..1 of the short side where a generator is given; else the ADM centre crop.
+        random_flip: mirror half of the pictures left to right where a generator is given.
+
+    Indexing (`dataset[i]`) is deterministic; `get(i, generator)` augments.
+    """
+
+    def __init__(
+        self, source: ImageSource, *, resolution: int, random_crop: bool = False, random_flip: bool = False
+    ) -> None:
+        self.source = source
+        self.resolution = resolution
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.get(index)
+
+    def get(self, index: int, generator: np.random.Generator | None = None) -> dict[str, Any]:
+        """The example at `index`, augmented from `generator`."""
+        image, label = self.source.get(index)
+        if generator is not None and self.random_crop:
+            image = random_crop_resize(image, self.resolution, generator)
+        else:
+            image = adm_center_crop(image, self.resolution)
+        if generator is not None and self.random_flip and generator.random() < 0.5:
+            image = ImageOps.mirror(image)
+        example: dict[str, Any] = {"pixel_values": to_pixels(image)}
+        if label is not None:
+            example["class_labels"] = label
+        return example
+
+
+def load_image_dataset(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | Path | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    require_labels: bool = False,
+    cache_dir: str | None = None,
+) -> ImageSource:
+    """Pictures of a Hub dataset, of a folder (one subfolder per class), or of a directory of parquet or tar files.
+
+    Args:
+        dataset_name: name on the Hub, or a local directory; exclusive with `train_data_dir`.
+        dataset_config_name: configuration of a Hub dataset.
+        train_data_dir: local directory of pictures, parquet files or webdataset tars.
+        split: split to read.
+        image_column, label_column: columns; `label_column` may be absent unless `require_labels`.
+        require_labels: refuse a dataset without labels.
+        cache_dir: of the `datasets` library.
+
+    Raises:
+        ValueError: neither or both sources, an unknown directory, split or column (the known ones are listed), an
+            empty class folder, labels missing where required, or too many unreadable pictures.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError("Give either a dataset name or a training directory, and not both.")
+    root = Path(train_data_dir) if train_data_dir is not None else Path(str(dataset_name))
+    if train_data_dir is not None and not root.is_dir():
+        raise ValueError(f"The training directory {root} does not exist or is not a directory.")
+    from .tables import load_table, read_labels, undecoded
+
+    local = root.is_dir()
+    table = load_table(
+        root if local else str(dataset_name), config_name=dataset_config_name, split=split, cache_dir=cache_dir
+    )
+    pictures = undecoded(table, image_column)
+    labels, names = read_labels(table, label_column, required=require_labels)
+    source = ImageSource(
+        pictures, image_column=image_column, labels=labels, names=names, root=root.resolve() if local else None
+    )
+    source.check()
+    return source

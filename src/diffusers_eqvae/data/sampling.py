@@ -1,0 +1,163 @@
+"""Which example is seen when: a pure function of (seed, draw number), so of no worker, rank, world size or restart.
+
+A run is one infinite sequence of *draws* n = 0, 1, 2, ... Draw n belongs to epoch e = n // N and shows the example
+permutation(seed, e)[n % N]; its augmentation is drawn from a generator seeded by (seed, n). Ranks take consecutive
+slices of that sequence, so two ranks with batch B see what one rank with batch 2B sees, and resuming is a matter of
+starting at a later batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset, default_collate
+
+_EPOCH_STREAM = 1  # Counter word that keeps epoch orders apart from the per-draw generators with the same key.
+_CACHED_EPOCHS = 2  # Workers that prefetch straddle one epoch boundary.
+
+
+class DrawableDataset(Protocol):
+    """What `DrawDataset` needs: a length and examples that take their randomness from outside."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, generator: np.random.Generator | None = None) -> Any: ...
+
+
+def draw_generator(number: int, seed: int) -> np.random.Generator:
+    """The generator of draw `number`'s augmentation: Philox with key (seed, number)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
+
+
+def draw_words(numbers: Sequence[int], seed: int) -> np.ndarray:
+    """One random 64-bit word per draw, (len(numbers),) uint64: splitmix64 (Steele et al. 2014) of (seed, number).
+
+    For datasets that need one decision per example and have no time for a generator each.
+    """
+    return _splitmix64(np.asarray(numbers, dtype=np.uint64) ^ _splitmix64(np.asarray([seed], dtype=np.uint64)))
+
+
+def _splitmix64(words: np.ndarray) -> np.ndarray:
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+class DrawOrder:
+    """Maps draw numbers to example indices: index(n) = permutation(seed, n // N)[n % N].
+
+    The permutation sorts N raw Philox words, whose stream numpy guarantees over versions and platforms.
+
+    Args:
+        num_examples: N > 0.
+        seed: in [0, 2^64).
+    """
+
+    def __init__(self, num_examples: int, *, seed: int) -> None:
+        if num_examples <= 0:
+            raise ValueError(f"A dataset must hold at least one example to draw from; got {num_examples}.")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"The seed must lie in [0, 2^64); got {seed}.")
+        self.num_examples = num_examples
+        self.seed = seed
+        self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def index(self, number: int) -> int:
+        """The example that draw `number` >= 0 shows, in [0, N)."""
+        epoch, position = divmod(number, self.num_examples)
+        return int(self.permutation(epoch)[position])
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order of one epoch, (N,) int64."""
+        if epoch not in self._permutations:
+            key = np.array([self.seed, epoch], dtype=np.uint64)
+            stream = np.random.Philox(key=key, counter=np.array([0, 0, 0, _EPOCH_STREAM], dtype=np.uint64))
+            self._permutations[epoch] = np.argsort(stream.random_raw(self.num_examples), kind="stable")
+            if len(self._permutations) > _CACHED_EPOCHS:
+                self._permutations.popitem(last=False)
+        return self._permutations[epoch]
+
+
+class DrawSampler:
+    """Infinite batch sampler of draw numbers, for `DataLoader(DrawDataset(...), batch_sampler=...)`.
+
+    Batch m of rank r holds the draws (m * world_size + r) * B + [0, B).
+
+    Args:
+        num_examples: N > 0; may be smaller than the batch, which then spans epochs.
+        batch_size: B > 0, per rank.
+        seed: of the order; `DrawDataset` must be given the same.
+        rank, world_size: this process's place, 0 <= rank < world_size.
+        start_batch: number of batches this rank has consumed before, to resume exactly.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> sampler = iter(DrawSampler(10, batch_size=2, seed=0, rank=1, world_size=2))
+        >>> next(sampler), next(sampler)
+        ([2, 3], [6, 7])
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+    ) -> None:
+        if batch_size <= 0:
+            raise ValueError(f"The batch size must be positive; got {batch_size}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"The rank must lie in [0, world_size = {world_size}); got {rank}.")
+        if start_batch < 0:
+            raise ValueError(f"start_batch must not be negative; got {start_batch}.")
+        self.order = DrawOrder(num_examples, seed=seed)
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.start_batch = start_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = self.start_batch
+        while True:
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+            batch += 1
+
+
+class DrawDataset(Dataset):
+    """Looks a draw number up: the example of `DrawOrder`, augmented by the draw's own randomness.
+
+    Args:
+        dataset: has `__len__` and `get(index, generator)`; where it also has `get_many(indices, words)` (see
+            `LatentStore`), a whole batch is read in one call and comes back as one mapping of stacked tensors.
+        seed: the same as the sampler's.
+
+    Use `collate_draws` as the loader's collate_fn; it takes both forms.
+    """
+
+    def __init__(self, dataset: DrawableDataset, *, seed: int) -> None:
+        self.dataset = dataset
+        self.order = DrawOrder(len(dataset), seed=seed)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.dataset.get(self.order.index(number), draw_generator(number, self.order.seed))
+
+    def __getitems__(self, numbers: list[int]) -> Any:
+        if not hasattr(self.dataset, "get_many"):
+            return [self[number] for number in numbers]
+        indices = [self.order.index(number) for number in numbers]
+        return self.dataset.get_many(indices, draw_words(numbers, self.order.seed))
+
+
+def collate_draws(batch: Any) -> Any:
+    """Stacks a list of examples; a mapping is a batch already (see `DrawDataset`) and passes through."""
+    return batch if isinstance(batch, Mapping) else default_collate(batch)
