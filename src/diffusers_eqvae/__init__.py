@@ -1,3 +1,21 @@
 """Autoencoders whose latents are easy to generate, and class-conditional generators trained on them."""
 
+# diffusers looks these three up on the library of a saved component: they must be here, under these names.
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+from ._registration import register
+from .models.transformer_sit import SiTTransformer2DModel
+from .pipelines.pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalPipelineOutput
+
 __version__ = "0.1.0"
+
+register([SiTTransformer2DModel, ClassConditionalPipeline])
+
+__all__ = [
+    "ClassConditionalPipeline",
+    "ClassConditionalPipelineOutput",
+    "DiffusionPipeline",
+    "ModelMixin",
+    "SchedulerMixin",
+    "SiTTransformer2DModel",
+]

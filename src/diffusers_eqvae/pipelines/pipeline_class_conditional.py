@@ -1,0 +1,324 @@
+"""Class-conditional image generation: class labels -> latents -> pictures."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..autoencoders import decode, latent_channels
+from ..guidance import IntervalGuidance
+from ..latents import LatentNormalization, check_fingerprint
+from ..pictures import to_image
+from .labels import parse_id2label, resolve_class_labels
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class ClassConditionalPipelineOutput(ImagePipelineOutput):
+    """What one call of `ClassConditionalPipeline` gives.
+
+    Args:
+        images: B PIL pictures; or (B, H, W, 3) float32 array in [0, 1] ("np"); or (B, 3, H, W) tensor in [0, 1]
+            ("pt"); or normalised latents (B, C, h, w) float32 ("latent").
+        nfe: model evaluations per image, in units of one conditional forward (a guided step counts 2).
+        seconds: wall-clock time of the call, sampling and decoding.
+    """
+
+    nfe: float
+    seconds: float
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Samples pictures of given classes with a SiT/DiT transformer and any diffusers autoencoder.
+
+    The scheduler owns the step, `IntervalGuidance` owns guidance and `LatentNormalization` owns the way from latents
+    to raw latents. The state is kept in float32; only the transformer and the VAE run in their own dtype.
+
+    Args:
+        transformer: `SiTTransformer2DModel` or a model with its forward and config.
+        vae: any diffusers autoencoder (AutoencoderKL, AutoencoderTiny, their subclasses) with the same channels.
+        scheduler: a flow-matching scheduler for `timestep_convention="flow"`, a DDPM-style one for "diffusion".
+        id2label: class id -> name (or names, or one string with commas); saved with the pipeline.
+
+    Raises:
+        ValueError: transformer, VAE, scheduler or id2label do not belong together.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ("latents", "class_labels")
+
+    def __init__(
+        self, transformer: ModelMixin, vae: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self._checked_parts: tuple[Any, Any, Any] = (None, None, None)
+        self.check_parts()
+
+    @property
+    def id2label(self) -> dict[int, tuple[str, ...]]:
+        """Class id -> its names; empty where the pipeline has none."""
+        return parse_id2label(self.config.id2label, self.transformer.config.num_classes if self.transformer else None)
+
+    def resolve_class_labels(self, class_labels: Any) -> list[int]:
+        """Flat class ids of ids, names or nested lists of them; see `labels.resolve_class_labels`."""
+        return resolve_class_labels(class_labels, self.transformer.config.num_classes, id2label=self.id2label)
+
+    def check_parts(self) -> None:
+        """Refuses parts that do not belong together; runs once per set of parts, so components may be replaced.
+
+        Raises:
+            ValueError: in one sentence, what does not fit.
+        """
+        parts = (self.transformer, self.vae, self.scheduler)
+        if any(part is None for part in parts) or all(
+            new is old for new, old in zip(parts, self._checked_parts, strict=True)
+        ):
+            return
+        expected, given = self.transformer.config.in_channels, latent_channels(self.vae)
+        if expected != given:
+            raise ValueError(
+                f"The transformer works on {expected} latent channels but the {type(self.vae).__name__} has {given}: "
+                "load the VAE that the transformer was trained with."
+            )
+        fingerprint = getattr(self.transformer.config, "latent_fingerprint", None)
+        if fingerprint is not None:
+            check_fingerprint(fingerprint, self.vae)
+        convention = _timestep_convention(self.transformer)
+        if (convention == "flow") != _is_flow_scheduler(self.scheduler):
+            remedy = "a flow-matching scheduler" if convention == "flow" else "a DDPM-style scheduler (DDPM, DDIM)"
+            raise ValueError(
+                f"The transformer was trained with timestep_convention={convention!r}, "
+                f"which {type(self.scheduler).__name__} does not integrate: use {remedy}."
+            )
+        parse_id2label(self.config.id2label, self.transformer.config.num_classes)
+        self._checked_parts = parts
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        generator: Generators,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises ValueError for anything the loop could only trip over later; `IntervalGuidance` checks its own."""
+        if guidance_scale != 1.0 and getattr(self.transformer.config, "class_dropout_prob", None) == 0.0:
+            raise ValueError(
+                "Guidance needs a null class, but the transformer was trained with class_dropout_prob=0; "
+                "use guidance_scale=1.0."
+            )
+        if batch_size < 1 or num_inference_steps < 1:
+            raise ValueError(
+                "num_images_per_prompt and num_inference_steps must be at least 1; "
+                f"got {batch_size} images and {num_inference_steps} steps."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}; got {output_type!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"A list of generators must hold one per image; got {len(generator)} for {batch_size} images."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"Callbacks may ask for {list(self._callback_tensor_inputs)}; got {unknown}.")
+
+    def prepare_latents(
+        self, batch_size: int, *, generator: Generators, latents: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """Initial noise (B, C, h, w) in float32, drawn per image where `generator` is a list.
+
+        Raises:
+            ValueError: given latents have the wrong batch size or channels.
+        """
+        channels = self.transformer.config.in_channels
+        if latents is None:
+            size = self.transformer.config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            shape = (batch_size, channels, height, width)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
+            raise ValueError(
+                f"latents must have shape ({batch_size}, {channels}, h, w), one per image; got {tuple(latents.shape)}."
+            )
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) float32, nominally in [-1, 1], of normalised latents.
+
+        A float16 VAE whose config says `force_upcast` overflows in float16, so it is decoded in float32 (the rule of
+        diffusers' SDXL pipeline) and put back afterwards.
+        """
+        raw_latents = LatentNormalization.from_vae(self.vae).denormalize(latents.float())
+        dtype = self.vae.dtype
+        if dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
+            return decode(self.vae, raw_latents.to(dtype)).float()
+        self.vae.to(dtype=torch.float32)
+        try:
+            return decode(self.vae, raw_latents)
+        finally:
+            self.vae.to(dtype=dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Any,
+        *,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guided_channels: int | None = None,
+        num_inference_steps: int = 50,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        sequential_guidance: bool = False,
+    ) -> ClassConditionalPipelineOutput | tuple[Any, float, float]:
+        """Generates B = (number of labels) * num_images_per_prompt pictures, the images of one label side by side.
+
+        Args:
+            class_labels: class id, label name, tensor, or nested lists of them.
+            num_images_per_prompt: pictures per label.
+            guidance_scale: 1 = no guidance, one forward per step.
+            guidance_interval: (lo, hi) in noise level sigma in [0, 1], 1 = noise: guidance where lo <= sigma <= hi,
+                elsewhere the unconditional forward is skipped. For DDPM schedules sigma = t / num_train_timesteps.
+            guided_channels: None guides all latent channels, n the first n (3 in the DiT and SiT papers).
+            num_inference_steps: steps of the scheduler.
+            generator: one generator, or one per picture.
+            latents: initial noise (B, C, h, w) instead of drawn noise.
+            output_type: "pil", "np", "pt" or "latent" (normalised latents, before the VAE).
+            return_dict: False gives the tuple (images, nfe, seconds).
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after every step; the tensors it
+                returns replace the loop's.
+            callback_on_step_end_tensor_inputs: which tensors it gets, of "latents" and "class_labels".
+            sequential_guidance: two forwards of batch B instead of one of 2B: half the memory.
+
+        Raises:
+            ValueError: an argument out of range, or parts that do not belong together.
+        """
+        started = time.perf_counter()
+        self.check_parts()
+        label_ids = self.resolve_class_labels(class_labels)
+        batch_size = len(label_ids) * num_images_per_prompt
+        self.check_inputs(
+            batch_size,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        guidance = IntervalGuidance(
+            self._denoise,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            null_class=self.transformer.config.num_classes,
+            guided_channels=guided_channels,
+            latent_channels=self.transformer.config.in_channels,
+            batched=not sequential_guidance,
+            num_train_timesteps=self._model_timesteps,
+        )
+        device = self._execution_device
+        labels = torch.tensor(label_ids).repeat_interleave(num_images_per_prompt).to(device)
+        self._set_timesteps(num_inference_steps)
+        latents = self.prepare_latents(batch_size, generator=generator, latents=latents, device=device)
+        step_kwargs = {"generator": generator} if _accepts(self.scheduler.step, "generator") else {}
+
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                sigma = timestep.item() / self.scheduler.config.num_train_timesteps
+                prediction = self._drop_variance(guidance(self._scale(latents, timestep), sigma, labels), latents)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "class_labels": labels}
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors.update(callback_on_step_end(self, index, timestep, asked) or {})
+                    latents, labels = tensors["latents"], tensors["class_labels"]
+                progress.update()
+
+        images = latents if output_type == "latent" else _to_output(self.decode_latents(latents), output_type)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.maybe_free_model_hooks()
+        output = ClassConditionalPipelineOutput(
+            images=images, nfe=float(guidance.nfe), seconds=time.perf_counter() - started
+        )
+        return output if return_dict else output.to_tuple()
+
+    @property
+    def _model_timesteps(self) -> int:
+        """What noise level 1 is on the transformer's time axis: 1000 for flow, the schedule's length for diffusion."""
+        if _timestep_convention(self.transformer) == "flow":
+            return 1000
+        return self.scheduler.config.num_train_timesteps
+
+    def _set_timesteps(self, num_inference_steps: int) -> None:
+        # On the CPU for every device: schedulers index their tables by the timestep, and a timestep on the GPU would
+        # make the host wait for the GPU in every step.
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # Its own grid ends ..., 0.001, 0 and so spends a step on nothing.
+            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+            self.scheduler.set_timesteps(sigmas=sigmas, device="cpu")
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+
+    def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        hidden_states = latents.to(self.transformer.dtype)
+        output = self.transformer(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)
+        return output[0].float()
+
+    def _scale(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return latents if scale is None else scale(latents, timestep)
+
+    def _drop_variance(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        return prediction if _takes_variance(self.scheduler) else prediction[:, : latents.shape[1]]
+
+
+def _timestep_convention(transformer: ModelMixin) -> str:
+    return getattr(transformer.config, "timestep_convention", "flow")
+
+
+def _is_flow_scheduler(scheduler: SchedulerMixin) -> bool:
+    """True where `step` integrates a velocity: FlowMatch* schedulers, and those set to prediction_type flow."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return True
+    return getattr(scheduler.config, "prediction_type", "flow_prediction") == "flow_prediction"
+
+
+def _takes_variance(scheduler: SchedulerMixin) -> bool:
+    """True for ancestral DDPM sampling with a learned variance; other schedulers keep the option and want only eps."""
+    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
+    return learned and type(scheduler).__name__.startswith("DDPM")
+
+
+def _accepts(function: Callable, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _to_output(pixels: Tensor, output_type: str) -> Any:
+    """Pixels in [-1, 1] as the caller wants them."""
+    if output_type == "pil":
+        return [to_image(picture) for picture in pixels.cpu()]
+    images = (pixels / 2 + 0.5).clamp(0, 1)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
