@@ -20,6 +20,9 @@ from ..losses.adversarial import adaptive_weight, discriminator_loss, generator_
 from ..losses.reconstruction import kl_loss, reconstruction_loss
 from ..regularizers import Regularizer
 
+# A summed reconstruction outweighs a mean penalty by C * H * W alone, so VQGAN's limit of 1e4 would bind here.
+MAX_PENALTY_RATIO = 1e8
+
 
 class AutoencoderObjective(nn.Module):
     """The one wrapped forward: encode, tau, decode and penalties, so that DDP and FSDP see every parameter.
@@ -218,4 +221,5 @@ class AutoencoderStep:
         weight = self.encoder_weight
         (nll,) = torch.autograd.grad(reconstruction, weight, nll_gradient, retain_graph=True)
         (own,) = torch.autograd.grad(penalty, weight, retain_graph=True)
-        return regularizer.weight * adaptive_weight(self.average(nll), self.average(own))
+        ratio = adaptive_weight(self.average(nll), self.average(own), max_weight=MAX_PENALTY_RATIO)
+        return regularizer.weight * ratio

@@ -1,0 +1,47 @@
+"""The demo's pictures: crops of the photographs that ship inside scikit-image, in class folders; nothing is fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# File in scikit-image's data folder -> label. Seven colour photographs with different contents and textures.
+PHOTOGRAPHS = {
+    "astronaut.png": "astronaut",
+    "chelsea.png": "cat",
+    "coffee.png": "coffee",
+    "rocket.jpg": "rocket",
+    "motorcycle_left.png": "motorcycle",
+    "retina.jpg": "retina",
+    "hubble_deep_field.jpg": "galaxies",
+}
+CROP_SIDES = (0.6, 1.0)
+
+
+def write_photographs(directory: Path, *, per_class: int, side_px: int, seed: int) -> Path:
+    """Writes `per_class` random square crops of every photograph as directory/<label>/<n>.png.
+
+    Args:
+        side_px: side of the written pictures; a crop covers `CROP_SIDES` of the photograph's short side.
+        seed: of the crops; another seed gives other crops of the same photographs.
+    """
+    import skimage
+
+    source = Path(skimage.__file__).parent / "data"
+    rng = np.random.default_rng(seed)
+    for name, label in PHOTOGRAPHS.items():
+        with Image.open(source / name) as photograph:
+            photograph = photograph.convert("RGB")
+        (directory / label).mkdir(parents=True, exist_ok=True)
+        for number in range(per_class):
+            crop = _random_crop(photograph, rng).resize((side_px, side_px), Image.Resampling.BICUBIC, reducing_gap=2)
+            crop.save(directory / label / f"{number:03d}.png")
+    return directory
+
+
+def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    side = round(min(image.size) * rng.uniform(*CROP_SIDES))
+    left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
+    return image.crop((left, top, left + side, top + side))
