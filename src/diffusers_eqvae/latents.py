@@ -1,0 +1,365 @@
+"""Between raw latents and latents: the normalisation, the statistics it is made from, and a fingerprint of both.
+
+This is the only place of the package where latents are shifted or scaled. diffusers' configs know two conventions:
+
+    latents = (raw - mean) * scaling_factor / std      where latents_mean and latents_std are given (SDXL)
+    latents = (raw - shift_factor) * scaling_factor    elsewhere (SD: shift 0; SD3)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# diffusers' autoencoders have no common base class that declares `config`.
+Autoencoder = Any
+
+# The parameters that define the latent space: a fine-tuned decoder leaves it as it is.
+ENCODER_PREFIXES = ("encoder.", "quant_conv.")
+
+
+@dataclass(frozen=True)
+class LatentNormalization:
+    """An affine map of raw latents, per channel, and its inverse.
+
+    Args:
+        mean: of raw latents: one number per channel, or a single one for all (ReaLS), or None.
+        std: likewise, positive; given exactly when `mean` is.
+        scaling_factor: positive; 1.0 when mean and std are what normalises.
+        shift_factor: 0.0 when mean and std are given.
+
+    Raises:
+        ValueError: mean without std or the reverse, different lengths, a std or scaling_factor that is not positive,
+            a shift_factor beside a mean: the two conventions would contradict each other.
+
+    Example:
+        >>> normalization = LatentNormalization(scaling_factor=0.18215)
+        >>> latents = normalization.normalize(torch.ones(1, 4, 32, 32))
+        >>> torch.allclose(normalization.denormalize(latents), torch.ones(1, 4, 32, 32))
+        True
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"latents_mean and latents_std must be given together; got {self.mean} and {self.std}.")
+        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0.0 and math.isfinite(self.shift_factor)):
+            raise ValueError(
+                "scaling_factor must be positive and shift_factor finite; "
+                f"got {self.scaling_factor} and {self.shift_factor}."
+            )
+        if self.mean is None or self.std is None:
+            return
+        if not len(self.mean) == len(self.std) >= 1:
+            raise ValueError(
+                "latents_mean and latents_std need one value per channel, or one in all; "
+                f"got {len(self.mean)} and {len(self.std)} values."
+            )
+        if not (all(map(math.isfinite, (*self.mean, *self.std))) and min(self.std) > 0.0):
+            raise ValueError(f"latents_mean must be finite and latents_std positive; got {self.mean} and {self.std}.")
+        if self.shift_factor != 0.0:
+            raise ValueError(
+                f"latents_mean and shift_factor={self.shift_factor} both shift the latents; set shift_factor to 0."
+            )
+
+    def normalize(self, raw_latents: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) -> latents, computed in float32 or better, in the dtype that came."""
+        shift, scale = self._shift_and_scale(raw_latents)
+        return ((raw_latents.to(_math_dtype(raw_latents)) - shift) * scale).to(raw_latents.dtype)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> raw latents, computed in float32 or better, in the dtype that came."""
+        shift, scale = self._shift_and_scale(latents)
+        return (latents.to(_math_dtype(latents)) / scale + shift).to(latents.dtype)
+
+    @classmethod
+    def from_vae(cls, vae: Autoencoder) -> LatentNormalization:
+        """What a diffusers autoencoder's config says."""
+        return cls.from_config(vae.config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LatentNormalization:
+        """From latents_mean, latents_std, scaling_factor and shift_factor, each of which may be absent or None."""
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        scaling_factor, shift_factor = config.get("scaling_factor"), config.get("shift_factor")
+        return cls(
+            mean=None if mean is None else tuple(float(value) for value in mean),
+            std=None if std is None else tuple(float(value) for value in std),
+            scaling_factor=1.0 if scaling_factor is None else float(scaling_factor),
+            shift_factor=0.0 if shift_factor is None else float(shift_factor),
+        )
+
+    @classmethod
+    def from_statistics(cls, statistics: LatentStatistics, *, scalar: bool = False) -> LatentNormalization:
+        """To zero mean and unit variance per channel, or over all channels together where `scalar` (ReaLS)."""
+        if scalar:
+            return cls(mean=(statistics.scalar_mean,), std=(statistics.scalar_std,))
+        return cls(mean=tuple(statistics.mean), std=tuple(statistics.std))
+
+    def to_config(self) -> dict[str, Any]:
+        """latents_mean, latents_std, scaling_factor, shift_factor as a diffusers autoencoder's config spells them."""
+        return {
+            "latents_mean": None if self.mean is None else list(self.mean),
+            "latents_std": None if self.std is None else list(self.std),
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+        }
+
+    def apply_to(self, vae: Autoencoder) -> None:
+        """Writes this normalisation into the autoencoder's config, whence save_pretrained and from_vae take it.
+
+        A single mean and std is spelled out for every channel, which is what diffusers' pipelines expect.
+
+        Raises:
+            ValueError: as many means as neither 1 nor the autoencoder's latent channels.
+        """
+        config, channels = self.to_config(), int(vae.config.latent_channels)
+        if self.mean is not None and self.std is not None:
+            self._check_channels(channels)
+            config["latents_mean"] = _repeat(self.mean, channels)
+            config["latents_std"] = _repeat(self.std, channels)
+        vae.register_to_config(**config)
+
+    def save_json(self, path: str | os.PathLike[str], *, num_samples: int | None = None) -> None:
+        """Writes mean_std.json, atomically: the map (raw - mean) / std that this normalisation is.
+
+        Keys: "mean" and "std", the scalars over all channels (ReaLS' format); "latents_mean" and "latents_std", the
+        lists per channel; "num_samples", how many pictures they were measured on.
+        """
+        mean = self.mean or (self.shift_factor,)
+        std = tuple(value / self.scaling_factor for value in self.std or (1.0,))
+        scalar_mean, scalar_std = _over_channels(mean, std)
+        content = {
+            "mean": scalar_mean,
+            "std": scalar_std,
+            "latents_mean": list(mean),
+            "latents_std": list(std),
+            "num_samples": num_samples,
+        }
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> LatentNormalization:
+        """Reads mean_std.json: the lists per channel where present, else ReaLS' scalars {"mean", "std"}.
+
+        Raises:
+            ValueError: neither pair is there.
+        """
+        content = json.loads(Path(path).read_text())
+        for mean, std in (("latents_mean", "latents_std"), ("mean", "std")):
+            if isinstance(content, dict) and mean in content and std in content:
+                return cls(mean=_as_tuple(content[mean]), std=_as_tuple(content[std]))
+        raise ValueError(f'{path} must hold {{"mean": ..., "std": ...}} or "latents_mean" and "latents_std" lists.')
+
+    def _shift_and_scale(self, latents: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """(shift, scale) of latents = (raw - shift) * scale."""
+        if self.mean is None or self.std is None:
+            return self.shift_factor, self.scaling_factor
+        self._check_channels(latents.shape[1])
+        scale = tuple(self.scaling_factor / value for value in self.std)
+        device, dtype = latents.device, _math_dtype(latents)
+        return _per_channel(self.mean, device, dtype), _per_channel(scale, device, dtype)
+
+    def _check_channels(self, channels: int) -> None:
+        if self.mean is not None and len(self.mean) not in (1, channels):
+            raise ValueError(
+                f"This normalisation is for latents of {len(self.mean)} channels; got {channels}. "
+                "It belongs to another autoencoder: measure it again on this one."
+            )
+
+
+class LatentStatistics:
+    """Exact mean and standard deviation of raw latents, one pass, in float64, mergeable over ranks.
+
+    For a posterior N(m, v) per cell, raw latents have the mean E[m] and, by the law of total variance, the variance
+    Var[m] + E[v]: the variance of sampling enters exactly, without sampling. Batches are joined by Chan, Golub and
+    LeVeque's update (1979), which Welford's is the one-by-one case of. Standard deviations are the population's.
+
+    Example:
+        >>> statistics = LatentStatistics()
+        >>> statistics.update(torch.tensor([[[[1.0, 3.0]]]]))
+        >>> statistics.mean, statistics.std
+        ([2.0], [1.0])
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self._count = 0  # cells per channel
+        self._mean: Tensor | None = None
+        self._m2: Tensor | None = None  # sum of squared deviations of the posterior means
+        self._variance_sum: Tensor | None = None  # sum of the posterior variances
+
+    def update(self, posterior_mean: Tensor, logvar: Tensor | None = None) -> None:
+        """Takes in posteriors (B, C, h, w); `logvar` None = deterministic."""
+        if posterior_mean.ndim != 4 or (logvar is not None and logvar.shape != posterior_mean.shape):
+            raise ValueError(
+                "Statistics take a posterior mean (B, C, h, w) and a logvar of the same shape; got "
+                f"{tuple(posterior_mean.shape)} and {None if logvar is None else tuple(logvar.shape)}."
+            )
+        if posterior_mean.numel() == 0:
+            return
+        values = posterior_mean.detach().double().transpose(0, 1).flatten(1)
+        mean = values.mean(1)
+        batch = LatentStatistics()
+        batch.num_samples, batch._count = posterior_mean.shape[0], values.shape[1]
+        batch._mean = mean.cpu()
+        batch._m2 = (values - mean[:, None]).square().sum(1).cpu()
+        batch._variance_sum = torch.zeros_like(batch._mean)
+        if logvar is not None:
+            batch._variance_sum = logvar.detach().double().exp().transpose(0, 1).flatten(1).sum(1).cpu()
+        self.merge(batch)
+
+    def merge(self, other: LatentStatistics) -> None:
+        """Takes in what `other` has seen, as if it had been seen here."""
+        if other._mean is None or other._m2 is None or other._variance_sum is None:
+            return
+        if self._mean is None or self._m2 is None or self._variance_sum is None:
+            self._mean, self._m2 = other._mean.clone(), other._m2.clone()
+            self._variance_sum = other._variance_sum.clone()
+        else:
+            if len(self._mean) != len(other._mean):
+                raise ValueError(
+                    "Only statistics of equally many latent channels can be merged; "
+                    f"got {len(self._mean)} and {len(other._mean)}."
+                )
+            delta, total = other._mean - self._mean, self._count + other._count
+            self._mean = self._mean + delta * (other._count / total)
+            self._m2 = self._m2 + other._m2 + delta.square() * (self._count * other._count / total)
+            self._variance_sum = self._variance_sum + other._variance_sum
+        self._count += other._count
+        self.num_samples += other.num_samples
+
+    @property
+    def mean(self) -> list[float]:
+        """Per channel."""
+        return self._moments()[0].tolist()
+
+    @property
+    def std(self) -> list[float]:
+        """Per channel, of samples of the posteriors."""
+        return self._moments()[1].sqrt().tolist()
+
+    @property
+    def scalar_mean(self) -> float:
+        """Over all channels together."""
+        return _over_channels(self.mean, self.std)[0]
+
+    @property
+    def scalar_std(self) -> float:
+        """Over all channels together, which includes how the channels' means differ."""
+        return _over_channels(self.mean, self.std)[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain numbers that survive JSON bit for bit."""
+        state: dict[str, Any] = {"num_samples": self.num_samples, "count": self._count}
+        for name, value in (("mean", self._mean), ("m2", self._m2), ("variance_sum", self._variance_sum)):
+            state[name] = None if value is None else value.tolist()
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> LatentStatistics:
+        """The inverse of `state_dict`."""
+        statistics = cls()
+        statistics.num_samples, statistics._count = int(state["num_samples"]), int(state["count"])
+        if statistics._count:
+            statistics._mean, statistics._m2, statistics._variance_sum = (
+                torch.tensor(state[name], dtype=torch.float64) for name in ("mean", "m2", "variance_sum")
+            )
+        return statistics
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        if self._mean is None or self._m2 is None or self._variance_sum is None:
+            raise ValueError("Statistics need at least one posterior; call update() first.")
+        return self._mean, (self._m2 + self._variance_sum) / self._count
+
+
+def vae_fingerprint(vae: Autoencoder) -> str:
+    """ "<weights>-<normalisation>", 16 hexadecimal digits each: which latent space a model or a store belongs to.
+
+    The first half is a SHA-256 of the encoder side's weights, read as float32: a decoder-only fine-tune keeps it. The
+    second is one of the normalisation in the config.
+
+    Raises:
+        ValueError: no encoder parameters, as in a wrapped autoencoder.
+    """
+    digest = hashlib.sha256()
+    encoder_side = sorted(
+        (name, value) for name, value in vae.state_dict().items() if name.startswith(ENCODER_PREFIXES)
+    )
+    if not encoder_side:
+        raise ValueError(
+            f"A fingerprint needs an autoencoder with an encoder; {type(vae).__name__} has no parameter named "
+            "encoder.*. Unwrap it first (accelerator.unwrap_model)."
+        )
+    for name, value in encoder_side:
+        digest.update(f"{name}:{tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    normalization = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
+    return f"{digest.hexdigest()[:16]}-{hashlib.sha256(normalization.encode()).hexdigest()[:16]}"
+
+
+def check_fingerprint(expected: str, vae: Autoencoder) -> None:
+    """Refuses an autoencoder whose latents are not those that `expected` was taken from.
+
+    The weight half is compared only for a float32 autoencoder: rounding to half precision changes every weight.
+
+    Raises:
+        ValueError: the encoder's weights or the normalisation differ.
+    """
+    actual = vae_fingerprint(vae)
+    expected_weights, _, expected_normalization = expected.partition("-")
+    weights, _, normalization = actual.partition("-")
+    is_float32 = all(p.dtype == torch.float32 for n, p in vae.named_parameters() if n.startswith(ENCODER_PREFIXES))
+    differing = []
+    if is_float32 and weights != expected_weights:
+        differing.append("encoder weights")
+    if normalization != expected_normalization:
+        differing.append("latent normalisation (latents_mean, latents_std, scaling_factor, shift_factor)")
+    if differing:
+        raise ValueError(
+            f"This autoencoder does not have the latent space expected here: its {' and '.join(differing)} differ "
+            f"(fingerprint {actual}, expected {expected}); use the autoencoder that the latents were made with."
+        )
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1, C, 1, 1); kept, since a copy to the device would wait for it at every step."""
+    with torch.inference_mode(False):  # a tensor born in inference mode could not serve a later training step
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+def _math_dtype(latents: Tensor) -> torch.dtype:
+    return torch.promote_types(latents.dtype, torch.float32)
+
+
+def _over_channels(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation over all channels of equal size, from those of each."""
+    center = math.fsum(mean) / len(mean)
+    variance = math.fsum(s**2 + (m - center) ** 2 for m, s in zip(mean, std, strict=True)) / len(mean)
+    return center, math.sqrt(variance)
+
+
+def _repeat(values: tuple[float, ...], channels: int) -> list[float]:
+    return list(values) * (channels if len(values) == 1 else 1)
+
+
+def _as_tuple(value: float | Sequence[float]) -> tuple[float, ...]:
+    return (float(value),) if isinstance(value, (int, float)) else tuple(float(each) for each in value)
