@@ -1,9 +1,11 @@
 """Packaging of diffusers_eqvae; tool settings live in pyproject.toml."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/diffusers_eqvae/__init__.py").read_text(), re.M).group(1)
@@ -26,6 +28,20 @@ EVAL = ["evaluate>=0.4.6", "scipy", "torchdiffeq"]
 DEMO = ["scikit-image", "matplotlib"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
+
+class BuildWithModelCards(build_py):
+    """Puts the templates of model_cards/ beside the modules; a checkout and an editable install read them in place."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "diffusers_eqvae" / "model_cards"
+        target.mkdir(parents=True, exist_ok=True)
+        for template in sorted((ROOT / "model_cards").glob("*.md")):
+            shutil.copyfile(template, target / template.name)
+
+
 setup(
     name="diffusers_eqvae",
     version=VERSION,
@@ -37,6 +53,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"diffusers_eqvae": ["py.typed"]},
+    cmdclass={"build_py": BuildWithModelCards},
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

@@ -1,0 +1,75 @@
+"""The `eqvae` command. Each sub-command owns its arguments and imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+
+def push(argv: Sequence[str]) -> int:
+    """publish a finished run on the Hub, also after a push that failed"""
+    parser = argparse.ArgumentParser(prog="eqvae push", description=push.__doc__)
+    parser.add_argument("run", help="directory of a finished run (the --output_dir of the training script)")
+    parser.add_argument("--hub_model_id", required=True, help="repository to push to, made if missing: owner/name")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to commit to, made if missing (default: main)")
+    parser.add_argument("--commit_message", help="default: Upload NAME")
+    parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
+    parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
+    arguments = parser.parse_args(argv)
+
+    from diffusers_eqvae.hub import prepare_push, push_run
+
+    if arguments.dry_run:
+        try:
+            files, card = prepare_push(arguments.run, arguments.hub_model_id, license=arguments.license)
+        except ValueError as error:
+            parser.error(str(error))
+        print("\n".join(files), card, sep="\n\n")
+        return 0
+    pushed = push_run(
+        arguments.run,
+        arguments.hub_model_id,
+        private=arguments.private,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
+        license=arguments.license,
+    )
+    return 0 if pushed else 1
+
+
+def demo(argv: Sequence[str]) -> int:
+    """run the whole line on a few pictures in minutes and write a report"""
+    try:
+        from diffusers_eqvae.demo import main as run_demo
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("diffusers_eqvae"):
+            raise
+        print(f"eqvae demo needs {error.name}: pip install 'diffusers_eqvae[demo]'", file=sys.stderr)
+        return 1
+    return run_demo(list(argv)) or 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"push": push, "demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; what follows its name is its own. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    summaries = "\n".join(f"  {name:8}{command.__doc__}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="eqvae",
+        usage="eqvae COMMAND [arguments] (eqvae COMMAND --help explains one)",
+        description=f"Autoencoders whose latents are easy to generate.\n\ncommands:\n{summaries}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    command = parser.parse_args(argv[:1]).command
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    return COMMANDS[command](argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
