@@ -1,0 +1,214 @@
+"""The command line of every training script: dataclasses, a YAML preset, and what is saved beside the weights."""
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass
+class RunArguments:
+    """How a training run is run: length, optimisation, checkpoints, tracking. Checked on construction."""
+
+    output_dir: str = field(
+        metadata={"help": "Directory of the run: finished weights at its root, checkpoints/, metrics.jsonl, logs/."}
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Everything random is a function of (seed, rank, step), so equal seeds give equal runs."},
+    )
+    train_batch_size: int = field(default=16, metadata={"help": "Examples per device and micro-batch."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches whose gradients are averaged before one optimizer step."}
+    )
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Peak learning rate, taken literally: never scaled by batch or devices."}
+    )
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "Shape of the learning rate after the warm-up; the others end at 0."}
+    )
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up from 0."})
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of the whole run; unset, num_train_epochs decides."}
+    )
+    num_train_epochs: int = field(
+        default=1, metadata={"help": "Passes over the data when max_train_steps is unset (rounded up to whole steps)."}
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
+        default=None,
+        metadata={
+            "help": "bf16 computes the forward in bfloat16 while weights, optimizer and EMA stay float32; no is "
+            "float32 throughout; fp16 is refused (its range ends at 65504). Unset: what `accelerate config` says."
+        },
+    )
+    allow_tf32: bool = field(
+        default=False, metadata={"help": "Let float32 matrix products use TensorFloat-32 (Ampere and newer; faster)."}
+    )
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip the gradient norm of each optimized module to this; unset, no clipping."}
+    )
+    max_nonfinite_steps: int = field(
+        default=20,
+        metadata={
+            "help": "Steps with a NaN or infinite gradient change nothing and are counted; after this many in a row "
+            "the run writes a checkpoint and stops."
+        },
+    )
+    use_ema: bool = field(default=True, metadata={"help": "Keep a float32 moving average of the weights."})
+    ema_decay: float = field(
+        default=0.9999, metadata={"help": "ema = decay * ema + (1 - decay) * weights after every step; no warm-up."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward: less memory, about 30 %% slower."}
+    )
+    compile: bool = field(default=False, metadata={"help": "Run the trained modules through torch.compile."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that load data; 0 loads in the main process. Changes no result."}
+    )
+    checkpointing_steps: int = field(
+        default=500, metadata={"help": "A checkpoint every so many optimizer steps, and at the end; 0 for none."}
+    )
+    checkpoints_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep only this many newest checkpoints."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint directory, or latest: the newest complete one of output_dir (a fresh start if there "
+            "is none). The resumed run equals an uninterrupted one."
+        },
+    )
+    report_to: Literal["tensorboard", "wandb", "none"] = field(
+        default="tensorboard", metadata={"help": "Where curves and pictures go besides metrics.jsonl and validation/."}
+    )
+    logging_steps: int = field(
+        default=10, metadata={"help": "Read losses back from the device every so many steps; logs hold their mean."}
+    )
+    validation_steps: int = field(default=500, metadata={"help": "Validation pictures every so many steps; 0: none."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Measure memory on one example, print what the run needs in memory and on disk, and exit."},
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the finished run; the token comes from the environment or `hf auth`."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to (user/name); unset, the name of output_dir."}
+    )
+
+    def __post_init__(self) -> None:
+        positive = ["train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps"]
+        positive += ["max_nonfinite_steps", "max_train_steps", "checkpoints_total_limit", "max_grad_norm"]
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} must be positive; got {value}.")
+        for name in ("seed", "lr_warmup_steps", "checkpointing_steps", "validation_steps", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative; got {getattr(self, name)}.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"--ema_decay must lie in [0, 1); got {self.ema_decay}. Use --no_use_ema for no EMA.")
+        if self.lr_scheduler not in SCHEDULES:
+            raise ValueError(f"--lr_scheduler must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}.")
+        if self.lr_scheduler == "constant_with_warmup" and not self.lr_warmup_steps:
+            raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps; use constant for none.")
+
+
+@dataclass
+class DataArguments:
+    """Which pictures to train on: exactly one of dataset_name and train_data_dir."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset on the Hub, or a local directory that `datasets` understands."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of pictures; one subfolder per class where labels are needed."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column that holds the pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column that holds the class labels."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
+    resolution: int = field(default=256, metadata={"help": "Side in pixels of the square training pictures."})
+    center_crop: bool = field(
+        default=False, metadata={"help": "Crop the centre (ADM crop) instead of a random square of the picture."}
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the pictures left to right."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_data_dir:
+            raise ValueError("Give either --dataset_name or --train_data_dir, not both.")
+        if self.resolution <= 0:
+            raise ValueError(f"--resolution must be positive; got {self.resolution}.")
+
+
+def parse(
+    *dataclass_types: type, argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
+    """Reads `[PRESET.yaml] [--flag value ...]` into one instance per dataclass; flags win over the preset.
+
+    Args:
+        dataclass_types: dataclasses whose fields carry their help in `metadata`; names must differ between them.
+        argv: arguments without the program name; None reads `sys.argv`.
+        description: what --help says first.
+
+    Raises:
+        ValueError: a preset that is absent, not a flat mapping, or holds an unknown key (the nearest is named), or a
+            value that a dataclass refuses. Unknown flags end the program with argparse's message.
+
+    Example:
+        >>> (run,) = parse(RunArguments, argv=["--output_dir", "runs/x", "--seed", "3"])
+        >>> run.seed
+        3
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
+    parser.epilog = "A YAML preset may come first; its keys are the flags' names, and flags given after it win."
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and Path(argv[0]).suffix in YAML_SUFFIXES:
+        known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
+        argv = _preset_as_flags(Path(argv[0]), known) + argv[1:]
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _preset_as_flags(path: Path, known: Sequence[str]) -> list[str]:
+    """The preset as command-line words, so that one parser checks types for both; null means 'not given'."""
+    if not path.is_file():
+        raise ValueError(f"The preset {path} does not exist; presets are in training/configs.")
+    content = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"A preset must map flag names to values; {path} holds a {type(content).__name__}.")
+    flags: list[str] = []
+    for key, value in content.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ValueError(f"Unknown key {key!r} in the preset {path}; the nearest flag is {nearest[0]!r}.")
+        if isinstance(value, dict):
+            raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
+        if value is not None:
+            flags += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def resolved(*arguments: Any) -> dict[str, Any]:
+    """All fields of several argument dataclasses as one flat mapping, in their order."""
+    merged: dict[str, Any] = {}
+    for group in arguments:
+        merged.update(asdict(group))
+    return merged
+
+
+def save_resolved(values: dict[str, Any], directory: Path) -> None:
+    """Writes `resolved_arguments.json` and `.yaml` (which is a preset that repeats the run)."""
+    (directory / "resolved_arguments.json").write_text(json.dumps(values, indent=2) + "\n")
+    (directory / "resolved_arguments.yaml").write_text(yaml.safe_dump(values, sort_keys=False))

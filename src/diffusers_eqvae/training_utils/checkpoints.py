@@ -1,0 +1,165 @@
+"""Checkpoints that are either complete or ignored: written aside, marked, renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+UNFINISHED = ".tmp"
+
+# Arguments that may differ between a checkpoint and its continuation without changing the trajectory.
+HARMLESS = frozenset(
+    {
+        "output_dir",
+        "resume_from_checkpoint",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "report_to",
+        "logging_steps",
+        "validation_steps",
+        "max_nonfinite_steps",
+        "dataloader_num_workers",
+        "gradient_checkpointing",
+        "cache_dir",
+        "dry_run",
+        "push_to_hub",
+        "hub_model_id",
+    }
+)
+
+
+def checkpoint_directory(output_dir: Path, step: int) -> Path:
+    return output_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def complete_checkpoints(output_dir: Path, *, warn: bool = True) -> list[Path]:
+    """All complete checkpoints of a run, oldest first; half-written ones are named in a warning and left alone."""
+    found = sorted((output_dir / "checkpoints").glob("step-*"))
+    complete = [path for path in found if path.suffix != UNFINISHED and (path / MARKER).is_file()]
+    unfinished = [path.name for path in found if path not in complete]
+    if unfinished and warn:
+        logger.warning("Ignoring half-written checkpoints in %s: %s.", found[0].parent, ", ".join(unfinished))
+    return complete
+
+
+def find_checkpoint(resume: str | None, output_dir: Path, *, warn: bool = True) -> Path | None:
+    """The directory that `--resume_from_checkpoint` means: None, "latest", a path, or a name inside checkpoints/.
+
+    Raises:
+        ValueError: a path that holds no complete checkpoint; or no `resume` although output_dir has checkpoints, which
+            a fresh run would mix with its own.
+    """
+    if resume is None or resume == "latest":
+        complete = complete_checkpoints(output_dir, warn=warn)
+        if complete and resume is None:
+            raise ValueError(
+                f"{output_dir} already holds a run with the checkpoint {complete[-1].name}. Continue it with "
+                "--resume_from_checkpoint latest, choose another --output_dir, or delete its checkpoints."
+            )
+        return complete[-1] if complete else None
+    for path in (Path(resume), output_dir / "checkpoints" / resume):
+        if (path / MARKER).is_file() and path.suffix != UNFINISHED:
+            return path
+    there = ", ".join(path.name for path in complete_checkpoints(output_dir, warn=warn)) or "none"
+    raise ValueError(f"{resume} is not a complete checkpoint (no {MARKER}). Complete ones in {output_dir}: {there}.")
+
+
+def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) -> int:
+    """Steps done at a checkpoint; names in warnings what makes the continuation differ from an uninterrupted run.
+
+    Args:
+        checkpoint: a complete one.
+        now: "arguments" (resolved), "global_batch_size" and "world_size" of the present run.
+        warn: False on all but one process.
+    """
+    then = json.loads((checkpoint / MARKER).read_text())
+    if not warn:
+        return int(then["step"])
+    logger.info("Resuming from %s.", checkpoint)
+    for key, value in now["arguments"].items():
+        if key not in HARMLESS and then["arguments"].get(key, value) != value:
+            before = then["arguments"][key]
+            logger.warning("--%s was %r when the checkpoint was written and is %r now.", key, before, value)
+    if then["global_batch_size"] != now["global_batch_size"]:
+        logger.warning(
+            "The global batch was %d and is %d now, so the order of examples does not continue exactly.",
+            then["global_batch_size"],
+            now["global_batch_size"],
+        )
+    elif then["world_size"] != now["world_size"]:
+        logger.warning(
+            "Written by %d processes, continued by %d with the same global batch: equal up to rounding.",
+            then["world_size"],
+            now["world_size"],
+        )
+    return int(then["step"])
+
+
+def write_checkpoint(
+    output_dir: Path, *, step: int, write: Callable[[Path], None], facts: dict[str, Any], limit: int | None
+) -> Path:
+    """Calls `write(directory)` on a sibling, adds the marker, renames, then removes what exceeds `limit`.
+
+    A kill at any moment leaves the earlier checkpoints and at most one directory ending in .tmp.
+    """
+    target = checkpoint_directory(output_dir, step)
+    aside = target.with_name(target.name + UNFINISHED)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside)
+    for path in aside.rglob("*"):
+        flush_to_disk(path)
+    (aside / MARKER).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
+    flush_to_disk(aside / MARKER)
+    replace(aside, target)
+    if limit is not None:
+        for old in complete_checkpoints(output_dir, warn=False)[:-limit]:
+            replace_by_nothing(old)
+    return target
+
+
+def flush_to_disk(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def replace(source: Path, target: Path) -> None:
+    """Moves source to target; a directory in the way is moved aside first, so target is never half old, half new."""
+    if target.is_dir() and not target.is_symlink():
+        old = target.with_name(f"{target.name}.old{UNFINISHED}")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old)
+    else:
+        os.replace(source, target)
+
+
+def replace_by_nothing(directory: Path) -> None:
+    """Deletes a directory so that a kill halfway leaves a .tmp one and not a seemingly complete one."""
+    aside = directory.with_name(directory.name + UNFINISHED)
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+    shutil.rmtree(aside)
+
+
+def publish(output_dir: Path, save: Callable[[Path], None]) -> None:
+    """Runs `save(directory)` on a sibling and moves each entry to the root of output_dir, the index files last."""
+    aside = output_dir / f"finished{UNFINISHED}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save(aside)
+    index_last = sorted(aside.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+    for path in index_last:
+        flush_to_disk(path)
+        replace(path, output_dir / path.name)
+    aside.rmdir()

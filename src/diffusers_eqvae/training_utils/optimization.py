@@ -1,0 +1,161 @@
+"""One optimized module: float32 master weights, fused optimizer, learning rate by step, EMA, and the NaN guard."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def learning_rate_factor(schedule: str, step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """What the learning rate is multiplied by in step `step` (0-based): a pure function, so nothing to checkpoint.
+
+    Warm-up: (step + 1) / warmup_steps, for every schedule. Then, with r the share of the remaining steps done:
+    constant 1; linear 1 - r; cosine (1 + cos(pi r)) / 2.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return max(0.0, 1.0 - done)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return 1.0
+
+
+def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """Adam or AdamW in its fused form (one kernel, and it can skip a step without asking the host)."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"The optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}.")
+    try:
+        return OPTIMIZERS[name](parameters, fused=True, **options)
+    except RuntimeError as reason:
+        logger.warning("No fused %s on this device (%s); the plain one reads one flag per step back.", name, reason)
+        return OPTIMIZERS[name](parameters, **options)
+
+
+@dataclass
+class OptimizedModule:
+    """A module with all that training adds to it.
+
+    Args:
+        name: of the module in checkpoints and logs.
+        module: the bare module, float32.
+        wrapped: what the training step calls (autocast, DDP).
+        optimizer: over its trainable parameters.
+        learning_rate: peak value.
+        ema: moving average of its weights, or None.
+    """
+
+    name: str
+    module: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+    ema: AveragedModel | None
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def received_gradients(self) -> bool:
+        """False for a module that took no part in this step (a discriminator before its start): it does not step."""
+        return any(parameter.grad is not None for parameter in self.parameters)
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm over all gradients: 0-dim tensor on the device, NaN or infinite where any gradient is."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        """Scales the gradients by min(1, max_norm / norm)."""
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+
+    def step(self, learning_rate: float, nonfinite: Tensor) -> None:
+        """One optimizer step, or none at all where `nonfinite` (0-dim, 0 or 1) is 1; decided on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = nonfinite
+            self.optimizer.step()
+        elif not nonfinite.item():
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """ema = decay * ema + (1 - decay) * weights; buffers are copied."""
+        if self.ema is None:
+            return
+        self.ema.update_parameters(self.module)
+        for averaged, current in zip(self.ema.module.buffers(), self.module.buffers(), strict=True):
+            averaged.copy_(current)
+
+    @torch.no_grad()
+    def ema_distance(self) -> float:
+        """|ema - weights| / |weights| over the trainable parameters; waits for the device."""
+        averaged = dict(self.ema.module.named_parameters())
+        pairs = [(averaged[name], now) for name, now in self.module.named_parameters() if now.requires_grad]
+        difference = torch._foreach_sub([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        norm = torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm([pair[1] for pair in pairs])
+        return norm.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state if self.ema is None else {**state, "ema": self.ema.module.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            if "ema" not in state:
+                logger.warning("The checkpoint holds no EMA of %s; the average starts from its weights.", self.name)
+            self.ema.module.load_state_dict(state.get("ema", state["module"]))
+
+
+def check_master_weights(name: str, module: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters; raises ValueError unless there are some and all of them are float32."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(f"{name} has no trainable parameter; unfreeze some, or use it without adding it to the run.")
+    wrong = sorted({str(parameter.dtype) for parameter in trainable if parameter.dtype != torch.float32})
+    if wrong:
+        raise ValueError(
+            f"{name} has {', '.join(wrong)} parameters, but master weights must be float32: a bfloat16 weight "
+            "does not move at usual learning rates. Load it in float32 and use --mixed_precision bf16."
+        )
+    return trainable
+
+
+def exponential_average(module: nn.Module, decay: float) -> AveragedModel:
+    """An EMA that starts at the present weights (AveragedModel alone would start at those after the first step)."""
+    ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    ema.n_averaged.fill_(1)
+    return ema.requires_grad_(False).eval()
+
+
+class NonfiniteGuard:
+    """Counts skipped steps on the device; the host looks only when it reads the logs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._in_a_row = torch.zeros((), device=device)
+        self._total = torch.zeros((), device=device)
+
+    def count(self, nonfinite: Tensor) -> None:
+        self._in_a_row = (self._in_a_row + nonfinite) * nonfinite
+        self._total = self._total + nonfinite
+
+    def read(self) -> tuple[int, int]:
+        """(bad steps in a row up to now, bad steps in all); waits for the device."""
+        in_a_row, total = torch.stack([self._in_a_row, self._total]).tolist()
+        return int(in_a_row), int(total)

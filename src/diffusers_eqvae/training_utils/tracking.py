@@ -1,0 +1,151 @@
+"""What a run tells the world: metrics.jsonl always, tensorboard or wandb on request, pictures, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Meter:
+    """Means of device tensors between two readings; adding never waits for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor | float], device: torch.device) -> None:
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last reading, over all ranks too (every rank must have added the same names)."""
+        if not self._sums:
+            return {}
+        means = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
+        values = dict(zip(self._sums, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+        self._sums, self._counts = {}, {}
+        return values
+
+
+class Tracking:
+    """Writes of the main process; every method does nothing on the others.
+
+    Args:
+        output_dir: of the run.
+        accelerator: its trackers are started here.
+        report_to: "tensorboard", "wandb" or "none".
+        name: of the project in the tracker.
+        arguments: resolved arguments, recorded by the tracker.
+        step: where the run starts; later lines of an interrupted run's metrics.jsonl are dropped.
+        total_steps: length of the progress bar.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        accelerator: Accelerator,
+        *,
+        report_to: str,
+        name: str,
+        arguments: Mapping[str, Any],
+        step: int,
+        total_steps: int,
+    ) -> None:
+        self._output_dir, self._accelerator = output_dir, accelerator
+        self._is_main = accelerator.is_main_process
+        self._last_time, self._last_step = time.perf_counter(), step
+        self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", disable=not self._is_main)
+        if not self._is_main:
+            return
+        _drop_lines_after(output_dir / METRICS_FILE, step)
+        if report_to != "none":
+            simple = {key: value for key, value in arguments.items() if isinstance(value, (bool, int, float, str))}
+            accelerator.init_trackers(name, config=simple)
+
+    def advance(self) -> None:
+        self._bar.update(1)
+
+    def scalars(self, step: int, values: Mapping[str, float], *, images_per_step: int) -> None:
+        """Appends one line to metrics.jsonl and tells the tracker; adds images_per_second."""
+        if not self._is_main:
+            return
+        now = time.perf_counter()
+        rate = images_per_step * (step - self._last_step) / max(now - self._last_time, 1e-9)
+        self._last_time, self._last_step = now, step
+        values = {**values, "images_per_second": rate}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with (self._output_dir / METRICS_FILE).open("a") as handle:
+            handle.write(json.dumps({"step": step, **finite}) + "\n")
+        self._accelerator.log(dict(values), step=step)
+        losses = {key: f"{value:.4g}" for key, value in values.items() if "loss" in key}
+        self._bar.set_postfix({**losses, "images/s": f"{rate:.1f}"})
+
+    def images(self, step: int, name: str, images: np.ndarray | Sequence[Image.Image]) -> Path | None:
+        """Pictures (uint8 NHWC, or PIL of one size) to validation/<step>_<name>.png as a grid, and to the tracker."""
+        if not self._is_main:
+            return None
+        array = np.stack(
+            [np.asarray(image.convert("RGB")) if hasattr(image, "convert") else image for image in images]
+        )
+        if array.dtype != np.uint8 or array.ndim != 4:
+            raise TypeError(f"Pictures must be uint8 NHWC or PIL; got {array.dtype} of shape {array.shape}.")
+        path = self._output_dir / "validation" / f"{step:08d}_{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image_grid(array)).save(path)
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: array}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: list(array)}, step=step)
+        return path
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """uint8 (N, H, W, 3) as one picture with `columns` columns (default: a nearly square grid), black where empty."""
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    padded = np.zeros((rows * columns, height, width, channels), np.uint8)
+    padded[:count] = images
+    grid = padded.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the lines up to `step` of an interrupted run, so that its curves continue instead of overlapping."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("Dropping a half-written line of %s.", path)
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
