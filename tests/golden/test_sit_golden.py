@@ -65,8 +65,8 @@ def test_repa_weights_give_the_published_velocity_of_sigma(shape):
 def test_dit_weights_give_the_published_noise_at_integer_steps(shape):
     steps = np.array([0, 37, 999])
     expected, output = both(shape, "DiT", steps, steps)
-    # A float32 angle of 999 is 3e-5 from the float64 one; the published float32 network has the same error.
-    np.testing.assert_allclose(output, expected, atol=5e-5, rtol=1e-5)
+    # An angle of 999 in float32 is up to 3e-5 away from float64, in the published network too.
+    np.testing.assert_allclose(output, expected, atol=2e-5, rtol=1e-5)
     np.testing.assert_allclose(output[0], expected[0], atol=1e-5, rtol=1e-5)
 
 
