@@ -1,0 +1,219 @@
+"""The reverse SDE of flow matching by Euler-Maruyama, with SiT's diffusion forms and last step."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, get_args
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..flow import (
+    DIFFUSION_FORMS,
+    PATHS,
+    DiffusionForm,
+    FlowPath,
+    diffusion_coefficient,
+    interpolate,
+    velocity_to_clean,
+    velocity_to_score,
+)
+
+LastStep = Literal["Mean", "Tweedie", "Euler"]
+
+
+class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
+    """Stochastic sampling from noise (sigma = 1) to data (sigma = 0), one model call per step.
+
+        x' = x + (w score - v) dt + sqrt(2 w dt) noise,   dt = sigma - sigma'      (SiT, arXiv 2401.08740, section 2)
+
+    with v = d x / d sigma the model's prediction, score = -E[noise | x] / beta and w(sigma) any diffusion coefficient.
+    Of N steps, N - 1 run on a uniform grid from 1 to `last_step_size`, and one last step without noise reaches 0:
+    "Mean" is the drift alone, x + (w score - v) dt; "Tweedie" the expected clean data E[clean | x]; "Euler" the ODE's
+    step x - v dt. With `last_step` None all N steps are noisy and the grid is 1, 1 - 1/N, ..., 0.
+
+    Args:
+        num_train_timesteps: timestep = num_train_timesteps * sigma.
+        diffusion_form: "sigma" (SiT's default), "constant", "SBDM", "linear", "decreasing" or "increasing-decreasing";
+            see `diffusers_eqvae.flow.diffusion_coefficient`.
+        diffusion_norm: its factor, >= 0; 0 turns the forms it multiplies into the ODE.
+        last_step: "Mean", "Tweedie", "Euler" or None.
+        last_step_size: sigma of the last step, in (0, 1).
+        path: the interpolant the model was trained on.
+
+    Attributes:
+        timesteps: one per model call, N of them, on the device of `set_timesteps`.
+        sigma_list: the noise level of each model call, floats on the host.
+        sigmas: the same and the final 0 as a tensor on the CPU.
+
+    Differs from the reference: the "SBDM" form is infinite at sigma = 1, where the first step takes the value it has
+    at the end of that step. Any w >= 0 leaves the distribution in place, so this is a choice, not an approximation.
+
+    Raises:
+        ValueError: an unknown form, last step or path, or a number outside its range.
+    """
+
+    _compatibles: ClassVar[list[str]] = [
+        "FlowMatchSDEScheduler",
+        "FlowMatchODEScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+    ]
+    init_noise_sigma = 1.0
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        diffusion_form: DiffusionForm = "sigma",
+        diffusion_norm: float = 1.0,
+        last_step: LastStep | None = "Mean",
+        last_step_size: float = 0.04,
+        path: FlowPath = "linear",
+    ) -> None:
+        choices = {
+            "diffusion_form": (diffusion_form, DIFFUSION_FORMS),
+            "last_step": (last_step, (*get_args(LastStep), None)),
+            "path": (path, PATHS),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
+        if not (diffusion_norm >= 0.0 and math.isfinite(diffusion_norm)):
+            raise ValueError(f"diffusion_norm must be finite and >= 0; got {diffusion_norm}.")
+        if not 0.0 < last_step_size < 1.0:
+            raise ValueError(f"last_step_size is a noise level and must lie in (0, 1); got {last_step_size}.")
+        self.num_inference_steps: int | None = None
+        self.sigma_list: list[float] = []
+        self.sigmas = torch.empty(0)
+        self.timesteps = torch.empty(0)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Index into `timesteps` of the model call that `step` takes in next; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index into `timesteps` of the first model call where a pipeline set one."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Starts at a later model call (image-to-image)."""
+        self._begin_index = begin_index
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Prepares N = `num_inference_steps` model calls and forgets any sampling under way.
+
+        Raises:
+            ValueError: fewer than one step, or than two where there is a separate last one.
+        """
+        fewest = 1 if self.config.last_step is None else 2
+        if num_inference_steps < fewest:
+            raise ValueError(
+                f"num_inference_steps must be at least {fewest} for last_step={self.config.last_step!r}; "
+                f"got {num_inference_steps}."
+            )
+        n = self.num_inference_steps = num_inference_steps
+        if self.config.last_step is None:
+            self.sigma_list = [(n - i) / n for i in range(n)]
+        else:
+            last = self.config.last_step_size
+            self.sigma_list = [last + (1.0 - last) * (n - 1 - i) / (n - 1) for i in range(n)]
+        self.sigmas = torch.tensor([*self.sigma_list, 0.0])
+        self.timesteps = torch.tensor([self.config.num_train_timesteps * s for s in self.sigma_list]).to(device)
+        self._step_index = self._begin_index = None
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The sample as it is: flow matching does not rescale the model's input."""
+        return sample
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+        """x_sigma of clean data `sample`, at timestep = num_train_timesteps * sigma, a number or (B,)."""
+        return interpolate(sample, noise, timestep / self.config.num_train_timesteps, self.config.path)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Takes in one model call and gives the sample that the next one sees.
+
+        Args:
+            model_output: the velocity at `sample` and `timestep`, (B, C, h, w).
+            timestep: the entry of `timesteps` that the model was called with.
+            sample: (B, C, h, w); its dtype is kept, the arithmetic is float32 or better.
+            generator: of the noise; a list of B makes each sample independent of the rest of its batch.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last step, at a timestep that is not on the grid, or with a
+                list of other than B generators.
+        """
+        if isinstance(generator, list) and len(generator) != len(sample):
+            raise ValueError(f"A list of generators needs one per sample, {len(sample)}; got {len(generator)}.")
+        index = self._advance(timestep)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        velocity, x = model_output.to(dtype), sample.to(dtype)
+        sigma = self.sigma_list[index]
+        is_last = index == len(self.sigma_list) - 1
+        dt = sigma if is_last else sigma - self.sigma_list[index + 1]
+        if is_last and self.config.last_step == "Tweedie":
+            previous = velocity_to_clean(velocity, x, sigma, self.config.path)
+        elif is_last and self.config.last_step == "Euler":
+            previous = x - dt * velocity
+        else:
+            w = self._diffusion(sigma, sigma - dt)
+            previous = x + dt * (w * velocity_to_score(velocity, x, sigma, self.config.path) - velocity)
+            if not (is_last and self.config.last_step == "Mean"):
+                noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
+                previous = previous + math.sqrt(2.0 * w * dt) * noise
+        previous = previous.to(sample.dtype)
+        return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """Where in `timesteps` the model is called with `timestep`.
+
+        Raises:
+            ValueError: nowhere.
+        """
+        matches = (self.timesteps == timestep).nonzero().flatten().tolist()
+        if not matches:
+            raise ValueError(f"No step begins at timestep {float(timestep)}; take it from scheduler.timesteps.")
+        return matches[0]
+
+    def _diffusion(self, sigma: float, next_sigma: float) -> float:
+        is_infinite = self.config.diffusion_form == "SBDM" and sigma == 1.0
+        return diffusion_coefficient(
+            next_sigma if is_infinite else sigma,
+            self.config.diffusion_form,
+            norm=self.config.diffusion_norm,
+            path=self.config.path,
+        )
+
+    def _advance(self, timestep: float | Tensor) -> int:
+        """The index of this model call; looked up for the first one, counted from there on."""
+        if self.num_inference_steps is None:
+            raise ValueError("The number of steps is not set; call set_timesteps before step.")
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        if self._step_index >= len(self.sigma_list):
+            raise ValueError(
+                f"All {self.num_inference_steps} steps have been taken; call set_timesteps to sample again."
+            )
+        self._step_index += 1
+        return self._step_index - 1
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
