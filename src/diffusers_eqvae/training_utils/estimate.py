@@ -57,7 +57,7 @@ def weight_bytes(entry: OptimizedModule) -> dict[str, int]:
         "weights": every,
         "gradients": trainable * FLOAT32_BYTES,
         "optimizer": trainable * ADAM_BYTES,
-        "ema": every if entry.ema is not None else 0,
+        "ema": trainable * FLOAT32_BYTES if entry.ema is not None else 0,
     }
 
 
@@ -83,15 +83,15 @@ def report(
     for entry in entries:
         for part, size in weight_bytes(entry).items():
             parts[part] = parts.get(part, 0) + size
-    checkpoint = parts["weights"] + parts["optimizer"] + parts["ema"]
+    checkpoint = parts["gradients"] + parts["optimizer"] + parts["ema"]  # as many bytes as the learned weights
     parts["frozen modules"] = sum(frozen_bytes(module) for module in frozen)
     parts["activations"] = activation_bytes_per_example * batch_size
     lines = ["Memory per device, estimated:"]
     lines += [f"  {part:<16}{readable(size):>12}" for part, size in parts.items() if size]
     lines += [f"  {'in all':<16}{readable(sum(parts.values())):>12}, plus the framework (about 0.5 GiB on a GPU)"]
     lines += [
-        f"Activations: measured in real forwards of one example ({readable(activation_bytes_per_example)} saved for the "
-        f"backward), times a micro-batch of {batch_size}; temporary buffers are not in it.",
+        f"Activations: measured in real forwards of one example ({readable(activation_bytes_per_example)} saved for "
+        f"the backward), times a micro-batch of {batch_size}; temporary buffers are not in it.",
         f"Disk per checkpoint: {readable(checkpoint)}, "
         + (f"{checkpoints_kept} kept and one being written." if checkpoints_kept else "all of them kept."),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -64,8 +65,11 @@ class OptimizedModule:
     learning_rate: float
     ema: AveragedModel | None
     parameters: list[nn.Parameter] = field(init=False)
+    frozen: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        # Noted now: a step may freeze a module for a moment, and a checkpoint must not depend on when it is written.
+        self.frozen = frozenset(name for name, weight in self.module.named_parameters() if not weight.requires_grad)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
@@ -105,22 +109,35 @@ class OptimizedModule:
     def ema_distance(self) -> float:
         """|ema - weights| / |weights| over the trainable parameters; waits for the device."""
         averaged = dict(self.ema.module.named_parameters())
-        pairs = [(averaged[name], now) for name, now in self.module.named_parameters() if now.requires_grad]
+        pairs = [(averaged[name], now) for name, now in self.module.named_parameters() if name not in self.frozen]
         difference = torch._foreach_sub([pair[0] for pair in pairs], [pair[1] for pair in pairs])
         norm = torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm([pair[1] for pair in pairs])
         return norm.item()
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state if self.ema is None else {**state, "ema": self.ema.module.state_dict()}
+        """Learned weights and buffers, optimizer, EMA; frozen weights are not a run's to save."""
+        state = {"module": self._learned_state(self.module), "optimizer": self.optimizer.state_dict()}
+        return state if self.ema is None else {**state, "ema": self._learned_state(self.ema.module)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
+        self._load_learned_state(self.module, state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             if "ema" not in state:
                 logger.warning("The checkpoint holds no EMA of %s; the average starts from its weights.", self.name)
-            self.ema.module.load_state_dict(state.get("ema", state["module"]))
+            self._load_learned_state(self.ema.module, state.get("ema", state["module"]))
+
+    def _learned_state(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in module.state_dict().items() if name not in self.frozen}
+
+    def _load_learned_state(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+        missing = [name for name in missing if name not in self.frozen]
+        if missing or unexpected:
+            raise ValueError(
+                f"The checkpoint's {self.name} is not the module of this run: it lacks {missing[:3]} and has "
+                f"{unexpected[:3]} besides. Resume with the arguments it was written with (resolved_arguments.yaml)."
+            )
 
 
 def check_master_weights(name: str, module: nn.Module) -> list[nn.Parameter]:
@@ -138,8 +155,13 @@ def check_master_weights(name: str, module: nn.Module) -> list[nn.Parameter]:
 
 
 def exponential_average(module: nn.Module, decay: float) -> AveragedModel:
-    """An EMA that starts at the present weights (AveragedModel alone would start at those after the first step)."""
-    ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    """An EMA that starts at the present weights (AveragedModel alone would start at those after the first step).
+
+    Frozen parameters are shared with the module, not copied.
+    """
+    ema = AveragedModel(nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(decay))
+    frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
+    ema.module = copy.deepcopy(module, frozen)
     ema.n_averaged.fill_(1)
     return ema.requires_grad_(False).eval()
 

@@ -86,20 +86,22 @@ class StepRandomness:
         self, shape: Sequence[int], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Standard normal noise (B, ...), this rank's part of the step's global draw."""
-        out = np.empty(tuple(shape), np.float32)
-        for row, generator in zip(out.reshape(len(out), -1), self._sample_generators(len(out)), strict=True):
+        out = _host_buffer(shape, device)
+        rows = out.numpy().reshape(len(out), -1)
+        for row, generator in zip(rows, self._sample_generators(len(out)), strict=True):
             generator.standard_normal(dtype=np.float32, out=row)
-        return torch.from_numpy(out).to(device, dtype)
+        return out.to(device, dtype, non_blocking=True)
 
     def rand(
         self, shape: Sequence[int], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Uniform numbers (B, ...) in the open interval (0, 1), this rank's part of the step's global draw."""
-        out = np.empty(tuple(shape), np.float32)
-        for row, generator in zip(out.reshape(len(out), -1), self._sample_generators(len(out)), strict=True):
+        out = _host_buffer(shape, device)
+        rows = out.numpy().reshape(len(out), -1)
+        for row, generator in zip(rows, self._sample_generators(len(out)), strict=True):
             generator.random(dtype=np.float32, out=row)
-        np.maximum(out, _SMALLEST_UNIFORM, out=out)
-        return torch.from_numpy(out).to(device, dtype)
+        np.maximum(rows, _SMALLEST_UNIFORM, out=rows)
+        return out.to(device, dtype, non_blocking=True)
 
     def _sample_generators(self, batch_size: int) -> Iterator[np.random.Generator]:
         first = (self.micro * self.world_size + self.rank) * batch_size
@@ -107,3 +109,8 @@ class StepRandomness:
         for place in range(first, first + batch_size):
             counter = np.array([0, place, call, self.step], np.uint64)
             yield np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+
+
+def _host_buffer(shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """Page-locked for a GPU: only from there does the copy not wait for everything the GPU still has to do."""
+    return torch.empty(tuple(shape), pin_memory=torch.device(device).type == "cuda")

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import arguments as cli
+from .acceleration import build_accelerator, wrap
 from .checkpoints import find_checkpoint, publish, resumed_step, write_checkpoint
 from .estimate import SavedActivations, first_example, report
 from .optimization import (
@@ -75,7 +73,7 @@ class TrainingRun:
     def __init__(self, arguments: cli.RunArguments, *others: Any, name: str) -> None:
         self.arguments, self.name = arguments, name
         self.output_dir = Path(arguments.output_dir)
-        self.accelerator = _build_accelerator(arguments)
+        self.accelerator = build_accelerator(arguments)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         level = logging.INFO if self.is_main else logging.ERROR
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
@@ -137,9 +135,7 @@ class TrainingRun:
             entry.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         if self.arguments.compile:
             module.compile()
-        with warnings.catch_warnings():  # torch 2.15 renames the option, torch 2.6 knows only the old name
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            entry.wrapped = self.accelerator.prepare_model(module)
+        entry.wrapped = wrap(self.accelerator, module)
         self._modules[name] = entry
         return entry.wrapped
 
@@ -243,11 +239,18 @@ class TrainingRun:
 
     @contextmanager
     def validation(self) -> Iterator[None]:
-        """No gradients, and the random stream of training is left as it was."""
+        """No gradients, modules in eval mode, and the random stream of training left as it was."""
         call = self.randomness.call
-        with preserved_global_state(), torch.no_grad():
-            yield
-        self.randomness.call = call
+        modes = {module: module.training for entry in self._modules.values() for module in entry.module.modules()}
+        for entry in self._modules.values():
+            entry.module.eval()
+        try:
+            with preserved_global_state(), torch.no_grad():
+                yield
+        finally:
+            self.randomness.call = call
+            for module, mode in modes.items():
+                module.training = mode
 
     def log(self, values: Mapping[str, Tensor | float]) -> None:
         """Adds to the means that are read every logging_steps; no waiting for the device. Same names on every rank."""
@@ -261,6 +264,7 @@ class TrainingRun:
     def finish(self, save: Callable[[Path], None]) -> None:
         """Calls `save(directory)` on the main process and moves what it wrote to the root of output_dir."""
         self.accelerator.wait_for_everyone()
+        self._report()
         if self.is_main:
             publish(self.output_dir, save)
             logger.info("Finished after %d steps; the result is in %s.", self.step, self.output_dir)
@@ -357,8 +361,10 @@ class TrainingRun:
             sys.exit(0)
 
     def _report(self) -> None:
-        in_a_row, total = self._guard.read()
         values = self._meter.read(self.accelerator)
+        if not values or self._tracking is None:
+            return
+        in_a_row, total = self._guard.read()
         values["learning_rate"] = self.arguments.learning_rate * self._factor
         values["nonfinite_steps"] = total
         for name, entry in self._modules.items():
@@ -400,20 +406,3 @@ class TrainingRun:
         if self.is_main:
             sys.stdout.write(text + "\n")
         sys.exit(0)
-
-
-def _build_accelerator(arguments: cli.RunArguments) -> Accelerator:
-    precision = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "bf16"):
-        raise ValueError(
-            f"Mixed precision must be no or bf16; got {precision}. float16 ends at 65504, which activations and sums "
-            "over pixels exceed: the run would end in NaN. Use --mixed_precision bf16."
-        )
-    return Accelerator(
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        mixed_precision=precision,
-        log_with=None if arguments.report_to == "none" else arguments.report_to,
-        project_dir=None if arguments.dry_run else Path(arguments.output_dir) / "logs",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
-        step_scheduler_with_optimizer=False,
-    )
