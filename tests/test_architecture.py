@@ -22,7 +22,7 @@ LAYERS = (
     ("conversion", "data", "metrics", "perception", "regularizers"),
     ("pipelines",),
     ("",),
-    ("hub", "training_utils"),
+    ("hub", "model_card", "training_utils"),
     ("cli", "demo"),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
