@@ -152,7 +152,7 @@ def test_the_timestep_is_a_thousand_sigma_and_ddpm_steps_come_back_exactly(input
     assert [timestep for _, (timestep,) in guidance.denoiser.calls] == list(range(1000))
 
 
-def test_no_host_transfer_and_dtype_kept(inputs):
+def test_no_host_transfer_and_dtype_kept():
     """sigma decides on the host; on the meta device any read of a tensor's value would raise."""
     latents, labels = (
         torch.zeros(2, 4, 3, 3, device="meta", dtype=torch.bfloat16),

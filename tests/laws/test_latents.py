@@ -26,14 +26,16 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 
 def tiny_kl() -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, sample_size=16,
-                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, sample_size=16, **blocks)
 
 
 def tiny_taesd() -> AutoencoderTiny:
     torch.manual_seed(0)
-    return AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-                           num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4)  # fmt: skip
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), latent_channels=4, **blocks
+    )
 
 
 @pytest.mark.parametrize("normalization", CONVENTIONS)
@@ -219,7 +221,7 @@ def test_check_fingerprint_compares_weights_in_float32_and_normalisation_always(
         check_fingerprint(expected, other)
     check_fingerprint(expected, other.to(torch.bfloat16))
     SD3.apply_to(other)
-    with pytest.raises(ValueError, match="its latent normalisation .* differ"):
+    with pytest.raises(ValueError, match=r"its latent normalisation .* differ"):
         check_fingerprint(expected, other)
 
 

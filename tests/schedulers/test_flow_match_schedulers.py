@@ -1,0 +1,275 @@
+"""Laws of the flow-matching schedulers, on Gaussian data whose velocity is known in closed form."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from diffusers_eqvae.flow import DIFFUSION_FORMS, PATHS, alpha_beta, derivatives
+from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
+
+MEAN, STD = 0.7, 0.4
+SCHEDULERS = [FlowMatchODEScheduler, lambda: FlowMatchODEScheduler(solver="heun"), FlowMatchSDEScheduler]
+
+
+def gaussian_velocity(x: Tensor, sigma: float, path: str = "linear") -> Tensor:
+    """E[v | x] for clean data N(MEAN, STD^2)."""
+    alpha, beta = alpha_beta(sigma, path)
+    d_alpha, d_beta = derivatives(sigma, path)
+    slope = (d_alpha * alpha * STD**2 + d_beta * beta) / (alpha**2 * STD**2 + beta**2)
+    return d_alpha * MEAN + slope * (x - alpha * MEAN)
+
+
+def sample(scheduler, steps: int, noise: Tensor, *, generator=None) -> Tensor:
+    scheduler.set_timesteps(steps)
+    x = noise * scheduler.init_noise_sigma
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigma_list, strict=True):
+        velocity = gaussian_velocity(scheduler.scale_model_input(x, timestep), sigma, scheduler.config.path)
+        x = scheduler.step(velocity, timestep, x, generator=generator).prev_sample
+    return x
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_the_ode_converges_with_its_order(solver, order, path):
+    """The flow map of Gaussian data takes noise e to MEAN + STD * e, whatever the path."""
+    noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    steps = (32, 64, 128, 256)
+    scheduler = FlowMatchODEScheduler(solver=solver, path=path)
+    errors = [(sample(scheduler, n, noise) - (MEAN + STD * noise)).abs().max().item() for n in steps]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert slopes[-1] == pytest.approx(order, abs=0.08)
+    assert slopes[-2] == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_n_steps_mean_n_on_the_uniform_grid(steps):
+    grid = [1 - i / steps for i in range(steps + 1)]
+    euler, heun = FlowMatchODEScheduler(), FlowMatchODEScheduler(solver="heun")
+    euler.set_timesteps(steps)
+    heun.set_timesteps(steps)
+    assert (euler.order, heun.order) == (1, 2)
+    assert euler.sigma_list == pytest.approx(grid[:-1])
+    assert heun.sigma_list[::2] == pytest.approx(grid[:-1]) and heun.sigma_list[1::2] == pytest.approx(grid[1:])
+    for scheduler in (euler, heun):
+        assert len(scheduler.timesteps) == len(scheduler.sigma_list) == steps * scheduler.order
+        assert scheduler.timesteps.tolist() == pytest.approx([1000 * s for s in scheduler.sigma_list])
+        assert scheduler.sigmas.tolist() == pytest.approx([*scheduler.sigma_list, 0.0])
+        assert scheduler.sigmas.device.type == "cpu" and all(isinstance(s, float) for s in scheduler.sigma_list)
+
+
+def test_euler_equals_diffusers_on_the_same_grid():
+    ours, theirs = FlowMatchODEScheduler(), FlowMatchEulerDiscreteScheduler()
+    steps, x = 20, randn(2, 4, 3, 3, dtype=torch.float32)
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    assert torch.allclose(ours.timesteps, theirs.timesteps, atol=1e-3)
+    a = b = x
+    for i in range(steps):
+        a = ours.step(gaussian_velocity(a, ours.sigma_list[i]), ours.timesteps[i], a).prev_sample
+        b = theirs.step(gaussian_velocity(b, ours.sigma_list[i]), theirs.timesteps[i], b).prev_sample
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_sde_takes_n_minus_one_noisy_steps_and_a_last_one():
+    scheduler = FlowMatchSDEScheduler()
+    scheduler.set_timesteps(250)
+    sigmas = scheduler.sigma_list
+    assert len(sigmas) == len(scheduler.timesteps) == 250 and scheduler.order == 1
+    assert (sigmas[0], sigmas[-1]) == pytest.approx((1.0, 0.04))
+    assert {round(a - b, 12) for a, b in pairwise(sigmas)} == {round(0.96 / 249, 12)}
+    scheduler = FlowMatchSDEScheduler(last_step=None)
+    scheduler.set_timesteps(10)
+    assert scheduler.sigma_list == pytest.approx([1 - i / 10 for i in range(10)])
+
+
+def test_one_sde_step_is_sits_formula():
+    """In SiT's axes, t = 1 - sigma: drift = v + w score, noise sqrt(2 w dt), score = (t v - x) / (1 - t)."""
+    scheduler, x, v = FlowMatchSDEScheduler(), randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1)
+    scheduler.set_timesteps(25)
+    for index in (5, 24):
+        t = 1 - scheduler.sigma_list[index]
+        drift = v + (1 - t) * (t * v - x) / (1 - t)
+        expected = x + 0.04 * drift
+        if index == 5:
+            expected = expected + math.sqrt(2 * (1 - t) * 0.04) * randn(2, 4, 3, 3, seed=3)
+        scheduler.set_timesteps(25)
+        generator = torch.Generator().manual_seed(3)
+        out = scheduler.step(-v, scheduler.timesteps[index], x, generator=generator).prev_sample
+        assert torch.allclose(out, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+def test_the_sde_reproduces_mean_and_variance(form, path):
+    scheduler = FlowMatchSDEScheduler(diffusion_form=form, path=path, last_step="Euler", last_step_size=0.01)
+    count = 10_000
+    x = sample(scheduler, 250, randn(count), generator=torch.Generator().manual_seed(1))
+    # four standard errors of the estimates, and the discretisation's own bias.
+    assert x.mean().item() == pytest.approx(MEAN, abs=4 * STD / count**0.5 + 0.005)
+    assert x.std().item() == pytest.approx(STD, rel=4 / (2 * count) ** 0.5 + 0.02)
+
+
+@pytest.mark.parametrize("last_step", ["Mean", "Tweedie", "Euler", None])
+def test_every_last_step_ends_at_the_data(last_step):
+    scheduler = FlowMatchSDEScheduler(last_step=last_step)
+    x = sample(scheduler, 250, randn(10_000), generator=torch.Generator().manual_seed(1))
+    assert x.mean().item() == pytest.approx(MEAN, abs=4 * STD / 100)
+    assert x.std().item() == pytest.approx(STD, rel=0.04)
+
+
+def test_last_steps_in_closed_form():
+    x, v, sigma = randn(2, 3), randn(2, 3, seed=1), 0.04
+    noise = x + (1 - sigma) * v
+    expected = {"Mean": x - sigma * v - sigma * noise, "Tweedie": x - sigma * v, "Euler": x - sigma * v}
+    for last_step, value in expected.items():
+        scheduler = FlowMatchSDEScheduler(last_step=last_step)
+        scheduler.set_timesteps(3)
+        scheduler.set_begin_index(2)
+        out = scheduler.step(v, scheduler.timesteps[2], x).prev_sample
+        assert torch.allclose(out, value, atol=1e-12)
+
+
+def test_without_diffusion_the_sde_is_the_ode():
+    noise = randn(100)
+    sde = FlowMatchSDEScheduler(diffusion_norm=0.0, last_step=None)
+    assert torch.allclose(sample(sde, 20, noise), sample(FlowMatchODEScheduler(), 20, noise), atol=1e-12)
+
+
+def test_per_sample_generators_do_not_depend_on_the_batch():
+    noise = randn(4, 2, 3, 3)
+
+    def run(indices: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(100 + i) for i in indices]
+        return sample(FlowMatchSDEScheduler(), 10, noise[indices], generator=generators)
+
+    everything = run([0, 1, 2, 3])
+    assert torch.allclose(run([2, 0]), everything[[2, 0]], atol=1e-12)
+    assert torch.allclose(run([3]), everything[[3]], atol=1e-12)
+    assert not torch.allclose(everything[0] - noise[0], everything[1] - noise[1])
+
+
+@pytest.mark.parametrize("build", SCHEDULERS)
+def test_dtype_is_kept_and_arithmetic_is_float32(build):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        scheduler = build()
+        scheduler.set_timesteps(4)
+        x = randn(1, 4, 2, 2).to(dtype)
+        (out,) = scheduler.step(x.bfloat16(), scheduler.timesteps[0], x, return_dict=False)
+        assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("build", SCHEDULERS)
+def test_steps_are_counted_and_may_begin_later(build):
+    scheduler, x = build(), torch.zeros(1, 4, 2, 2)
+    scheduler.set_timesteps(4)
+    assert scheduler.step_index is None
+    begin = 2
+    scheduler.set_begin_index(begin)
+    assert scheduler.begin_index == begin
+    for count, timestep in enumerate(scheduler.timesteps[begin:], start=begin + 1):
+        x = scheduler.step(x, timestep, x).prev_sample
+        assert scheduler.step_index == count
+    with pytest.raises(ValueError, match="All 4 steps have been taken"):
+        scheduler.step(x, scheduler.timesteps[-1], x)
+    scheduler.set_timesteps(4)
+    assert scheduler.step_index is None and scheduler.begin_index is None
+    assert scheduler.index_for_timestep(scheduler.timesteps[begin]) == begin
+
+
+@pytest.mark.parametrize("build", SCHEDULERS)
+@pytest.mark.parametrize("path", PATHS)
+def test_scale_noise_is_the_interpolant(build, path):
+    scheduler = type(build()).from_config(build().config, path=path)
+    clean, noise = randn(3, 2, 2), randn(3, 2, 2, seed=1)
+    timestep = torch.tensor([0.0, 250.0, 1000.0], dtype=torch.float64)
+    out = scheduler.scale_noise(clean, timestep, noise)
+    alpha, beta = alpha_beta(0.25, path)
+    assert torch.allclose(out, torch.stack([clean[0], alpha * clean[1] + beta * noise[1], noise[2]]), atol=1e-12)
+
+
+@pytest.fixture
+def quiet(caplog, monkeypatch):
+    """diffusers' logger does not propagate by itself; any line it writes at WARNING fails the test."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        yield
+    assert [record.getMessage() for record in caplog.get_records("call")] == []
+
+
+def public(config) -> dict:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+@pytest.mark.usefixtures("quiet")
+def test_save_and_load_keep_the_config(tmp_path):
+    for index, scheduler in enumerate(
+        [
+            FlowMatchODEScheduler(solver="heun", path="cosine"),
+            FlowMatchSDEScheduler(diffusion_form="constant", diffusion_norm=0.5, last_step=None, last_step_size=0.1),
+        ]
+    ):
+        folder = tmp_path / str(index)
+        scheduler.save_pretrained(folder)
+        loaded = type(scheduler).from_pretrained(folder)
+        assert public(loaded.config) == public(scheduler.config)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_configs_swap_quietly_and_back(monkeypatch):
+    import diffusers
+
+    for cls in (FlowMatchODEScheduler, FlowMatchSDEScheduler):
+        monkeypatch.setattr(diffusers, cls.__name__, cls, raising=False)
+    sde = FlowMatchSDEScheduler(diffusion_form="linear", path="cosine", num_train_timesteps=500)
+    ode = FlowMatchODEScheduler.from_config(sde.config, solver="heun")
+    assert (ode.config.path, ode.config.num_train_timesteps, ode.config.solver) == ("cosine", 500, "heun")
+    back = FlowMatchSDEScheduler.from_config(ode.config)
+    assert (back.config.diffusion_form, back.config.path) == ("linear", "cosine")
+    assert FlowMatchODEScheduler.from_config(back.config).config.solver == "heun"
+    stock = FlowMatchEulerDiscreteScheduler.from_config(ode.config)
+    assert stock.config.num_train_timesteps == 500
+    assert FlowMatchODEScheduler.from_config(FlowMatchEulerDiscreteScheduler().config).config.path == "linear"
+    assert FlowMatchSDEScheduler.from_config(stock.config).config.num_train_timesteps == 500
+
+
+def stepped(scheduler, **kwargs):
+    scheduler.set_timesteps(4)
+    return scheduler.step(torch.zeros(2, 1), kwargs.pop("timestep", 1000.0), torch.zeros(2, 1), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: FlowMatchODEScheduler(solver="rk4"), "solver must be one of euler, heun; got 'rk4'"),
+        (lambda: FlowMatchODEScheduler(path="vp"), "path must be one of"),
+        (lambda: FlowMatchODEScheduler(num_train_timesteps=0), "num_train_timesteps must be at least 1"),
+        (lambda: FlowMatchODEScheduler().set_timesteps(0), "num_inference_steps must be at least 1"),
+        (lambda: FlowMatchODEScheduler().step(torch.zeros(1), 1000.0, torch.zeros(1)), "call set_timesteps"),
+        (lambda: stepped(FlowMatchODEScheduler(), timestep=999.0), "No step begins at timestep 999.0"),
+        (lambda: FlowMatchODEScheduler(solver="heun").set_begin_index(1), "cannot begin at the odd index 1"),
+        (lambda: FlowMatchSDEScheduler(diffusion_form="none"), "diffusion_form must be one of"),
+        (lambda: FlowMatchSDEScheduler(diffusion_norm=-1.0), "diffusion_norm must be finite and >= 0"),
+        (lambda: FlowMatchSDEScheduler(last_step="mean"), "last_step must be one of Mean, Tweedie, Euler, None"),
+        (lambda: FlowMatchSDEScheduler(last_step_size=0.0), "last_step_size is a noise level"),
+        (lambda: FlowMatchSDEScheduler(num_train_timesteps=0), "num_train_timesteps must be at least 1"),
+        (lambda: FlowMatchSDEScheduler().set_timesteps(1), "at least 2 for last_step='Mean'"),
+        (lambda: FlowMatchSDEScheduler().step(torch.zeros(1), 1000.0, torch.zeros(1)), "call set_timesteps"),
+        (lambda: stepped(FlowMatchSDEScheduler(), timestep=1.0), "No step begins"),
+        (lambda: stepped(FlowMatchSDEScheduler(), generator=[torch.Generator()] * 3), "one per sample, 2; got 3"),
+    ],
+)
+def test_bad_arguments_are_one_readable_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
