@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -155,6 +156,14 @@ def test_public_names_exist_and_say_what_they_are():
     for name in diffusers_eqvae.__all__:
         doc = getattr(diffusers_eqvae, name).__doc__ if not name.startswith("__") else "dunder"
         assert doc and not doc.startswith(f"{name}("), f"diffusers_eqvae.{name} has no docstring of its own"
+
+
+def test_papers_name_things_that_exist():
+    names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", (ROOT / "PAPERS.md").read_text())
+    assert len(names) > 20
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"diffusers_eqvae.{module}"), attribute), f"PAPERS.md names {name}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
