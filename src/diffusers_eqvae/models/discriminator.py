@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from .component import ComponentMixin
 
 NORMS = ("batch", "group")
 
 
-class PatchDiscriminator(ModelMixin, ConfigMixin):
+class PatchDiscriminator(ComponentMixin, ConfigMixin):
     """Logits of overlapping patches: 4x4 convolutions, `num_layers` of stride 2, then two of stride 1.
 
     With 3 layers and 64 channels a logit sees 70 px, and the model has 2 765 633 parameters. Weights start at

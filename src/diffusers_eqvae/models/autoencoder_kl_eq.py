@@ -1,0 +1,112 @@
+"""diffusers' AutoencoderKL with normalised latents at its surface and a choice of padding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from ..autoencoders import decode, encode
+from ..latents import LatentNormalization
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class AutoencoderKLEQ(AutoencoderKL):
+    """AutoencoderKL that applies the normalisation its config carries, and pads as its config says.
+
+    A saved model is a stock one: plain `diffusers.AutoencoderKL` loads its directory and gives the same numbers where
+    `padding_mode` is "zeros" (it knows no other), and this class loads any AutoencoderKL directory.
+
+    Args:
+        padding_mode: of every padded convolution of encoder and decoder: "zeros", "reflect", "replicate" or
+            "circular". The encoder's downsamplers are not among them: their convolutions do not pad, the block adds
+            one row and column of zeros at bottom and right before them. That stays, as in the published autoencoders
+            with reflected padding, so that weights trained elsewhere give the same latents here.
+
+    The other arguments are AutoencoderKL's.
+
+    Example:
+        >>> vae = AutoencoderKLEQ(norm_num_groups=4, block_out_channels=(8,), padding_mode="reflect")
+        >>> latents = vae.encode_latents(torch.zeros(1, 3, 16, 16), sample_posterior=False)
+        >>> vae.decode_latents(latents).shape
+        torch.Size([1, 3, 16, 16])
+
+    Raises:
+        ValueError: on an unknown padding mode.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            force_upcast=force_upcast,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}; got {padding_mode!r}.")
+        for part in (self.encoder, self.decoder):
+            for layer in part.modules():
+                if isinstance(layer, nn.Conv2d) and any(layer.padding):
+                    layer.padding_mode = padding_mode
+
+    def encode_latents(
+        self, pixels: Tensor, *, sample_posterior: bool = True, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Normalised latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]: what a transformer sees.
+
+        Args:
+            pixels: height and width multiples of the downsampling factor.
+            sample_posterior: draw z ~ q(z | x) from `generator`; otherwise take the posterior's mean.
+            generator: on any device; the global one where None.
+        """
+        posterior = encode(self, pixels)
+        if not sample_posterior:
+            return LatentNormalization.from_vae(self).normalize(posterior.mode())
+        mean = posterior.mean
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return LatentNormalization.from_vae(self).normalize(posterior.sample(noise))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped, of normalised latents (B, C, h, w)."""
+        return decode(self, LatentNormalization.from_vae(self).denormalize(latents))

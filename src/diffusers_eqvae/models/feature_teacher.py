@@ -1,0 +1,94 @@
+"""A frozen vision foundation model that gives every image region a feature: what latents are aligned with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class FeatureTeacher(nn.Module):
+    """Patch and global features of DINOv2 (with or without registers) or DINOv3, from transformers.
+
+    Pictures are brought to ImageNet's mean and standard deviation and resized (bicubic, without antialiasing) so that
+    their short side is `image_size`: 448 px and patches of 14 give 32x32 tokens, one per latent cell of a 256 px
+    picture at f8 (ReaLS). Both happen in float32. Register tokens are dropped. No parameter requires a gradient, no
+    graph is kept, and the module never leaves eval mode.
+
+    Differs from the reference: VA-VAE feeds pixels in [-1, 1] without ImageNet's normalisation.
+
+    Args:
+        model: the transformers model.
+        image_size: short side in pixels of what the model sees; a multiple of its patch size.
+
+    Raises:
+        ValueError: on a model of another type, or an `image_size` that its patches do not tile.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, *, image_size: int = 448):
+        super().__init__()
+        config = model.config
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"A feature teacher must be one of {', '.join(MODEL_TYPES)}; got a model of type "
+                f"{config.model_type!r}."
+            )
+        if image_size <= 0 or image_size % config.patch_size:
+            raise ValueError(
+                f"The teacher's image size must be a positive multiple of its patch size {config.patch_size}; got "
+                f"{image_size}."
+            )
+        self.model = model
+        self.image_size = image_size
+        self.patch_size = int(config.patch_size)
+        self.feature_size = int(config.hidden_size)
+        # Tokens come as [CLS, registers, patches].
+        self.prefix_tokens = 1 + int(getattr(config, "num_register_tokens", 0))
+        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, image_size: int = 448, revision: str | None = None
+    ) -> FeatureTeacher:
+        """The teacher of a Hub name ("facebook/dinov2-with-registers-large") or a directory, in float32.
+
+        Raises:
+            OSError: where the model is neither there, nor cached, nor to be had from the Hub (transformers' message).
+        """
+        from transformers import AutoModel
+
+        options = {} if revision is None else {"revision": revision}
+        return cls(AutoModel.from_pretrained(name_or_path, dtype=torch.float32, **options), image_size=image_size)
+
+    def train(self, mode: bool = True) -> FeatureTeacher:
+        """Stays in eval mode whatever its parent does: features are targets, free of dropout and layer drop."""
+        return super().train(False)
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) the model sees: short side `image_size`, long side the nearest multiple of the patch size."""
+        scale = self.image_size / min(height, width) / self.patch_size
+        return round(height * scale) * self.patch_size, round(width * scale) * self.patch_size
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch features (B, D, h, w) and the global feature (B, D), float32, of pixels (B, 3, H, W) in [-1, 1]."""
+        size = self.input_size(*pixels.shape[-2:])
+        images = ((pixels.float() + 1.0) / 2.0 - self.mean) / self.std
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+        tokens = self.model(pixel_values=images.to(self.model.dtype)).last_hidden_state.float()
+        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        patch = tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+        return patch.contiguous(), tokens[:, 0]

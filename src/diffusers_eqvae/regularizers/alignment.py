@@ -1,0 +1,98 @@
+"""ReaLS' semantic regularisation: latents must predict the features of a vision foundation model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..autoencoders import latent_channels
+from ..losses.alignment import alignment_loss
+from ..models.alignment_network import AlignmentNetwork
+from ..models.feature_teacher import FeatureTeacher
+from .base import Regularizer, register
+
+logger = logging.getLogger(__name__)
+
+
+@register("alignment")
+class AlignmentRegularizer(Regularizer):
+    """Adds L(patch) + L(cls) between predicted and teacher features (ReaLS, arXiv 2502.00359, section 3).
+
+    L = 0.9 (1 - cos) + 0.1 SmoothL1 (`losses.alignment`); the prediction is the alignment network's, of the raw
+    posterior sample; the teacher sees the pictures that were encoded. Gradients reach the network and the encoder.
+    Where tokens and latent cells differ in number, the features are resampled to the latent grid (bilinear, with
+    antialiasing so that a coarser grid averages).
+
+    The teacher is not a submodule: it moves with the module but is in no state dict, no parameter list and no
+    data-parallel wrapper.
+
+    Args:
+        network: trained along with the autoencoder.
+        teacher: frozen; its `feature_size` must be the network's.
+        weight: factor of the penalty.
+        adaptive: scale the penalty to the reconstruction's gradient at the encoder's last layer first.
+
+    Raises:
+        ValueError: where teacher and network differ in feature size.
+    """
+
+    def __init__(
+        self, network: AlignmentNetwork, teacher: FeatureTeacher, *, weight: float = 1.0, adaptive: bool = True
+    ) -> None:
+        super().__init__()
+        if network.config.feature_size != teacher.feature_size:
+            raise ValueError(
+                f"The alignment network predicts features of size {network.config.feature_size}, but the teacher's "
+                f"have {teacher.feature_size}; build the network with feature_size={teacher.feature_size}."
+            )
+        self.network = network
+        # Inside a tuple, nn.Module does not register it.
+        self._teacher = (teacher,)
+        self.weight = weight
+        self.adaptive = adaptive
+        self._told_about_grids = False
+
+    @classmethod
+    def from_arguments(cls, arguments: Any, vae: nn.Module) -> AlignmentRegularizer:
+        teacher = FeatureTeacher.from_pretrained(
+            arguments.alignment_teacher, image_size=arguments.alignment_image_size
+        )
+        network = AlignmentNetwork(
+            latent_channels=latent_channels(vae),
+            hidden_size=arguments.alignment_hidden_size,
+            feature_size=teacher.feature_size,
+        )
+        return cls(network, teacher, weight=arguments.alignment_weight, adaptive=arguments.alignment_adaptive)
+
+    @property
+    def teacher(self) -> FeatureTeacher:
+        return self._teacher[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentRegularizer:
+        self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def penalty(self, latents: Tensor, pixels: Tensor, draw: Any) -> Tensor:
+        patch, cls = self.teacher(pixels)
+        predicted = self.network(latents)
+        loss = alignment_loss(predicted.patch, self._on_latent_grid(patch, latents))
+        if predicted.cls is not None:
+            loss = loss + alignment_loss(predicted.cls, cls)
+        return loss
+
+    def _on_latent_grid(self, patch: Tensor, latents: Tensor) -> Tensor:
+        grid = latents.shape[-2:]
+        if patch.shape[-2:] == grid:
+            return patch
+        if not self._told_about_grids:
+            logger.info(
+                "The teacher's %dx%d features are resampled to the %dx%d latent cells; said once.",
+                *patch.shape[-2:],
+                *grid,
+            )
+            self._told_about_grids = True
+        return F.interpolate(patch, size=grid, mode="bilinear", align_corners=False, antialias=True)
