@@ -1,0 +1,241 @@
+"""What transformer training is made of, from its arguments: latents, the transformer, the finished pipeline."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoModel, ModelMixin
+from PIL import Image
+from torch import Tensor
+
+from ..autoencoders import Posterior, downsampling_factor, encode, latent_channels
+from ..data.images import PixelDataset, load_image_dataset
+from ..data.latent_store import LatentStore
+from ..hub import RunFacts, write_run_facts
+from ..latents import LatentNormalization, vae_fingerprint
+from ..models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+from .arguments import DataArguments
+from .run import TrainingRun
+from .transformer_arguments import FLOW_PRESETS, FlowArguments, SamplingArguments, TransformerArguments
+
+
+@dataclass
+class LatentData:
+    """Training data of a transformer: posteriors with labels, and the autoencoder that they belong to.
+
+    Args:
+        dataset: a `LatentStore` ("moments") or a `PixelDataset` ("pixel_values"), both with "class_labels".
+        vae: float32 and frozen.
+        num_classes: of the data.
+        id2label: class names; empty where there are none.
+        latent_shape: (C, h, w).
+        name: of the data, for the model card.
+    """
+
+    dataset: LatentStore | PixelDataset
+    vae: ModelMixin
+    num_classes: int
+    id2label: dict[int, str]
+    latent_shape: tuple[int, int, int]
+    name: str | None
+
+    @property
+    def stored(self) -> bool:
+        return isinstance(self.dataset, LatentStore)
+
+    @torch.no_grad()
+    def posterior(self, batch: dict[str, Tensor]) -> Posterior:
+        """Of a batch on the device, in float32: read from the store, or encoded now."""
+        if isinstance(self.dataset, LatentStore):
+            return self.dataset.posterior(batch["moments"].float())
+        return encode(self.vae, batch["pixel_values"])
+
+
+def load_latents(arguments: TransformerArguments, data: DataArguments) -> LatentData:
+    """The store of --latents_dir, or the pictures of --train_data_dir / --dataset_name with --vae.
+
+    Raises:
+        ValueError: both or neither; a store of another autoencoder; no labels; another number of classes than
+            --num_classes; a resolution that the autoencoder does not divide.
+    """
+    pictures_given = bool(data.dataset_name or data.train_data_dir)
+    if pictures_given == bool(arguments.latents_dir):
+        raise ValueError("Give either --latents_dir, or --vae with --train_data_dir or --dataset_name.")
+    latents = _from_pictures(arguments, data) if pictures_given else _from_store(arguments)
+    if arguments.num_classes not in (None, latents.num_classes):
+        raise ValueError(
+            f"The data have {latents.num_classes} classes, but --num_classes says {arguments.num_classes}; "
+            "leave it out, or train on the data it was meant for."
+        )
+    return latents
+
+
+def _from_store(arguments: TransformerArguments) -> LatentData:
+    path = Path(str(arguments.latents_dir))
+    store = LatentStore(path)
+    if arguments.vae is None and not (path / "vae").is_dir():
+        raise ValueError(f"The store {path} holds no vae/; say with --vae which autoencoder encoded it.")
+    vae = load_autoencoder(arguments.vae or str(path / "vae"))
+    store = LatentStore(path, vae=vae)
+    if not store.settings.labelled:
+        raise ValueError(f"The store {path} has no labels; encode a dataset with labels (--label_column).")
+    return LatentData(store, vae, store.num_classes, store.id2label, store.latent_shape, name=None)
+
+
+def _from_pictures(arguments: TransformerArguments, data: DataArguments) -> LatentData:
+    if arguments.vae is None:
+        raise ValueError("Training from pictures needs --vae, the autoencoder that encodes them.")
+    vae = load_autoencoder(arguments.vae)
+    factor = downsampling_factor(vae)
+    if data.resolution % factor:
+        raise ValueError(
+            f"--resolution must be a multiple of the autoencoder's stride {factor}; got {data.resolution}."
+        )
+    source = load_image_dataset(
+        data.dataset_name,
+        data.dataset_config_name,
+        data.train_data_dir,
+        split=data.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        require_labels=True,
+        cache_dir=data.cache_dir,
+    )
+    dataset = PixelDataset(source, resolution=data.resolution, random_flip=data.random_flip)
+    shape = (latent_channels(vae), data.resolution // factor, data.resolution // factor)
+    id2label, name = source.id2label, data.dataset_name or data.train_data_dir
+    return LatentData(dataset, vae, len(id2label), id2label, shape, name=name)
+
+
+def load_autoencoder(name: str) -> ModelMixin:
+    """Any diffusers autoencoder in float32: a directory or Hub name of its own, or a pipeline directory with vae/."""
+    subfolder = {"subfolder": "vae"} if (Path(name) / "model_index.json").is_file() else {}
+    return AutoModel.from_pretrained(name, torch_dtype=torch.float32, **subfolder).eval()
+
+
+def build_transformer(
+    arguments: TransformerArguments, latents: LatentData, *, gradient_checkpointing: bool = False
+) -> SiTTransformer2DModel:
+    """The transformer to train, in float32, whose config says which latents it belongs to.
+
+    Raises:
+        ValueError: an unknown preset, one of another objective, or a saved model for other latents or classes.
+    """
+    channels, height, width = latents.latent_shape
+    fitting = {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels,
+        "num_classes": latents.num_classes,
+        "latent_fingerprint": vae_fingerprint(latents.vae),
+    }
+    options = {"class_dropout_prob": arguments.class_dropout_prob, "qk_norm": arguments.qk_norm}
+    path = Path(arguments.model)
+    if path.is_dir():
+        model = SiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
+        _refuse_mismatch(path, dict(model.config), fitting)
+        model.register_to_config(latent_fingerprint=fitting["latent_fingerprint"])
+    elif path.is_file():
+        config = json.loads(path.read_text())
+        _refuse_mismatch(path, config, fitting)
+        model = SiTTransformer2DModel(
+            **{**options, **{key: value for key, value in config.items() if not key.startswith("_")}, **fitting}
+        )
+    elif arguments.model in SIT_PRESETS and arguments.model not in FLOW_PRESETS:
+        raise ValueError(
+            f"{arguments.model} predicts noise, which --objective flow does not train; "
+            f"use {arguments.model.replace('DiT', 'SiT')}."
+        )
+    else:
+        model = SiTTransformer2DModel.from_preset(arguments.model, **options, **fitting)
+    if gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def _refuse_mismatch(path: Path, config: dict[str, Any], fitting: dict[str, Any]) -> None:
+    for key, value in fitting.items():
+        saved = config.get(key, value)
+        saved = list(saved) if isinstance(saved, tuple) else saved
+        if saved is not None and saved != value:
+            raise ValueError(
+                f"The model {path} has {key} = {saved}, but the data ask for {value}: use data that fit it."
+            )
+
+
+def build_pipeline(
+    transformer: SiTTransformer2DModel, latents: LatentData, *, path: str = "linear"
+) -> ClassConditionalPipeline:
+    """The pipeline that samples what was trained, with an Euler solver of the path's ODE."""
+    pipeline = ClassConditionalPipeline(
+        transformer=transformer,
+        vae=latents.vae,
+        scheduler=FlowMatchODEScheduler(path=path),
+        id2label=latents.id2label or None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_grid(pipeline: ClassConditionalPipeline, sampling: SamplingArguments, *, seed: int) -> list[Image.Image]:
+    """The same noise at every call: what changes from grid to grid is the model."""
+    labels = [label for label in sampling.validation_labels if label < pipeline.transformer.config.num_classes]
+    return pipeline(
+        labels or [0],
+        num_images_per_prompt=sampling.num_validation_images,
+        guidance_scale=sampling.guidance_scale,
+        guidance_interval=tuple(sampling.guidance_interval),
+        num_inference_steps=sampling.num_inference_steps,
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+
+
+def save_pipeline(
+    directory: Path,
+    pipeline: ClassConditionalPipeline,
+    run: TrainingRun,
+    *,
+    arguments: TransformerArguments,
+    flow: FlowArguments,
+    sampling: SamplingArguments,
+    latents: LatentData,
+) -> None:
+    """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_facts.json."""
+    pipeline.save_pretrained(directory)
+    normalization = LatentNormalization.from_vae(latents.vae)
+    if normalization.mean is not None:
+        normalization.save_json(directory / "vae" / "mean_std.json")
+    drawn = f"validation/{run.step:08d}_samples.png"
+    caption = f"Samples after {run.step} steps, guidance scale {sampling.guidance_scale}"
+    pictures = [{"path": drawn, "caption": caption}] if (run.output_dir / drawn).exists() else []
+    facts = RunFacts(
+        model_class=type(pipeline.transformer).__name__,
+        architecture=arguments.model if arguments.model in SIT_PRESETS else None,
+        objective=f"{flow.objective}, {flow.path} path, sigma {flow.sigma_distribution}",
+        vae=arguments.vae,
+        dataset=latents.name,
+        steps=run.step,
+        batch_size=run.global_batch_size,
+        learning_rate=run.arguments.learning_rate,
+        mixed_precision=run.accelerator.mixed_precision,
+        ema_decay=run.arguments.ema_decay if run.arguments.use_ema else None,
+        seed=run.arguments.seed,
+        num_classes=latents.num_classes,
+        sampling={
+            "guidance_scale": sampling.guidance_scale,
+            "guidance_interval": sampling.guidance_interval,
+            "num_inference_steps": sampling.num_inference_steps,
+        },
+        pictures=pictures,
+        versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
+        command=shlex.join(sys.argv),
+    )
+    write_run_facts(directory / "run_facts.json", facts)

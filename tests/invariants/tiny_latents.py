@@ -1,0 +1,43 @@
+"""A tiny latent store with its autoencoder, for trajectories and scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+
+from diffusers_eqvae.autoencoders import downsampling_factor, is_deterministic, latent_channels
+from diffusers_eqvae.data.latent_store import LatentStoreWriter, StoreSettings
+from diffusers_eqvae.latents import vae_fingerprint
+
+CLASS_NAMES = {0: "cat", 1: "dog", 2: "otter"}
+
+
+def write_store(path: Path, vae: ModelMixin, *, num_examples: int = 48, side: int = 4, labelled: bool = True) -> Path:
+    """Random moments with labels 0..2 in two shards, and the autoencoder beside them."""
+    channels = latent_channels(vae) * (1 if is_deterministic(vae) else 2)
+    settings = StoreSettings(
+        num_examples=num_examples,
+        shape=(channels, side, side),
+        dtype="float32",
+        views=2,
+        kind="latents" if is_deterministic(vae) else "moments",
+        shard_size=num_examples // 2,
+        batch_size=8,
+        resolution=side * downsampling_factor(vae),
+        downsampling_factor=downsampling_factor(vae),
+        labelled=labelled,
+        encoder=vae_fingerprint(vae).split("-")[0],
+    )
+    writer = LatentStoreWriter(path, settings)
+    generator = torch.Generator().manual_seed(0)
+    for shard in range(settings.num_shards):
+        count = len(settings.examples(shard))
+        moments = torch.randn((count, 2, *settings.shape), generator=generator)
+        labels = torch.from_numpy(np.arange(count) % len(CLASS_NAMES)) if labelled else None
+        writer.write_shard(shard, moments, labels=labels)
+    writer.finish(fingerprint=vae_fingerprint(vae), id2label=CLASS_NAMES if labelled else None)
+    vae.save_pretrained(path / "vae")
+    return path
