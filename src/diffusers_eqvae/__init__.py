@@ -6,15 +6,19 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from ._registration import register
 from .models.transformer_sit import SiTTransformer2DModel
 from .pipelines.pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalPipelineOutput
+from .schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+from .schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 __version__ = "0.1.0"
 
-register([SiTTransformer2DModel, ClassConditionalPipeline])
+register([SiTTransformer2DModel, FlowMatchODEScheduler, FlowMatchSDEScheduler, ClassConditionalPipeline])
 
 __all__ = [
     "ClassConditionalPipeline",
     "ClassConditionalPipelineOutput",
     "DiffusionPipeline",
+    "FlowMatchODEScheduler",
+    "FlowMatchSDEScheduler",
     "ModelMixin",
     "SchedulerMixin",
     "SiTTransformer2DModel",

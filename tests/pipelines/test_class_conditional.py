@@ -174,7 +174,9 @@ def test_labels_of_another_type_or_without_names(tiny_autoencoder_kl, analytic):
 
 def test_id2label_must_fit_the_classes(tiny_autoencoder_kl):
     with pytest.raises(ValueError, match=r"0\.\.9.*'10'"):
-        ClassConditionalPipeline(AnalyticTransformer(), tiny_autoencoder_kl, FlowMatchODEScheduler(), id2label={"10": "x"})
+        ClassConditionalPipeline(
+            AnalyticTransformer(), tiny_autoencoder_kl, FlowMatchODEScheduler(), id2label={"10": "x"}
+        )
 
 
 def test_list_of_generators_makes_every_picture_its_own(analytic):
@@ -245,7 +247,9 @@ def test_scheduler_must_integrate_what_the_transformer_predicts(tiny_autoencoder
         ClassConditionalPipeline(AnalyticTransformer(), tiny_autoencoder_kl, DDIMScheduler())
     with pytest.raises(ValueError, match="use a DDPM-style scheduler"):
         ClassConditionalPipeline(
-            AnalyticTransformer(timestep_convention="diffusion"), tiny_autoencoder_kl, FlowMatchEulerDiscreteScheduler()
+            AnalyticTransformer(timestep_convention="diffusion"),
+            tiny_autoencoder_kl,
+            FlowMatchEulerDiscreteScheduler(),
         )
 
 
@@ -254,7 +258,9 @@ def test_scheduler_must_integrate_what_the_transformer_predicts(tiny_autoencoder
 def test_diffusion_transformer_with_learned_variance(tiny_autoencoder_kl, scheduler_class, variance_type):
     options = {} if scheduler_class is DDIMScheduler else {"variance_type": variance_type}
     transformer = AnalyticTransformer(timestep_convention="diffusion", learn_sigma=True, slope=0.1)
-    pipeline = ClassConditionalPipeline(transformer, tiny_autoencoder_kl, scheduler_class(clip_sample=False, **options))
+    pipeline = ClassConditionalPipeline(
+        transformer, tiny_autoencoder_kl, scheduler_class(clip_sample=False, **options)
+    )
     pipeline.set_progress_bar_config(disable=True)
     output = pipeline([1, 2], num_inference_steps=4, guidance_interval=(0.0, 0.5), output_type="latent")
     assert output.images.shape == (2, 4, 4, 4) and output.images.isfinite().all()

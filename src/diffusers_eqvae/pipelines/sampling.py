@@ -1,0 +1,234 @@
+"""Sampling many pictures reproducibly: labels, seeds, blocks of work, and files that survive a kill.
+
+Picture n of a set is a function of (seed, n) alone: its label, its initial noise and its SDE noise come from streams
+seeded by that pair. Work is cut into fixed blocks of consecutive n; block k is made by rank k mod world size. A block
+is computed with the same shapes on whatever rank, so the set is bit-equal for any number of processes on one kind of
+machine (and number of threads); another batch size changes the order of sums and moves a few pixels by one level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+LABEL_POLICIES = ("random", "balanced")
+PARTS_DIR = "parts"
+SETTINGS_FILE = "sampling.json"
+SAMPLES_FILE = "samples.npz"
+# Independent streams of one picture.
+_NOISE, _LABEL = 0, 1
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """63-bit seed of the noise of picture `index`."""
+    return int(np.random.SeedSequence((seed, index, _NOISE)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per picture, for its initial noise and then its SDE noise; CPU so that no device matters."""
+    return [torch.Generator("cpu").manual_seed(sample_seed(seed, index)) for index in indices]
+
+
+def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int, policy: str = "random") -> list[int]:
+    """Class ids of the pictures `indices`.
+
+    Args:
+        class_ids: the classes to sample from.
+        indices: picture numbers.
+        seed: of the set.
+        policy: "random" draws uniformly and independently per picture; "balanced" takes class_ids in turn, so that
+            the counts of a set differ by at most one.
+
+    Raises:
+        ValueError: unknown policy or no classes.
+    """
+    if policy not in LABEL_POLICIES:
+        raise ValueError(f"label policy must be one of {LABEL_POLICIES}; got {policy!r}.")
+    if not class_ids:
+        raise ValueError("Sampling needs at least one class id; got none.")
+    if policy == "balanced":
+        return [class_ids[index % len(class_ids)] for index in indices]
+    return [class_ids[np.random.default_rng((seed, index, _LABEL)).integers(len(class_ids))] for index in indices]
+
+
+def plan_blocks(num_samples: int, batch_size: int) -> list[range]:
+    """Consecutive picture numbers in blocks of `batch_size`, the last one shorter where it does not divide."""
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples and batch_size must be at least 1; got {num_samples} and {batch_size}.")
+    return [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
+
+
+def part_path(output_dir: str | Path, block: range) -> Path:
+    return Path(output_dir) / PARTS_DIR / f"part-{block.start:08d}.npz"
+
+
+def pending_blocks(
+    output_dir: str | Path, blocks: Sequence[range], *, rank: int = 0, world_size: int = 1
+) -> list[range]:
+    """The blocks of this rank (every world_size-th one) whose part file is not there yet."""
+    return [block for block in blocks[rank::world_size] if not part_path(output_dir, block).exists()]
+
+
+def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
+    """Writes an uncompressed .npz that is either whole or absent, also after a kill."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON that is either whole or absent, also after a kill."""
+    temporary = _temporary(Path(path))
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool:
+    """Takes a directory for one set of pictures; True where that set is already finished there.
+
+    Raises:
+        ValueError: the directory holds (part of) a set made with other settings; names what differs.
+    """
+    output_dir = Path(output_dir)
+    settings = json.loads(json.dumps(settings))
+    finished, begun = output_dir / SETTINGS_FILE, output_dir / PARTS_DIR / "settings.json"
+    for path in (finished, begun):
+        if path.exists():
+            present = json.loads(path.read_text())
+            present = present.get("settings", {}) if path == finished else present
+            changed = [key for key in {**present, **settings} if present.get(key) != settings.get(key)]
+            if changed:
+                differences = ", ".join(f"{key} ({present.get(key)} -> {settings.get(key)})" for key in changed)
+                raise ValueError(
+                    f"{output_dir} holds samples made with other settings: {differences}. "
+                    "Repeat the settings to resume, or choose another output directory."
+                )
+            if path == finished:
+                # A run killed after it had finished leaves its parts behind.
+                shutil.rmtree(begun.parent, ignore_errors=True)
+            return path == finished
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    write_json(begun, settings)
+    return False
+
+
+def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, float]:
+    """Joins the part files into samples.npz: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,), in picture order.
+
+    Reads one part at a time, so memory does not grow with N.
+
+    Returns:
+        `seconds` summed over all parts and `nfe` of a picture.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+    """
+    missing = [block for block in blocks if not part_path(output_dir, block).exists()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(blocks)} parts are missing in {output_dir}; run it again.")
+    temporary = Path(output_dir) / PARTS_DIR / f".{SAMPLES_FILE}.tmp"
+    labels, seconds, nfe = [], 0.0, 0.0
+    with zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            for block in blocks:
+                with np.load(part_path(output_dir, block)) as part:
+                    samples = part["arr_0"]
+                    labels.append(part["arr_1"])
+                    seconds, nfe = seconds + float(part["seconds"]), float(part["nfe"])
+                if block.start == 0:
+                    shape = (blocks[-1].stop, *samples.shape[1:])
+                    header = {**np.lib.format.header_data_from_array_1_0(samples), "shape": shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(samples.tobytes())
+        with archive.open("arr_1.npy", "w") as stream:
+            np.lib.format.write_array(stream, np.concatenate(labels))
+    os.replace(temporary, Path(output_dir) / SAMPLES_FILE)
+    return {"nfe": nfe, "seconds": seconds}
+
+
+def open_samples(path: str | Path) -> np.ndarray:
+    """arr_0 of an uncompressed .npz as a memory map: 50 000 pictures cost no memory until they are read.
+
+    Raises:
+        ValueError: arr_0 is compressed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("arr_0.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"arr_0 of {path} is compressed and cannot be mapped; write it with np.savez.")
+    with open(path, "rb") as file:
+        # A zip entry's data follow its local header: 30 bytes, of which the last four give the two lengths to skip.
+        file.seek(entry.header_offset + 26)
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2")
+        file.seek(int(name_length) + int(extra_length), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
+
+
+def write_pngs(samples: np.ndarray, directory: str | Path) -> None:
+    """One PNG per sample, numbered from 000000.png; pictures that are there already are left alone."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for index, sample in enumerate(samples):
+        path = directory / f"{index:06d}.png"
+        if not path.exists():
+            temporary = _temporary(path)
+            Image.fromarray(np.asarray(sample)).save(temporary, format="png")
+            os.replace(temporary, path)
+
+
+def finish(
+    output_dir: str | Path, blocks: Sequence[range], *, settings: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Writes samples.npz, then sampling.json (settings, facts, nfe, seconds), then removes the parts.
+
+    sampling.json marks the set as finished. Killed in between, the next call begins again with what is there.
+    """
+    measured = merge_parts(output_dir, blocks)
+    write_json(Path(output_dir) / SETTINGS_FILE, {"settings": settings, **measured, **facts})
+    shutil.rmtree(Path(output_dir) / PARTS_DIR)
+
+
+def image_grid(samples: np.ndarray) -> Image.Image:
+    """A near-square grid, row by row, of uint8 samples (N, H, W, 3); missing cells are white."""
+    count, height, width, channels = samples.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    cells = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
+    cells[:count] = samples
+    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return Image.fromarray(grid.reshape(rows * height, columns * width, channels))
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """16 hex digits that change when training does: names, shapes and the first 1024 values of every tensor.
+
+    Tells a resumed run that the weights under the same path are not those it began with, without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            head = tensor.detach().flatten()[:1024].float().cpu().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + head.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,156 @@
+"""What the installed diffusers does with this package's classes: saved names, loading, fresh processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+import diffusers_eqvae
+from diffusers_eqvae._registration import register
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+
+GOLDEN_INDEX = {
+    "_class_name": "ClassConditionalPipeline",
+    "_diffusers_version": diffusers.__version__,
+    "id2label": {"0": "tench, Tinca tinca", "1": ["otter", "river otter"]},
+    "scheduler": ["diffusers_eqvae", "FlowMatchODEScheduler"],
+    "transformer": ["diffusers_eqvae", "SiTTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SAMPLING = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+FRESH_PROCESS = """
+import sys
+{prelude}
+import numpy as np, torch, diffusers
+import diffusers_eqvae
+from diffusers import AutoModel, DiffusionPipeline
+torch.set_num_threads(1)
+directory, result = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(directory)
+assert type(pipeline) is diffusers_eqvae.ClassConditionalPipeline, type(pipeline)
+transformer = AutoModel.from_pretrained(directory, subfolder="transformer")
+assert type(transformer) is diffusers_eqvae.SiTTransformer2DModel, type(transformer)
+images = pipeline("otter", generator=torch.Generator().manual_seed(3), num_inference_steps=3, guidance_scale=2.0,
+                  output_type="np").images
+np.save(result, images)
+"""
+BLOCK_TORCHVISION = """
+import importlib.abc
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torchvision":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.startswith("torchvision") else found(name, package)
+"""
+
+
+@pytest.fixture
+def pipeline(tiny_sit, tiny_autoencoder_kl):
+    labels = {0: "tench, Tinca tinca", 1: ("otter", "river otter")}
+    pipeline = ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler(), id2label=labels)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline, label="otter"):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(label, generator=torch.Generator().manual_seed(3), **SAMPLING).images
+
+
+def run_python(code, *arguments):
+    finished = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_model_index_is_golden(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text()) == GOLDEN_INDEX
+
+
+def test_round_trip_is_bit_equal_for_the_subclass_and_the_base_class(pipeline, tmp_path):
+    expected = sample(pipeline)
+    pipeline.save_pretrained(tmp_path / "once")
+    for loader in (ClassConditionalPipeline, DiffusionPipeline):
+        loaded = loader.from_pretrained(tmp_path / "once")
+        assert type(loaded) is ClassConditionalPipeline and type(loaded.scheduler) is FlowMatchODEScheduler
+        assert (
+            loaded.id2label
+            == pipeline.id2label
+            == {0: ("tench, Tinca tinca", "tench", "Tinca tinca"), 1: ("otter", "river otter")}
+        )
+        assert np.array_equal(sample(loaded), expected) and np.array_equal(sample(loaded, "River Otter"), expected)
+    loaded.save_pretrained(tmp_path / "twice")
+    index = json.loads((tmp_path / "twice" / "model_index.json").read_text())
+    assert {key: value for key, value in index.items() if key != "_name_or_path"} == GOLDEN_INDEX
+
+
+def test_auto_model_loads_components(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    from_pipeline = AutoModel.from_pretrained(str(tmp_path), subfolder="transformer")
+    alone = AutoModel.from_pretrained(str(tmp_path / "transformer"))
+    assert type(from_pipeline) is type(alone) is type(pipeline.transformer)
+    for name, value in pipeline.transformer.state_dict().items():
+        assert torch.equal(from_pipeline.state_dict()[name], value), name
+
+
+def test_components_may_be_passed_to_from_pretrained(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, transformer=pipeline.transformer)
+    assert loaded.transformer is pipeline.transformer
+
+
+@pytest.mark.parametrize("prelude", ["", BLOCK_TORCHVISION], ids=["plain", "without torchvision"])
+def test_a_fresh_process_draws_the_same_picture(pipeline, tmp_path, prelude):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    run_python(FRESH_PROCESS.format(prelude=prelude), tmp_path / "pipeline", tmp_path / "images.npy")
+    assert np.array_equal(np.load(tmp_path / "images.npy"), sample(pipeline))
+
+
+def test_import_brings_nothing_that_diffusers_does_not():
+    heavy = ("datasets", "torchvision", "accelerate", "transformers", "peft", "gradio", "lpips", "tensorboard", "yaml")
+    imported = "import sys, json; {}; print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))"
+    # The parts of diffusers that any model, scheduler and pipeline needs.
+    parts = "import diffusers; from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, AutoencoderKL"
+    ours = json.loads(run_python(imported.format("import diffusers_eqvae"), *heavy))
+    assert set(ours) <= set(json.loads(run_python(imported.format(parts), *heavy)))
+
+
+def test_registering_adds_names_and_replaces_none():
+    entry = LOADABLE_CLASSES["diffusers_eqvae"]
+    assert entry == {name: LOADABLE_CLASSES["diffusers"][name] for name in entry}
+    assert all(hasattr(diffusers_eqvae, name) for name in entry)
+    assert diffusers.SiTTransformer2DModel is diffusers_eqvae.SiTTransformer2DModel
+
+
+def test_a_name_that_diffusers_defines_is_left_alone(caplog):
+    impostor = type("AutoencoderKL", (), {"__module__": "diffusers_eqvae.models.impostor"})
+    original = diffusers.AutoencoderKL
+    register([impostor])
+    assert diffusers.AutoencoderKL is original
+    assert "AutoencoderKL" in caplog.text
+
+
+def test_every_registered_class_is_public():
+    ours = [
+        cls
+        for cls in vars(diffusers).values()
+        if isinstance(cls, type) and cls.__module__.startswith("diffusers_eqvae")
+    ]
+    assert ours and all(getattr(diffusers_eqvae, cls.__name__) is cls for cls in ours)
