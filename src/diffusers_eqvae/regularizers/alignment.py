@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,10 +13,21 @@ from torch import Tensor, nn
 from ..autoencoders import latent_channels
 from ..losses.alignment import alignment_loss
 from ..models.alignment_network import AlignmentNetwork
+from ..models.autoencoder_kl_aligned import ALIGNMENT_SUBFOLDER
 from ..models.feature_teacher import FeatureTeacher
 from .base import Regularizer, register
 
 logger = logging.getLogger(__name__)
+
+
+class _Shared:
+    """Keeps a module out of nn.Module's registration, and one for all copies: an EMA needs no second teacher."""
+
+    def __init__(self, module: FeatureTeacher) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
 
 
 @register("alignment")
@@ -50,8 +62,7 @@ class AlignmentRegularizer(Regularizer):
                 f"have {teacher.feature_size}; build the network with feature_size={teacher.feature_size}."
             )
         self.network = network
-        # Inside a tuple, nn.Module does not register it.
-        self._teacher = (teacher,)
+        self._teacher = _Shared(teacher)
         self.weight = weight
         self.adaptive = adaptive
         self._told_about_grids = False
@@ -70,7 +81,7 @@ class AlignmentRegularizer(Regularizer):
 
     @property
     def teacher(self) -> FeatureTeacher:
-        return self._teacher[0]
+        return self._teacher.module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentRegularizer:
         self.teacher._apply(fn, recurse)
@@ -96,3 +107,6 @@ class AlignmentRegularizer(Regularizer):
             )
             self._told_about_grids = True
         return F.interpolate(patch, size=grid, mode="bilinear", align_corners=False, antialias=True)
+
+    def save_components(self, directory: Path) -> None:
+        self.network.save_pretrained(directory / ALIGNMENT_SUBFOLDER)

@@ -7,6 +7,7 @@ A method is one file in this folder whose class is decorated with `@register("it
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,3 +69,6 @@ class Regularizer(nn.Module):
     def penalty(self, latents: Tensor, pixels: Tensor, draw: Any) -> Tensor | None:
         """A scalar to add to the loss, of raw latents (B, C, h, w) and the pixels they encode; None for nothing."""
         return None
+
+    def save_components(self, directory: Path) -> None:
+        """Writes networks worth keeping beside the finished autoencoder."""

@@ -114,3 +114,27 @@ class RegularizerArguments:
     alignment_image_size: int = field(
         default=448, metadata={"help": "Side in pixels of the pictures shown to the teacher."}
     )
+
+
+@dataclass
+class AutoencoderEvaluationArguments:
+    """What is measured while training, and the normalisation that the finished autoencoder carries."""
+
+    validation_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Pictures to validate on (ADM centre crops); unset takes the first training pictures."},
+    )
+    num_validation_images: int = field(default=24, metadata={"help": "How many of them."})
+    validation_resolution: int | None = field(
+        default=None, metadata={"help": "Side of the validation pictures in pixels; unset: --resolution."}
+    )
+    normalization: Literal["channel", "scalar", "config"] = field(
+        default="channel",
+        metadata={
+            "help": "What the finished config says about latents: mean and std per channel, one mean and std over all "
+            "channels (ReaLS), or config: keep the scaling_factor it came with (what Stable Diffusion pipelines read)."
+        },
+    )
+    num_normalization_images: int = field(
+        default=10_000, metadata={"help": "Training pictures that mean and std are measured on (at most one epoch)."}
+    )

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import AutoModel, ModelMixin
 from torch import Tensor, nn
 
-from ..autoencoders import downsampling_factor, encode
-from ..latents import LatentStatistics
+from ..autoencoders import downsampling_factor
+from ..data.images import PixelDataset, load_image_dataset
 from ..losses.perceptual import LPIPS
+from ..models.autoencoder_kl_aligned import AutoencoderKLAligned
 from ..models.autoencoder_kl_eq import AutoencoderKLEQ
 from ..models.discriminator import PatchDiscriminator
 from ..regularizers import REGULARIZERS, Regularizer
-from .autoencoder_arguments import AutoencoderArguments, AutoencoderLossArguments, RegularizerArguments
+from .arguments import DataArguments
+from .autoencoder_arguments import (
+    AutoencoderArguments,
+    AutoencoderEvaluationArguments,
+    AutoencoderLossArguments,
+    RegularizerArguments,
+)
 from .autoencoder_step import AutoencoderLossWeights
 
-logger = logging.getLogger(__name__)
+KL_CLASSES = ("AutoencoderKL", "AutoencoderKLEQ", "AutoencoderKLAligned")
 
 
-def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing: bool = False) -> ModelMixin:
+def build_autoencoder(
+    arguments: AutoencoderArguments, *, aligned: bool = False, gradient_checkpointing: bool = False
+) -> ModelMixin:
     """The autoencoder to train, in float32: fine-tuned from a checkpoint, or new from a JSON of init arguments.
 
-    An `AutoencoderKL` becomes an `AutoencoderKLEQ`, which adds `padding_mode` and loads as plain `AutoencoderKL`.
+    An `AutoencoderKL` becomes an `AutoencoderKLEQ`, or an `AutoencoderKLAligned` where `aligned`; both load as plain
+    `AutoencoderKL`.
 
     Raises:
         ValueError: not exactly one of the two sources; options that the family does not have.
@@ -37,10 +45,11 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
             "--model_config (train from scratch)."
         )
     padding = {"padding_mode": arguments.padding_mode} if arguments.padding_mode else {}
+    family = AutoencoderKLAligned if aligned else AutoencoderKLEQ
     if arguments.model_config:
-        vae = AutoencoderKLEQ.from_config(json.loads(Path(arguments.model_config).read_text()), **padding)
+        vae = family.from_config(json.loads(Path(arguments.model_config).read_text()), **padding)
     else:
-        vae = _load_pretrained(arguments, padding)
+        vae = _load_pretrained(arguments, family, padding)
     vae = vae.to(torch.float32)
     if gradient_checkpointing:
         _enable_gradient_checkpointing(vae)
@@ -49,17 +58,18 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
     return vae.train()
 
 
-def _load_pretrained(arguments: AutoencoderArguments, padding: dict[str, str]) -> ModelMixin:
-    source = {"subfolder": arguments.subfolder, "revision": arguments.revision, "torch_dtype": torch.float32}
-    source = {key: value for key, value in source.items() if value is not None}
+def _load_pretrained(
+    arguments: AutoencoderArguments, family: type[AutoencoderKLEQ], padding: dict[str, str]
+) -> ModelMixin:
     name = arguments.pretrained_model_name_or_path
-    location = {key: value for key, value in source.items() if key != "torch_dtype"}
-    family = AutoencoderKLEQ.load_config(name, **location).get("_class_name")
-    if family in ("AutoencoderKL", "AutoencoderKLEQ"):
-        return AutoencoderKLEQ.from_pretrained(name, **source, **padding)
+    location = {"subfolder": arguments.subfolder, "revision": arguments.revision}
+    location = {key: value for key, value in location.items() if value is not None}
+    saved_class = family.load_config(name, **location).get("_class_name")
+    if saved_class in KL_CLASSES:
+        return family.from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
     if padding:
-        raise ValueError(f"--padding_mode exists for AutoencoderKL; {name} is an {family}. Leave the option out.")
-    return AutoModel.from_pretrained(name, **source)
+        raise ValueError(f"--padding_mode exists for AutoencoderKL; {name} is an {saved_class}. Leave it out.")
+    return AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location)
 
 
 def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
@@ -70,6 +80,39 @@ def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
             "small enough to train without --gradient_checkpointing."
         )
     vae.enable_gradient_checkpointing()
+
+
+def load_pictures(
+    data: DataArguments, evaluation: AutoencoderEvaluationArguments, downsampling_factor: int
+) -> tuple[PixelDataset, Tensor]:
+    """Training pictures, and the validation pictures (N, 3, S, S) in [-1, 1].
+
+    Raises:
+        ValueError: a resolution that the autoencoder's stride does not divide; see `load_image_dataset` for the rest.
+    """
+    validation_px = evaluation.validation_resolution or data.resolution
+    for name, value in (("resolution", data.resolution), ("validation_resolution", validation_px)):
+        if value % downsampling_factor:
+            raise ValueError(
+                f"--{name} must be a multiple of the autoencoder's stride {downsampling_factor}; got {value}."
+            )
+    source = load_image_dataset(
+        data.dataset_name,
+        data.dataset_config_name,
+        data.train_data_dir,
+        split=data.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        cache_dir=data.cache_dir,
+    )
+    pictures = PixelDataset(
+        source, resolution=data.resolution, random_crop=not data.center_crop, random_flip=data.random_flip
+    )
+    if evaluation.validation_data_dir:
+        source = load_image_dataset(train_data_dir=evaluation.validation_data_dir, cache_dir=data.cache_dir)
+    chosen = PixelDataset(source, resolution=validation_px)
+    count = min(evaluation.num_validation_images, len(chosen))
+    return pictures, torch.stack([chosen[index]["pixel_values"] for index in range(count)])
 
 
 def build_regularizers(arguments: RegularizerArguments, vae: nn.Module) -> dict[str, Regularizer]:
@@ -101,15 +144,24 @@ def build_loss_weights(arguments: AutoencoderLossArguments) -> AutoencoderLossWe
     )
 
 
-def build_perceptual(arguments: AutoencoderLossArguments) -> LPIPS | None:
-    """LPIPS, or None where its weight is 0."""
+def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int) -> LPIPS | None:
+    """LPIPS, or None where its weight is 0.
+
+    Args:
+        smallest_px: shortest side of the smallest picture that it will see (tau's smallest scale).
+
+    Raises:
+        ValueError: that side is below what the network's strides need.
+    """
     if not arguments.perceptual_weight:
         return None
-    return LPIPS.from_pretrained(
+    perceptual = LPIPS.from_pretrained(
         arguments.perceptual_net,
         backbone_weights=arguments.lpips_backbone_weights,
         linear_weights=arguments.lpips_linear_weights,
     )
+    _check_smallest("LPIPS", perceptual.min_size_px, smallest_px, "choose another --perceptual_net")
+    return perceptual
 
 
 def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int) -> PatchDiscriminator | None:
@@ -129,12 +181,16 @@ def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int
         discriminator = PatchDiscriminator(
             base_channels=arguments.disc_channels, num_layers=arguments.disc_num_layers, norm=arguments.disc_norm
         )
-    if smallest_px < discriminator.min_size_px:
-        raise ValueError(
-            f"The discriminator needs pictures of at least {discriminator.min_size_px} px, but tau's smallest "
-            f"picture has {smallest_px} px; raise --resolution, lower --disc_num_layers, or set --disc_weight 0."
-        )
+    _check_smallest("The discriminator", discriminator.min_size_px, smallest_px, "lower --disc_num_layers")
     return discriminator
+
+
+def _check_smallest(who: str, needed_px: int, smallest_px: int, remedy: str) -> None:
+    if smallest_px < needed_px:
+        raise ValueError(
+            f"{who} needs pictures of at least {needed_px} px, but tau's smallest picture has {smallest_px} px; raise "
+            f"--resolution, {remedy}, or give the term weight 0."
+        )
 
 
 def smallest_picture_px(arguments: RegularizerArguments, vae: nn.Module, resolution: int) -> int:
@@ -142,19 +198,3 @@ def smallest_picture_px(arguments: RegularizerArguments, vae: nn.Module, resolut
     factor = downsampling_factor(vae)
     shrinks = "equivariance" in arguments.regularizers and arguments.tau_scale != "none"
     return max(resolution // factor // 4, 1) * factor if shrinks else resolution
-
-
-@torch.no_grad()
-def measure_normalization(vae: nn.Module, batches: Iterable[Tensor], num_samples: int) -> LatentStatistics:
-    """Mean and standard deviation of the raw latents of `num_samples` pictures, posterior variance included."""
-    statistics = LatentStatistics()
-    was_training, seen = vae.training, 0
-    vae.eval()
-    for pixels in batches:
-        posterior = encode(vae, pixels[: num_samples - seen])
-        statistics.update(posterior.mean, posterior.logvar)
-        seen += len(posterior.mean)
-        if seen >= num_samples:
-            break
-    vae.train(was_training)
-    return statistics

@@ -1,0 +1,116 @@
+"""Fine-tunes any diffusers autoencoder, or trains a new one, with latent-space regularisers.
+
+    accelerate launch training/train_autoencoder.py \
+        --pretrained_model_name_or_path stabilityai/sd-vae-ft-mse --train_data_dir PICTURES \
+        --regularizers equivariance --output_dir runs/eq-vae
+
+EQ-VAE (arXiv 2502.09509) is `--regularizers equivariance`, ReaLS (arXiv 2502.00359) `alignment`; both compose.
+The finished directory loads with plain diffusers, e.g. `AutoencoderKL.from_pretrained("runs/eq-vae")`.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from diffusers_eqvae.autoencoders import downsampling_factor, latent_channels
+from diffusers_eqvae.hub import push_run
+from diffusers_eqvae.metrics import measure_equivariance
+from diffusers_eqvae.pictures import CAPTIONS, comparison_rows, grid
+from diffusers_eqvae.training_utils import autoencoder_arguments as cli
+from diffusers_eqvae.training_utils import autoencoder_parts as parts
+from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
+from diffusers_eqvae.training_utils.autoencoder_result import autoencoder_facts, save_autoencoder
+from diffusers_eqvae.training_utils.autoencoder_step import AutoencoderObjective, AutoencoderStep
+from diffusers_eqvae.training_utils.run import TrainingRun
+
+ADAM_BETAS = (0.5, 0.9)  # of VQGAN and LDM, for autoencoder and discriminator
+
+
+def main(argv: list[str] | None = None) -> None:
+    model, losses, regularizing, evaluation, data, run_arguments = parse(
+        cli.AutoencoderArguments,
+        cli.AutoencoderLossArguments,
+        cli.RegularizerArguments,
+        cli.AutoencoderEvaluationArguments,
+        DataArguments,
+        RunArguments,
+        argv=argv,
+        description=__doc__,
+    )
+    run = TrainingRun(run_arguments, model, losses, regularizing, evaluation, data, name="autoencoder")
+
+    vae = parts.build_autoencoder(
+        model,
+        aligned="alignment" in regularizing.regularizers,
+        gradient_checkpointing=run_arguments.gradient_checkpointing,
+    )
+    factor = downsampling_factor(vae)
+    pictures, held_out = parts.load_pictures(data, evaluation, factor)
+    regularizers = parts.build_regularizers(regularizing, vae)
+    weights = parts.build_loss_weights(losses)
+    smallest_px = parts.smallest_picture_px(regularizing, vae, data.resolution)
+    perceptual = parts.build_perceptual(losses, smallest_px=smallest_px)
+    discriminator = parts.build_discriminator(losses, smallest_px=smallest_px)
+
+    objective = AutoencoderObjective(
+        vae, regularizers, sample_posterior=model.sample_posterior, reduction=weights.reduction
+    )
+    # Only wrapped modules are called in the step: DDP and autocast live in the wrapping.
+    wrapped_objective = run.add("objective", objective, optimizer="adam", betas=ADAM_BETAS, ema=True)
+    wrapped_discriminator = None
+    if discriminator is not None:
+        wrapped_discriminator = run.add("discriminator", discriminator, optimizer="adam", betas=ADAM_BETAS)
+    step = AutoencoderStep(
+        wrapped_objective,
+        vae=vae,
+        regularizers=regularizers,
+        weights=weights,
+        perceptual=None if perceptual is None else run.add_frozen(perceptual),
+        discriminator=wrapped_discriminator,
+        average=lambda tensor: run.accelerator.reduce(tensor, reduction="mean"),
+    )
+
+    cells = (data.resolution // factor, data.resolution // factor)
+    for batch in run.steps(run.loader(pictures)):
+        pixels = batch["pixel_values"]
+        draws = objective.draw(cells, run.randomness.shared_generator())
+        noise = run.randomness.randn((len(pixels), latent_channels(vae), *cells), device=run.device)
+        loss, discriminator_loss, logs = step(pixels, noise, draws, run.step)
+        run.backward(loss)
+        if discriminator_loss is not None:
+            run.backward(discriminator_loss, inputs=list(discriminator.parameters()))
+        run.log(logs)
+        if run.due(run_arguments.validation_steps):
+            validate(run, held_out)
+
+    figures = validate(run, held_out)
+
+    def save(directory: Path) -> None:
+        save_autoencoder(
+            directory,
+            run.averaged("objective"),
+            discriminator=discriminator,
+            pictures=pictures,
+            evaluation=evaluation,
+            facts=autoencoder_facts(run, model=model, losses=losses, regularizing=regularizing, data=data),
+            figures=figures,
+        )
+
+    run.finish(save)
+    if run_arguments.push_to_hub and run.is_main:
+        push_run(run.output_dir, run_arguments.hub_model_id or run.output_dir.name)
+
+
+def validate(run: TrainingRun, held_out: Tensor) -> dict[str, float]:
+    """Reconstruction and equivariance of the averaged weights on pictures (N, 3, S, S), and four of them drawn."""
+    vae = run.averaged("objective").vae
+    held_out = held_out.to(run.device)
+    with run.validation():
+        figures = measure_equivariance(vae, held_out.split(run.arguments.train_batch_size))
+        run.log({f"validation/{name}": value for name, value in figures.items()})
+        run.log_images("comparison", [grid(comparison_rows(vae, held_out[:4]), CAPTIONS)])
+    return figures
+
+
+if __name__ == "__main__":
+    main()
