@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/diffusers_eqvae/__init__.py").read_text(), re.M).group(1)
+INIT = (ROOT / "src/diffusers_eqvae/__init__.py").read_text("utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.M).group(1)
 
 # The core imports without torchvision, datasets and tensorboard; each extra adds one job (see CONTRIBUTING.md).
 CORE = [
@@ -46,7 +47,7 @@ setup(
     name="diffusers_eqvae",
     version=VERSION,
     description="EQ-VAE and ReaLS autoencoders and SiT/DiT generators as native Hugging Face diffusers components.",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description=(ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
