@@ -91,7 +91,7 @@ class Repository:
 
 
 class HubServer:
-    """Serves until `stop`; `start` listens again on the same port with everything that was stored.
+    """Serves until `stop`; `start` listens again on the same ports with everything that was stored.
 
     `failures` maps a word of a request's path to the status that it is answered with, e.g. {"/commit/": 503}.
     """
@@ -103,27 +103,32 @@ class HubServer:
         self.requests: list[tuple[str, str, int]] = []
         self.failures: dict[str, int] = {}
         self.lock = threading.RLock()
-        self.port = 0
+        self.ports = [0, 0]
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    @property
+    def storage(self) -> str:
+        """Where large files lie: another address, as on the Hub; the client does not take its token there."""
+        return f"http://127.0.0.1:{self.ports[1]}"
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.content for path, blob in self.repositories[repo_id].at(revision).files.items()}
 
     def start(self) -> HubServer:
         handler = type("Handler", (HubRequestHandler,), {"hub": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
-        self.port = self._http.server_address[1]
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", port), handler) for port in self.ports]
+        self.ports = [server.server_address[1] for server in self._servers]
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
 
     __enter__ = start
 
@@ -243,7 +248,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         objects = json.loads(self.body)["objects"]
         for item in objects:
             if item["oid"] not in self.hub.large_files:
-                item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
+                item["actions"] = {"upload": {"href": f"{self.hub.storage}/lfs/{item['oid']}"}}
         self.answer({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid: str) -> None:
@@ -314,7 +319,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         if not blob.lfs:
             return self.send_content(blob.content, ETag=f'"{blob.oid}"', **headers)
         headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
-        return self.answer(b"", 302, Location=f"{self.hub.endpoint}/lfs/{blob.sha256}", **headers)
+        return self.answer(b"", 302, Location=f"{self.hub.storage}/lfs/{blob.sha256}", **headers)
 
     def lfs_get(self, oid: str) -> None:
         if oid not in self.hub.large_files:

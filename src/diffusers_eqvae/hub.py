@@ -26,6 +26,7 @@ from diffusers_eqvae.model_card import (
     render_pipeline_card,
     write_run_facts,
 )
+from diffusers_eqvae.pipelines.labels import parse_id2label
 
 __all__ = [
     "RunFacts",
@@ -45,7 +46,7 @@ STATISTICS = "mean_std.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 ROOT_FILES = (
     *("config.json", "model_index.json", *WEIGHTS),
-    *(STATISTICS, FACTS, "metrics.jsonl", "arguments.json", "arguments.yaml", CARD),
+    *(STATISTICS, FACTS, "metrics.jsonl"),
 )
 COMPONENT_FILES = ("config.json", "scheduler_config.json", STATISTICS, *WEIGHTS)
 EXTRA_COMPONENTS = ("discriminator", "alignment_network")
@@ -83,11 +84,10 @@ def push_run(
         command += [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
         command += ["--private"] if private else []
         logger.error(
-            "Could not push %s to %s: %s. The run on disk is complete and unchanged; to try again: %s",
-            output_dir,
-            repo_id,
-            _reason(error),
-            redact(shlex.join(command)),
+            redact(
+                f"Could not push {output_dir} to {repo_id}: {_reason(error)}. The run on disk is complete and "
+                f"unchanged; to try again: {shlex.join(command)}"
+            )
         )
         return False
     logger.info("Pushed %s to %s", output_dir, url)
@@ -130,14 +130,15 @@ def publishable_files(root: Path) -> list[str]:
     components = list(EXTRA_COMPONENTS)
     if "model_index.json" in found:
         index = _read_json(root / "model_index.json")
-        saved = [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and all(value)]
-        components += [name for name in saved if not name.startswith("_")]
-        missing = [name for name in saved if not name.startswith("_") and not (root / name).is_dir()]
+        saved = [name for name, value in index.items() if name[0] != "_" and isinstance(value, list) and all(value)]
+        components += saved
+        missing = [name for name in saved if not (root / name).is_dir()]
         if missing:
             raise ValueError(f"{root} lacks the folders {', '.join(missing)} that its model_index.json names")
     elif "config.json" not in found or not any(path.endswith(".safetensors") for path in found):
         raise ValueError(f"{root} holds no saved model (model_index.json, or config.json and *.safetensors)")
-    for component in components:
+    nested = [f"{component}/{extra}" for component in components for extra in EXTRA_COMPONENTS]
+    for component in components + nested:
         found += _matching(root, root / component, COMPONENT_FILES)
     return found
 
@@ -171,11 +172,9 @@ def _facts_of(root: Path) -> RunFacts:
     facts.padding_mode = config.get("padding_mode", facts.padding_mode)
     facts.normalization = _normalization(config, vae / STATISTICS) or facts.normalization
     if is_pipeline:
-        index = _read_json(root / "model_index.json")
         facts.num_classes = _read_json(root / "transformer/config.json").get("num_classes", facts.num_classes)
-        id2label = index.get("id2label")
-        if isinstance(id2label, dict):
-            facts.labels = [id2label[key] for key in sorted(id2label, key=int)]
+        names = parse_id2label(_read_json(root / "model_index.json").get("id2label"), facts.num_classes)
+        facts.labels = [names[key][0] for key in sorted(names)] or facts.labels
     facts.pictures = [picture for picture in facts.pictures if _is_picture(root, picture["path"])]
     return facts
 
@@ -209,7 +208,7 @@ def _refuse_tokens(root: Path, files: Sequence[str]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line and without the token."""
+    """What went wrong, in one line."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, OfflineModeIsEnabled):
         text = "HF_HUB_OFFLINE is set"
@@ -219,7 +218,7 @@ def _reason(error: Exception) -> str:
         text = f"{HfApi().endpoint} does not answer ({type(error).__name__}: {error})"
     else:
         text = f"{type(error).__name__}: {error}"
-    return redact(" ".join(text.split())[:400])
+    return " ".join(redact(text).split())[:400]
 
 
 def _matching(root: Path, folder: Path, patterns: Sequence[str]) -> list[str]:

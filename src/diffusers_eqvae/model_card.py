@@ -27,7 +27,6 @@ PURPOSES = {
     "mean_std.json": "latent statistics, also in the config of the autoencoder",
     "metrics.jsonl": "the logged curves",
     "run_facts.json": "what this card was made from",
-    "arguments": "the resolved arguments of the run",
     "transformer/": "the generator",
     "vae/": "its autoencoder",
     "scheduler/": "the sampler's settings",
@@ -39,7 +38,7 @@ _OUR_AUTOENCODERS = ("AutoencoderKLEQ", "AutoencoderKLAligned")
 class RunFacts:
     """What a finished run knows about itself; every field may be left out.
 
-    base_model, vae, dataset: Hub id or local path (`write_run_facts` tells them apart). losses: weight by name.
+    base_model, vae, dataset: Hub id, or the name of something local. losses: weight by name.
     regularizers: settings by name, the tau distribution among them, e.g. {"equivariance": {"p_equivariance": 0.5,
     "p_low_resolution": 0.25, "scale": "isotropic", "rotation": True}}. normalization: mean, std (lists or numbers),
     scaling_factor, shift_factor, num_samples. figures: {"name", "value", "how"}, where how says how the value was
@@ -113,11 +112,15 @@ def redact(text: str) -> str:
 
 
 def write_run_facts(path: str | Path, facts: RunFacts | Mapping[str, Any]) -> None:
-    """Write run_facts.json atomically; local paths are made absolute, tokens and the home folder are taken out."""
+    """Write run_facts.json atomically and fit for publication.
+
+    Of a local base model, autoencoder or dataset only the last part of the path is kept; tokens and the home folder
+    are taken out of the command.
+    """
     values = dataclasses.asdict(RunFacts.from_mapping(facts))
     for name in ("base_model", "vae", "dataset"):
         if values[name] is not None and Path(values[name]).exists():
-            values[name] = str(Path(values[name]).resolve())
+            values[name] = Path(values[name]).resolve().name
     if values["command"] is not None:
         values["command"] = redact(values["command"]).replace(str(Path.home()), "~")
     known = {name: value for name, value in values.items() if value not in (None, {}, [])}

@@ -1,0 +1,175 @@
+"""Publishing and loading through a Hub: what arrives, what strangers get, and what a failing push costs (nothing)."""
+
+import hashlib
+import json
+
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.hub.conftest import OWNER, TOKEN, save_autoencoder_run
+
+AUTOENCODER_FILES = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "discriminator/config.json",
+    "discriminator/diffusion_pytorch_model.safetensors",
+    "mean_std.json",
+    "metrics.jsonl",
+    "run_facts.json",
+    "validation/00000010_rotated.png",
+}
+REFUSED = ("hf_NobodyHasThisToken00", "hf_TokenOfSomebodyElse")
+
+
+def snapshot(directory):
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_push_uploads_the_model_its_parts_and_a_card_in_one_commit(hub, owner, autoencoder_run):
+    before = snapshot(autoencoder_run)
+    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id=f"{OWNER}/eq-vae")
+    files = hub.files(f"{OWNER}/eq-vae")
+    assert set(files) == AUTOENCODER_FILES
+    assert snapshot(autoencoder_run) == before
+    for path in AUTOENCODER_FILES - {".gitattributes", "README.md"}:
+        assert files[path] == (autoencoder_run / path).read_bytes(), path
+    titles = [commit.title for commit in hub.repositories[f"{OWNER}/eq-vae"].history("main")]
+    assert titles == ["Upload eq-vae", "initial commit"]
+
+    card = files["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["library_name"] == "diffusers"
+    assert metadata["base_model"] == "stabilityai/sd-vae-ft-mse"
+    assert "license" not in metadata
+    for text in ("latent space changed", f'from_pretrained("{OWNER}/eq-vae")', "p_equivariance 0.5", "25.82"):
+        assert text in card
+    assert "measured on 1234 pictures" in card
+    assert "(validation/00000010_rotated.png)" in card
+
+
+def test_strangers_load_what_was_pushed_by_revision_and_offline(hub, owner, stranger, offline, tmp_path, request):
+    repo_id = f"{OWNER}/revisions"
+    first = save_autoencoder_run(tmp_path / "first", request.getfixturevalue("tiny_autoencoder_kl"))
+    assert owner.call("push_run", output_dir=str(first), repo_id=repo_id)
+    commit = hub.repositories[repo_id].branches["main"]
+
+    state = load_file(first / "diffusion_pytorch_model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in state.items()}, first / "diffusion_pytorch_model.safetensors")
+    assert owner.call("push_run", output_dir=str(first), repo_id=repo_id, revision="better/v2")
+    changed = owner.call("load_autoencoder", source=str(first))["weights"]
+    save_file(state, first / "diffusion_pytorch_model.safetensors")
+    original = owner.call("load_autoencoder", source=str(first))["weights"]
+    assert changed != original
+
+    loaded = stranger.call("load_autoencoder", source=repo_id)
+    assert loaded == {"weights": original, "latents_mean": [0.1, -0.2, 0.3, 0.0], "without_package": True}
+    assert stranger.call("load_autoencoder", source=repo_id, revision="better/v2")["weights"] == changed
+    assert stranger.call("load_autoencoder", source=repo_id, revision=commit)["weights"] == original
+
+    requests = len(hub.requests)
+    assert offline.call("load_autoencoder", source=repo_id) == loaded
+    assert offline.call("load_autoencoder", source=repo_id, revision="better/v2")["weights"] == changed
+    assert len(hub.requests) == requests
+
+
+def test_a_pipeline_loads_from_the_hub_and_offline(hub, owner, stranger, offline, pipeline_run):
+    """DiffusionPipeline.from_pretrained rejects libraries that it does not know only on the Hub's path."""
+    expected = owner.call("load_pipeline", source=str(pipeline_run))
+    assert expected["names"]["transformer"] == "SiTTransformer2DModel"
+    assert expected["names"]["scheduler"] == "FlowMatchODEScheduler"
+    assert owner.call("push_run", output_dir=str(pipeline_run), repo_id=f"{OWNER}/sit", private=False)
+    files = hub.files(f"{OWNER}/sit")
+    assert {"model_index.json", "transformer/config.json", "vae/config.json", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    for text in ("import diffusers_eqvae", "ids from 0 to 9", "`otter`", 'subfolder="vae"', "belong together"):
+        assert text in card
+
+    pushed = {"directory": str(pipeline_run), "repo_id": f"{OWNER}/sit-mixin"}
+    owner.call("push_with_diffusers", module="diffusers_eqvae", name="ClassConditionalPipeline", **pushed)
+    assert stranger.call("load_pipeline", source=f"{OWNER}/sit") == expected
+    assert stranger.call("load_pipeline", source=f"{OWNER}/sit-mixin") == expected
+    assert offline.call("load_pipeline", source=f"{OWNER}/sit") == expected
+
+
+def test_push_to_hub_of_a_model_is_diffusers_own(hub, owner, stranger, autoencoder_run):
+    repo_id = f"{OWNER}/mixin"
+    pushed = {"directory": str(autoencoder_run), "repo_id": repo_id}
+    owner.call(
+        "push_with_diffusers", module="diffusers_eqvae.models.autoencoder_kl_eq", name="AutoencoderKLEQ", **pushed
+    )
+    expected = owner.call("load_autoencoder", source=str(autoencoder_run))["weights"]
+    loaded = stranger.call("load_autoencoder", source=repo_id)
+    assert loaded["weights"] == expected
+    assert loaded["latents_mean"] == [0.1, -0.2, 0.3, 0.0]
+
+
+def test_a_failing_push_costs_nothing_and_says_how_to_retry(hub, owner, autoencoder_run):
+    repo_id, run = f"{OWNER}/retry", str(autoencoder_run)
+    before = snapshot(autoencoder_run)
+
+    def fails(reason, **environment):
+        assert owner.call("push_run", environment, output_dir=run, repo_id=repo_id) is False
+        (line,) = owner.log
+        assert reason in line
+        assert f"eqvae push {run} --hub_model_id {repo_id}" in line
+        assert "\n" not in line
+        assert snapshot(autoencoder_run) == before
+
+    for token in REFUSED:
+        fails("refused the access token", HF_TOKEN=token)
+        assert token not in owner.log[0]
+    assert repo_id not in hub.repositories
+
+    hub.stop()
+    fails("does not answer", HF_TOKEN=TOKEN)
+    assert owner.call("cli", argv=["push", run, "--hub_model_id", repo_id]) == 1
+    hub.start()
+
+    hub.failures = {"/commit/": 503}
+    fails("503")
+    hub.failures = {}
+    assert set(hub.files(repo_id)) == {".gitattributes"}
+
+    assert owner.call("cli", argv=["push", run, "--hub_model_id", repo_id, "--license", "mit", "--private"]) == 0
+    assert set(hub.files(repo_id)) == AUTOENCODER_FILES
+    assert yaml.safe_load(hub.files(repo_id)["README.md"].decode().split("---\n")[1])["license"] == "mit"
+
+
+def test_a_directory_without_a_model_and_one_with_the_token_in_a_file_are_refused(hub, owner, autoencoder_run):
+    empty = autoencoder_run.parent / "empty"
+    empty.mkdir()
+    assert owner.call("push_run", output_dir=str(empty), repo_id=f"{OWNER}/empty") is False
+    assert "holds no saved model" in owner.log[0]
+    (autoencoder_run / "metrics.jsonl").write_text(json.dumps({"note": f"Bearer {TOKEN}"}))
+    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id=f"{OWNER}/leak") is False
+    assert "metrics.jsonl holds your access token" in owner.log[0]
+    assert not {f"{OWNER}/empty", f"{OWNER}/leak"} & set(hub.repositories)
+
+
+def test_a_card_written_by_hand_is_kept_and_a_short_name_gets_its_owner(hub, owner, autoencoder_run):
+    (autoencoder_run / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
+    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id="mine", private=True)
+    assert hub.files(f"{OWNER}/mine")["README.md"] == b"---\nlicense: mit\n---\n\nMine.\n"
+    assert hub.repositories[f"{OWNER}/mine"].private
+
+
+def test_the_token_is_nowhere(hub, owner, autoencoder_run):
+    """Neither in what was stored, nor in what was written, nor in any log, of pushes that worked and that did not."""
+    run, repo_id = str(autoencoder_run), f"{OWNER}/clean"
+    lines = []
+    hub.failures = {"/commit/": 500}
+    mistakes = ({"commit_message": TOKEN}, {"repo_id": TOKEN, "output_dir": run + TOKEN})
+    for mistake in mistakes:
+        assert not owner.call("push_run", **{"output_dir": run, "repo_id": repo_id} | mistake)
+        lines += owner.log
+    assert len(lines) == len(mistakes)
+    hub.failures = {}
+    assert owner.call("push_run", output_dir=run, repo_id=repo_id)
+    assert TOKEN not in "\n".join(lines + owner.log)
+    assert not any(TOKEN.encode() in content for content in hub.files(repo_id).values())
+    files = [path for folder in (autoencoder_run, owner.home) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []

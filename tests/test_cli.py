@@ -1,0 +1,74 @@
+"""The `eqvae` command: what it says, what it passes on, how it ends."""
+
+import builtins
+import sys
+import types
+
+import pytest
+
+from diffusers_eqvae import cli
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for command, function in cli.COMMANDS.items():
+        assert f"{command:8}{function.__doc__}" in text
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["push"], ["push", "run"]])
+def test_incomplete_commands_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: eqvae" in capsys.readouterr().err
+
+
+def test_push_without_a_network_fails_readably(tmp_path, tiny_autoencoder_kl, caplog):
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "my run")
+    assert cli.main(["push", str(tmp_path / "my run"), "--hub_model_id", "me/x", "--private"]) == 1
+    assert "HF_HUB_OFFLINE is set" in caplog.text
+    assert f"eqvae push '{tmp_path}/my run' --hub_model_id me/x --private" in caplog.text
+
+
+def test_the_dry_run_prints_the_card(tmp_path, tiny_autoencoder_kl, capsys):
+    tiny_autoencoder_kl.save_pretrained(tmp_path)
+    command = ["push", str(tmp_path), "--hub_model_id", "me/x", "--dry_run", "--license", "mit"]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert "diffusion_pytorch_model.safetensors" in text
+    assert "license: mit" in text
+    assert 'from_pretrained("me/x")' in text
+    with pytest.raises(SystemExit):
+        cli.main(["push", str(tmp_path / "nothing"), "--hub_model_id", "me/x", "--dry_run"])
+    assert "holds no saved model" in capsys.readouterr().err
+
+
+def test_demo_gets_its_arguments_untouched(monkeypatch):
+    seen = []
+    module = types.SimpleNamespace(main=lambda argv: seen.append(argv))
+    monkeypatch.setitem(sys.modules, "diffusers_eqvae.demo", module)
+    assert cli.main(["demo", "--help", "--steps", "3", "--", "x"]) == 0
+    assert seen == [["--help", "--steps", "3", "--", "x"]]
+    module.main = lambda argv: 3
+    assert cli.main(["demo"]) == 3
+
+
+@pytest.mark.parametrize(("missing", "status"), [("skimage", 1), ("diffusers_eqvae.demo.steps", None)])
+def test_demo_names_the_extra_that_is_missing(missing, status, monkeypatch, capsys):
+    real_import = builtins.__import__
+
+    def fail(name, *args, **kwargs):
+        if name == "diffusers_eqvae.demo":
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    if status is None:
+        with pytest.raises(ModuleNotFoundError):
+            cli.main(["demo"])
+    else:
+        assert cli.main(["demo"]) == status
+        assert "pip install 'diffusers_eqvae[demo]'" in capsys.readouterr().err

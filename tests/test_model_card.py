@@ -1,0 +1,187 @@
+"""A model card shows what the run's facts hold, warns where it must, and invents nothing."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from diffusers_eqvae.hub import prepare_push, push_run
+from diffusers_eqvae.model_card import (
+    RunFacts,
+    read_run_facts,
+    redact,
+    render_autoencoder_card,
+    render_pipeline_card,
+    write_run_facts,
+)
+
+FACTS = {
+    "base_model": "stabilityai/sd-vae-ft-mse",
+    "dataset": "someone/pictures",
+    "license": "mit",
+    "resolution_px": 256,
+    "steps": 500,
+    "batch_size": 16,
+    "learning_rate": 1e-4,
+    "losses": {"l1": 1.0, "lpips": 0.5, "kl": 1e-6},
+    "regularizers": {"equivariance": {"p_equivariance": 0.5, "p_low_resolution": 0.25, "rotation": True}},
+    "normalization": {"mean": [0.25, -1.0], "std": [1.0, 2.0], "scaling_factor": 0.5, "num_samples": 4321},
+    "figures": [{"name": "R | 90", "value": 0.1234567, "how": "24 pictures\nof 256 px"}],
+    "pictures": [{"path": "a picture.png", "caption": "before and after"}],
+    "versions": {"torch": "2.6.0"},
+    "seed": 7,
+    "command": "accelerate launch training/train_autoencoder.py",
+    "latent_space_changed": True,
+}
+
+
+def test_every_fact_is_on_the_card():
+    card = render_autoencoder_card(FACTS, repo_id="me/eq-vae", files=["config.json", "discriminator/config.json"])
+    for text in (
+        "# eq-vae",
+        "someone/pictures",
+        "| resolution | 256 px |",
+        "| optimizer steps | 500 |",
+        "l1 1, lpips 0.5, kl 1e-06",
+        "p_equivariance 0.5, p_low_resolution 0.25, rotation True",
+        "(z - mean) * scaling_factor / std",
+        "measured on 4321 pictures",
+        "| mean | 0.25, -1 |",
+        "| R \\| 90 | 0.123457 | 24 pictures of 256 px |",
+        "![before and after](a%20picture.png)",
+        "`discriminator/config.json`: the discriminator",
+        "torch 2.6.0",
+        "| seed | 7 |",
+        "accelerate launch training/train_autoencoder.py",
+    ):
+        assert text in card, text
+    metadata = ModelCard(card).data.to_dict()
+    assert metadata["license"] == "mit"
+    assert metadata["base_model"] == "stabilityai/sd-vae-ft-mse"
+    assert metadata["datasets"] == ["someone/pictures"]
+    assert metadata["library_name"] == "diffusers"
+    assert "diffusers_eqvae" in metadata["tags"]
+
+
+@pytest.mark.parametrize("render", [render_autoencoder_card, render_pipeline_card])
+def test_without_facts_nothing_is_claimed(render):
+    card = render({})
+    for absent in ("## Training", "## Figures", "## Pictures", "## Normalisation", "## Files", "Made with", "None"):
+        assert absent not in card
+    assert set(yaml.safe_load(card.split("---\n")[1])) == {"library_name", "tags"}
+    assert "\n\n\n" not in card
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"base_model": "a/b", "latent_space_changed": True}, "The latent space changed"),
+        ({"base_model": "a/b"}, "may have changed"),
+        ({"base_model": "a/b", "compatibility": "adapt"}, "not a\n> drop-in replacement"),
+        ({"base_model": "a/b", "compatibility": "decoder-only"}, "decoder only"),
+        ({"base_model": "a/b", "compatibility": "drop-in"}, "work with\n> this autoencoder unchanged"),
+        ({}, "names no base model"),
+        ({"padding_mode": "reflect"}, 'Plain diffusers ignores `padding_mode="reflect"`'),
+        ({"padding_mode": "zeros"}, "With plain diffusers"),
+    ],
+)
+def test_warnings(facts, text):
+    card = render_autoencoder_card(facts)
+    assert text in card
+    assert ("ignores `padding_mode" in card) == (facts.get("padding_mode") == "reflect")
+
+
+@pytest.mark.parametrize(
+    ("model_class", "stock", "ours"),
+    [
+        (None, "AutoencoderKL", "AutoencoderKLEQ"),
+        ("AutoencoderKL", "AutoencoderKL", "AutoencoderKLEQ"),
+        ("AutoencoderKLAligned", "AutoencoderKL", "AutoencoderKLAligned"),
+        ("AutoencoderTiny", "AutoencoderTiny", None),
+    ],
+)
+def test_the_examples_name_classes_that_load_it(model_class, stock, ours):
+    card = render_autoencoder_card({"model_class": model_class})
+    assert f"from diffusers import {stock}\n" in card
+    assert ("from diffusers_eqvae import" in card) == (ours is not None)
+    assert ours is None or f"from diffusers_eqvae import {ours}\n" in card
+
+
+def test_the_pipeline_card_calls_with_its_labels_and_settings():
+    facts = {
+        "num_classes": 12,
+        "labels": [f"name{i}" for i in range(12)],
+        "sampling": {"guidance_interval": (0.0, 0.75)},
+    }
+    card = render_pipeline_card(facts, repo_id="me/sit")
+    assert "pipeline(class_labels=['name0'], guidance_interval=(0.0, 0.75))" in card
+    assert "ids from 0 to 11, or names: `name0`" in card
+    assert "`name9`, ..." in card
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"stepz": 3}, "unknown run facts stepz"),
+        ({"compatibility": "maybe"}, "compatibility must be one of"),
+        ({"compatibility": "drop-in", "latent_space_changed": True}, "compatibility='adapt'"),
+        ({"figures": [{"name": "PSNR", "value": 3.0}]}, "how it was measured"),
+        ({"pictures": [{"caption": "x"}]}, "a picture needs a path"),
+    ],
+)
+def test_wrong_facts_are_refused(facts, message):
+    with pytest.raises(ValueError, match=message):
+        render_autoencoder_card(facts)
+
+
+def test_facts_are_written_for_publication(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-shape")
+    facts = FACTS | {"dataset": str(tmp_path), "command": "x --a hf_abcdefghijk --b a-token-of-another-shape"}
+    write_run_facts(tmp_path / "run_facts.json", facts)
+    assert [path.name for path in tmp_path.iterdir()] == ["run_facts.json"]
+    read = read_run_facts(tmp_path / "run_facts.json")
+    assert read == RunFacts(**facts | {"dataset": tmp_path.name, "command": "x --a [token] --b [token]"})
+    assert "datasets" not in ModelCard(render_autoencoder_card(read)).data.to_dict()
+    assert redact("nothing here") == "nothing here"
+
+
+def test_a_run_is_described_by_what_its_model_says(tmp_path, tiny_autoencoder_kl, caplog):
+    """The statistics are often measured after training, so the config wins over run_facts.json."""
+    from diffusers_eqvae.latents import LatentNormalization
+
+    facts = FACTS | {"pictures": [{"path": "../outside.png"}, {"path": "missing.png"}]}
+    (tmp_path / "outside.png").write_bytes(b"")
+    run = tmp_path / "run"
+    LatentNormalization(mean=(5.0,) * 4, std=(2.0,) * 4).apply_to(tiny_autoencoder_kl)
+    tiny_autoencoder_kl.save_pretrained(run)
+    write_run_facts(run / "run_facts.json", facts)
+    files, card = prepare_push(run, "me/x", license="apache-2.0")
+    assert files == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "run_facts.json"]
+    assert "| mean | 5, 5, 5, 5 |" in card
+    assert "4321" not in card
+    assert "license: apache-2.0" in card
+    assert "outside.png" in caplog.text
+    assert "missing.png" in caplog.text
+
+    LatentNormalization(mean=(5.0,) * 4, std=(2.0,) * 4).save_json(run / "mean_std.json", num_samples=99)
+    assert "measured on 99 pictures" in prepare_push(run)[1]
+    LatentNormalization(mean=(6.0,) * 4, std=(2.0,) * 4).save_json(run / "mean_std.json", num_samples=99)
+    assert "measured on" not in prepare_push(run)[1]
+
+
+def test_an_incomplete_pipeline_is_refused(tmp_path, caplog):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]}')
+    assert push_run(tmp_path, "me/x") is False
+    assert "lacks the folders vae" in caplog.text
+
+
+def test_a_wheel_carries_the_templates(repository, tmp_path):
+    build = ["setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    subprocess.run([sys.executable, *build], cwd=repository, check=True, capture_output=True)
+    built = tmp_path / "build/lib/diffusers_eqvae/model_cards"
+    templates = sorted((repository / "model_cards").glob("*.md"))
+    assert len(templates) == 3
+    for template in templates:
+        assert (built / template.name).read_text() == template.read_text()
