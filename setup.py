@@ -25,7 +25,6 @@ CORE = [
     "jinja2",
 ]
 TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
-EVAL = ["evaluate>=0.4.6", "scipy", "torchdiffeq"]
 DEMO = ["scikit-image", "matplotlib"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
@@ -58,9 +57,8 @@ setup(
     install_requires=CORE,
     extras_require={
         "train": TRAIN,
-        "eval": EVAL,
         "demo": TRAIN + DEMO,
-        "dev": TRAIN + EVAL + DEMO + DEV,
+        "dev": TRAIN + DEMO + DEV,
     },
     entry_points={"console_scripts": ["eqvae=diffusers_eqvae.cli:main"]},
     classifiers=[
