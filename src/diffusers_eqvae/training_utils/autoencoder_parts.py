@@ -50,7 +50,6 @@ def build_autoencoder(
         vae = family.from_config(json.loads(Path(arguments.model_config).read_text()), **padding)
     else:
         vae = _load_pretrained(arguments, family, padding)
-    vae = vae.to(torch.float32)
     if gradient_checkpointing:
         _enable_gradient_checkpointing(vae)
     if arguments.channels_last:
