@@ -73,9 +73,7 @@ class LPIPS(nn.Module):
 
     Convolutions follow autocast; normalisation, differences and the sums are float32. The parameters never require a
     gradient and the module never leaves eval mode. Build it with `from_pretrained`, or with `random` for tests.
-    A first argument that requires no gradient (the target) keeps no graph.
-
-    Differs from the reference: a place where all activations are 0 has gradient 0 there, not NaN.
+    Pictures that require no gradient (the target) keep no graph.
 
     Example:
         >>> distance = LPIPS.random("squeeze", seed=0)
@@ -198,7 +196,7 @@ def _layer_distance(first: Tensor, second: Tensor, head: Tensor) -> Tensor:
 
 def _unit_channels(activations: Tensor) -> Tensor:
     activations = full_precision(activations)
-    # vector_norm has subgradient 0 at 0, where sqrt(sum of squares) has an infinite one.
+    # At 0 vector_norm has subgradient 0, where sqrt(sum of squares) gives NaN that only the ReLU before it hides.
     return activations / (torch.linalg.vector_norm(activations, dim=1, keepdim=True) + _EPS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class FeatureTeacher(nn.Module):
 
     def __init__(self, model: nn.Module, *, image_size: int = 448):
         super().__init__()
-        config = model.config
+        config: Any = model.config
         if config.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"A feature teacher must be one of {', '.join(MODEL_TYPES)}; got a model of type "
@@ -88,7 +89,7 @@ class FeatureTeacher(nn.Module):
         images = ((pixels.float() + 1.0) / 2.0 - self.mean) / self.std
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-        tokens = self.model(pixel_values=images.to(self.model.dtype)).last_hidden_state.float()
+        tokens = self.model(pixel_values=images.to(next(self.model.parameters()).dtype)).last_hidden_state.float()
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         patch = tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
         return patch.contiguous(), tokens[:, 0]
