@@ -238,10 +238,20 @@ def test_configs_swap_quietly_and_back(monkeypatch):
     back = FlowMatchSDEScheduler.from_config(ode.config)
     assert (back.config.diffusion_form, back.config.path) == ("linear", "cosine")
     assert FlowMatchODEScheduler.from_config(back.config).config.solver == "heun"
-    stock = FlowMatchEulerDiscreteScheduler.from_config(ode.config)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("cls", [FlowMatchODEScheduler, FlowMatchSDEScheduler])
+def test_saved_configs_load_as_diffusers_own_and_the_reverse(cls, tmp_path, monkeypatch):
+    import diffusers
+
+    monkeypatch.setattr(diffusers, cls.__name__, cls, raising=False)
+    cls(num_train_timesteps=500).save_pretrained(tmp_path / "ours")
+    stock = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "ours")
     assert stock.config.num_train_timesteps == 500
-    assert FlowMatchODEScheduler.from_config(FlowMatchEulerDiscreteScheduler().config).config.path == "linear"
-    assert FlowMatchSDEScheduler.from_config(stock.config).config.num_train_timesteps == 500
+    assert cls.from_config(stock.config).config.num_train_timesteps == 500
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "stock")
+    assert cls.from_pretrained(tmp_path / "stock").config.path == "linear"
 
 
 def stepped(scheduler, **kwargs):
