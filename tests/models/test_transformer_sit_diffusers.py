@@ -79,6 +79,8 @@ def test_attention_backends_are_used_and_agree(restore_attention_backend, monkey
     outputs = []
     for name in ("native", "_native_math"):
         model.set_attention_backend(name)
+        # It also sets the process-wide default; the model's own choice must win over that.
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
         outputs.append(model(*inputs(model)).sample)
     assert used == ["native"] * 2 + ["_native_math"] * 2
     torch.testing.assert_close(*outputs)
