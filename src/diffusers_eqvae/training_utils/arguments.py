@@ -162,7 +162,7 @@ def parse(
 
     Raises:
         ValueError: a preset that is absent, not a flat mapping, or holds an unknown key (the nearest is named), or a
-            value that a dataclass refuses. Unknown flags end the program with argparse's message.
+            value that a dataclass refuses. Unknown flags end the program, also with the nearest name.
 
     Example:
         >>> (run,) = parse(RunArguments, argv=["--output_dir", "runs/x", "--seed", "3"])
@@ -175,10 +175,19 @@ def parse(
     parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
     parser.epilog = "A YAML preset may come first; its keys are the flags' names, and flags given after it win."
     argv = list(sys.argv[1:] if argv is None else argv)
+    known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
     if argv and Path(argv[0]).suffix in YAML_SUFFIXES:
-        known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
         argv = _preset_as_flags(Path(argv[0]), known) + argv[1:]
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}; the nearest flag is --{_nearest(unknown[0].lstrip('-'), known)}")
+    return tuple(parsed)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def _preset_as_flags(path: Path, known: Sequence[str]) -> list[str]:
@@ -191,8 +200,8 @@ def _preset_as_flags(path: Path, known: Sequence[str]) -> list[str]:
     flags: list[str] = []
     for key, value in content.items():
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise ValueError(f"Unknown key {key!r} in the preset {path}; the nearest flag is {nearest[0]!r}.")
+            nearest = _nearest(str(key), known)
+            raise ValueError(f"Unknown key {key!r} in the preset {path}; the nearest flag is {nearest!r}.")
         if isinstance(value, dict):
             raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
         if value is not None:

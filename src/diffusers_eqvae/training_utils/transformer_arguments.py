@@ -60,6 +60,10 @@ class FlowArguments:
     adam_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of AdamW."})
 
+    def __post_init__(self) -> None:
+        if self.sigma_std <= 0:
+            raise ValueError(f"--sigma_std must be positive; got {self.sigma_std}.")
+
 
 @dataclass
 class SamplingArguments:

@@ -166,9 +166,7 @@ def _refuse_mismatch(path: Path, config: dict[str, Any], fitting: dict[str, Any]
         saved = config.get(key, value)
         saved = list(saved) if isinstance(saved, tuple) else saved
         if saved is not None and saved != value:
-            raise ValueError(
-                f"The model {path} has {key} = {saved}, but the data ask for {value}: use data that fit it."
-            )
+            raise ValueError(f"The model {path} has {key} = {saved}, but the latents have {value}: they do not fit.")
 
 
 def build_pipeline(

@@ -1,0 +1,167 @@
+"""Trajectories of train_transformer.py, which interruption, processes, accumulation and validation must not change."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+
+from .tiny_latents import write_store
+
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train_transformer.py"
+TINY = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+
+
+@pytest.fixture
+def store(tmp_path, tiny_autoencoder_kl):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    return write_store(tmp_path / "store", tiny_autoencoder_kl)
+
+
+def flags(store: Path, output: Path, **options) -> list[str]:
+    defaults = {"latents_dir": store, "model": store.parent / "tiny.json", "output_dir": output}
+    defaults |= {"report_to": "none", "train_batch_size": 4, "max_train_steps": 10, "validation_steps": 0}
+    defaults |= {"num_inference_steps": 2, "learning_rate": 1e-3, "ema_decay": 0.9, "checkpointing_steps": 5}
+    return [str(word) for name, value in {**defaults, **options}.items() for word in (f"--{name}", value)]
+
+
+def train(store: Path, output: Path, **options) -> dict:
+    """Runs the script in this process and gives back its last checkpoint."""
+    specification = importlib.util.spec_from_file_location("train_transformer", SCRIPT)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    try:
+        script.main(flags(store, output, **options))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return last_checkpoint(output)
+
+
+def last_checkpoint(output: Path) -> dict:
+    newest = sorted((output / "checkpoints").glob("step-*[0-9]"))[-1]
+    return torch.load(newest / "transformer.pt", weights_only=True)
+
+
+def assert_equal(first, second, path="state"):
+    """Bit for bit, through nested dicts and lists."""
+    assert type(first) is type(second), path
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), f"{path} differs by {(first - second).abs().max()}"
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            assert_equal(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, list):
+        assert len(first) == len(second), path
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_equal(*pair, f"{path}[{index}]")
+    else:
+        assert first == second, path
+
+
+def assert_close(first: dict, second: dict, tolerance: float):
+    for part in ("module", "ema"):
+        for name in first[part]:
+            difference = (first[part][name] - second[part][name]).abs().max()
+            assert difference <= tolerance, f"{part}.{name} differs by {difference}"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, store, workers):
+    options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": 2}
+    whole = train(store, tmp_path / "whole", **options)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole", resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000010")
+    (resumed / "checkpoints" / "step-00000010.tmp").mkdir()
+    assert_equal(whole, train(store, resumed, resume_from_checkpoint="latest", **options))
+    lines = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines))
+
+
+def test_killed_between_checkpoints_and_resumed(tmp_path, store):
+    """kill -9 somewhere after the second checkpoint; then three steps more, against a run that was never killed."""
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(SCRIPT), *flags(store, killed, max_train_steps=100000, checkpointing_steps=7)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "step-00000014" / "complete.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run to be killed did not come that far"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    newest = max(killed.glob("checkpoints/step-*/complete.json"), key=lambda path: path.parent.name)
+    steps = json.loads(newest.read_text())["step"] + 3
+    resumed = train(store, killed, max_train_steps=steps, resume_from_checkpoint="latest")
+    assert_equal(resumed, train(store, tmp_path / "whole", max_train_steps=steps))
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, store):
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"""
+import importlib.util, os, sys, torch
+specification = importlib.util.spec_from_file_location("script", {str(SCRIPT)!r})
+script = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(script)
+original = script.TrainingRun.finish
+def finish(run, save):
+    rank = run.accelerator.process_index
+    states = [run.module("transformer").state_dict(), run.averaged("transformer").state_dict()]
+    torch.save(states, f"{{run.output_dir}}/rank{{rank}}.pt")
+    original(run, save)
+script.TrainingRun.finish = finish
+script.main(sys.argv[1:])
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
+    command += flags(store, tmp_path / "two", train_batch_size=4)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_equal(ranks[0], ranks[1])
+    one = train(store, tmp_path / "one", train_batch_size=8)
+    assert_close(last_checkpoint(tmp_path / "two"), one, 1e-6)
+
+
+def test_accumulating_two_micro_batches_is_one_twice_as_large(tmp_path, store):
+    accumulated = train(store, tmp_path / "accumulated", train_batch_size=4, gradient_accumulation_steps=2)
+    assert_close(accumulated, train(store, tmp_path / "large", train_batch_size=8), 1e-6)
+
+
+def test_validation_does_not_disturb_the_run(tmp_path, store):
+    silent = train(store, tmp_path / "silent")
+    watched = train(store, tmp_path / "watched", validation_steps=2)
+    assert_equal(silent, watched)
+    assert len(list((tmp_path / "watched" / "validation").iterdir())) == 5
+
+
+def test_bf16_run_moves_float32_weights_and_the_ema_follows(tmp_path, store):
+    """In bfloat16 weights 95 % of them would not move at this learning rate."""
+    model = SiTTransformer2DModel(**TINY, sample_size=4, in_channels=4, num_classes=3)
+    for parameter in model.parameters():
+        if not parameter.any():  # a zero-initialised layer gives those before it no gradient to speak of
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "start")
+    options = {"mixed_precision": "bf16", "learning_rate": 4.5e-6, "ema_decay": 0.99, "checkpointing_steps": 200}
+    end = train(store, tmp_path / "end", max_train_steps=200, model=tmp_path / "start", **options)
+    start = dict(model.named_parameters())
+    before = torch.cat([start[name].detach().flatten() for name in start])
+    after, average = (torch.cat([end[part][name].flatten() for name in start]) for part in ("module", "ema"))
+    assert after.dtype == average.dtype == torch.float32
+    assert (after != before).float().mean() > 0.99
+    assert (average != before).float().mean() > 0.99
+    assert (average - after).norm() < (before - after).norm()

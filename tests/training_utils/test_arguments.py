@@ -1,0 +1,94 @@
+"""Flags, presets and what is refused at the command line."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse, resolved, save_resolved
+
+
+@dataclass
+class Extra:
+    numbers: list[int] = field(default_factory=lambda: [1], metadata={"help": "Some numbers."})
+
+
+def preset(tmp_path, **content):
+    path = tmp_path / "preset.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
+    path = preset(tmp_path, output_dir="a", seed=5, learning_rate="1e-3", numbers=[2, 3], use_ema=False)
+    run, extra = parse(RunArguments, Extra, argv=[path, "--seed", "7", "--mixed_precision", "bf16"])
+    assert (run.output_dir, run.seed, run.learning_rate, run.use_ema) == ("a", 7, 1e-3, False)
+    assert run.mixed_precision == "bf16" and extra.numbers == [2, 3]
+    _, extra = parse(RunArguments, Extra, argv=[path, "--numbers", "4"])
+    assert extra.numbers == [4]
+
+
+def test_unknown_key_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(ValueError, match=r"learning_rte.*nearest flag is 'learning_rate'"):
+        parse(RunArguments, argv=[preset(tmp_path, output_dir="a", learning_rte=1.0)])
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "seed:\n  deep: 1\n"])
+def test_presets_are_flat_mappings(tmp_path, content):
+    path = tmp_path / "preset.yml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="mapping"):
+        parse(RunArguments, argv=[str(path), "--output_dir", "a"])
+
+
+def test_absent_preset_is_named():
+    with pytest.raises(ValueError, match="does not exist"):
+        parse(RunArguments, argv=["nowhere.yaml", "--output_dir", "a"])
+
+
+def test_preset_values_are_checked_like_flags(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(RunArguments, argv=[preset(tmp_path, output_dir="a", lr_scheduler="sine")])
+    assert "sine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--lerning_rate", "--learning_rat"])
+def test_unknown_and_abbreviated_flags_end_the_program(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse(RunArguments, argv=["--output_dir", "a", flag, "1"])
+    assert "nearest flag is --learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"train_batch_size": 0}, "train_batch_size must be positive"),
+        ({"max_train_steps": -1}, "max_train_steps must be positive"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"lr_scheduler": "constant_with_warmup"}, "lr_warmup_steps"),
+    ],
+)
+def test_impossible_values_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        RunArguments(output_dir="a", **option)
+
+
+def test_two_sources_of_pictures_are_refused():
+    with pytest.raises(ValueError, match="not both"):
+        DataArguments(dataset_name="a", train_data_dir="b")
+
+
+def test_resolved_arguments_are_a_preset_that_repeats_the_run(tmp_path):
+    run, data, extra = RunArguments(output_dir="a", seed=3, use_ema=False), DataArguments(), Extra([4, 5])
+    save_resolved(resolved(run, data, extra), tmp_path)
+    again = parse(RunArguments, DataArguments, Extra, argv=[str(tmp_path / "resolved_arguments.yaml")])
+    assert again == (run, data, extra)
+
+
+def test_every_flag_is_documented():
+    from dataclasses import fields
+
+    for group in (RunArguments, DataArguments):
+        for entry in fields(group):
+            assert entry.metadata.get("help", "").rstrip(".").strip(), f"--{entry.name} has no help"

@@ -1,0 +1,124 @@
+"""A checkpoint is complete or it is not there."""
+
+import json
+import logging
+
+import pytest
+
+from diffusers_eqvae.training_utils import checkpoints
+from diffusers_eqvae.training_utils.checkpoints import (
+    complete_checkpoints,
+    find_checkpoint,
+    publish,
+    resumed_step,
+    write_checkpoint,
+)
+
+FACTS = {"global_batch_size": 8, "world_size": 1, "arguments": {"learning_rate": 0.1, "logging_steps": 5}}
+
+
+def write(output_dir, step, *, limit=None, content="x"):
+    return write_checkpoint(
+        output_dir,
+        step=step,
+        write=lambda directory: (directory / "weights").write_text(content) and None,
+        facts=FACTS,
+        limit=limit,
+    )
+
+
+def test_limit_keeps_the_newest(tmp_path):
+    for step in (5, 10, 15):
+        write(tmp_path, step, limit=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000010", "step-00000015"]
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_a_failure_while_writing_leaves_the_earlier_ones(tmp_path, caplog):
+    write(tmp_path, 5)
+
+    def fail(directory):
+        (directory / "weights").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(tmp_path, step=10, write=fail, facts=FACTS, limit=1)
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint("latest", tmp_path).name == "step-00000005"
+    assert "step-00000010.tmp" in caplog.text
+    assert write(tmp_path, 10, limit=1).name == "step-00000010"
+
+
+def test_a_directory_without_marker_is_ignored_and_named(tmp_path, caplog):
+    write(tmp_path, 5)
+    (tmp_path / "checkpoints" / "step-00000009").mkdir()
+    assert find_checkpoint("latest", tmp_path).name == "step-00000005"
+    assert "step-00000009" in caplog.text
+    with pytest.raises(ValueError, match=r"not a complete checkpoint.*step-00000005"):
+        find_checkpoint("step-00000009", tmp_path)
+
+
+def test_writing_a_step_again_replaces_it(tmp_path):
+    write(tmp_path, 5, content="old")
+    assert (write(tmp_path, 5, content="new") / "weights").read_text() == "new"
+
+
+def test_a_fresh_run_does_not_mix_with_an_old_one(tmp_path):
+    assert find_checkpoint(None, tmp_path) is None and find_checkpoint("latest", tmp_path) is None
+    path = write(tmp_path, 5)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
+        find_checkpoint(None, tmp_path)
+    assert find_checkpoint(str(path), tmp_path) == find_checkpoint("step-00000005", tmp_path) == path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arguments": {"learning_rate": 0.2, "logging_steps": 5}}, "learning_rate was 0.1"),
+        ({"global_batch_size": 16}, "global batch was 8 and is 16"),
+        ({"world_size": 2}, "up to rounding"),
+        ({"arguments": {"learning_rate": 0.1, "logging_steps": 50}}, None),
+    ],
+)
+def test_what_changed_is_named(tmp_path, caplog, change, message):
+    path = write(tmp_path, 5)
+    with caplog.at_level(logging.WARNING):
+        assert resumed_step(path, FACTS | change) == 5
+    assert caplog.text.count("WARNING") == (message is not None)
+    assert message is None or message in caplog.text
+
+
+def test_publishing_replaces_and_keeps_the_rest(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "old").write_text("old")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+
+    def save(directory):
+        (directory / "vae").mkdir()
+        (directory / "vae" / "new").write_text("new")
+        (directory / "model_index.json").write_text("{}")
+
+    publish(tmp_path, save)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "model_index.json", "vae"]
+    assert [path.name for path in (tmp_path / "vae").iterdir()] == ["new"]
+
+
+def test_a_failing_save_publishes_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+
+    def save(directory):
+        (directory / "config.json").write_text("new")
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError):
+        publish(tmp_path, save)
+    assert (tmp_path / "config.json").read_text() == "old"
+
+
+def test_the_marker_is_written_last(tmp_path, monkeypatch):
+    """Whatever is flushed before the rename, the marker comes after all the data."""
+    order = []
+    monkeypatch.setattr(checkpoints, "flush_to_disk", lambda path: order.append(path.name))
+    path = write(tmp_path, 5)
+    assert order == ["weights", "complete.json"]
+    assert json.loads((path / "complete.json").read_text())["step"] == 5

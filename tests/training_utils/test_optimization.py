@@ -1,0 +1,125 @@
+"""Learning rate, EMA and master weights of one optimized module."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_eqvae.training_utils.optimization import (
+    OPTIMIZERS,
+    NonfiniteGuard,
+    OptimizedModule,
+    build_optimizer,
+    check_master_weights,
+    exponential_average,
+    learning_rate_factor,
+)
+
+
+def optimized(module, *, decay=0.9, fused=True):
+    parameters = check_master_weights("module", module)
+    optimizer = build_optimizer("adamw", parameters, lr=0.1)
+    if not fused:
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    return OptimizedModule("module", module, module, optimizer, 0.1, exponential_average(module, decay))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2]),
+    ],
+)
+def test_schedules(schedule, expected):
+    factors = [learning_rate_factor(schedule, step, warmup_steps=2, total_steps=6) for step in range(6)]
+    assert factors == pytest.approx(expected)
+
+
+def test_ema_is_the_exact_recursion_from_the_initial_weights():
+    entry = optimized(nn.Linear(3, 2), decay=0.9)
+    expected = entry.module.weight.detach().double().clone()
+    for value in (1.0, -2.0, 0.5, 4.0):
+        nn.init.constant_(entry.module.weight, value)
+        entry.update_ema()
+        expected = 0.9 * expected + 0.1 * value
+    assert torch.allclose(entry.ema.module.weight.double(), expected, rtol=0, atol=1e-6)
+    assert entry.ema.module.weight.dtype == torch.float32
+
+
+def test_ema_copies_buffers_and_shares_frozen_weights():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
+    entry = optimized(module)
+    module(torch.randn(8, 2))
+    entry.update_ema()
+    averaged = entry.ema.module
+    assert torch.equal(averaged[1].running_mean, module[1].running_mean)
+    assert averaged[2].weight is module[2].weight and averaged[0].weight is not module[0].weight
+    assert not any(parameter.requires_grad for parameter in averaged.parameters())
+    assert "2.weight" not in entry.state_dict()["module"] and "2.weight" not in entry.state_dict()["ema"]
+
+
+def test_state_survives_a_moment_of_freezing_and_refuses_another_module():
+    entry = optimized(nn.Linear(3, 2))
+    entry.module.requires_grad_(False)
+    state = copy.deepcopy(entry.state_dict())
+    assert set(state["module"]) == {"weight", "bias"}
+    other = optimized(nn.Linear(3, 2))
+    other.load_state_dict(state)
+    assert torch.equal(other.module.weight, entry.module.weight)
+    with pytest.raises(ValueError, match="resolved_arguments"):
+        optimized(nn.Sequential(nn.Linear(3, 2))).load_state_dict(state)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_nonfinite_step_changes_nothing(fused):
+    entry = optimized(nn.Linear(3, 2), fused=fused)
+    entry.module(torch.randn(4, 3)).sum().backward()
+    entry.step(0.1, torch.zeros(()))
+    before = copy.deepcopy((entry.module.state_dict(), entry.optimizer.state_dict()["state"]))
+    entry.module.weight.grad.fill_(float("nan"))
+    entry.step(0.1, torch.ones(()))
+    after = entry.module.state_dict(), entry.optimizer.state_dict()["state"]
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    states = [(old[key], after[1][index][key]) for index, old in before[1].items() for key in old]
+    assert states and all(torch.equal(old, new) for old, new in states)
+
+
+def test_falls_back_with_a_log_line_where_there_is_no_fused_kernel(monkeypatch, caplog):
+    adamw = torch.optim.AdamW
+
+    def without_fused(parameters, *, fused=None, **options):
+        if fused:
+            raise RuntimeError("no fused kernel")
+        return adamw(parameters, **options)
+
+    monkeypatch.setitem(OPTIMIZERS, "adamw", without_fused)
+    with caplog.at_level(logging.WARNING):
+        optimizer = build_optimizer("adamw", list(nn.Linear(2, 2).parameters()), lr=0.1)
+    assert isinstance(optimizer, adamw) and "no fused kernel" in caplog.text
+
+
+def test_guard_counts_in_a_row_and_in_all():
+    guard = NonfiniteGuard(torch.device("cpu"))
+    for bad in (1.0, 1.0, 0.0, 1.0):
+        guard.count(torch.tensor(bad))
+    assert guard.read() == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear(2, 2).to(torch.bfloat16), "must be float32"),
+        (nn.Linear(2, 2).requires_grad_(False), "no trainable parameter"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(module, message):
+    with pytest.raises(ValueError, match=message):
+        check_master_weights("module", module)
+    with pytest.raises(ValueError, match="one of adam, adamw"):
+        build_optimizer("sgd", [], lr=0.1)

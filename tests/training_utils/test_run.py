@@ -1,0 +1,194 @@
+"""TrainingRun: what happens between the lines of a training script."""
+
+import json
+import os
+import signal
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffusers_eqvae.training_utils.run import TrainingRun
+
+
+def train(run: TrainingRun, model, dataset, *, stop_after=None):
+    wrapped = run.add("model", model, ema=True)
+    for batch in run.steps(run.loader(dataset)):
+        noise = run.randomness.randn(batch["x"].shape)
+        loss = (wrapped(batch["x"] + 0.1 * noise) - batch["x"]).square().mean()
+        run.backward(loss)
+        run.log({"loss": loss})
+        if run.step == stop_after:
+            break
+    return model
+
+
+def weights(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).clone()
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(make_run, make_model, numbers):
+    results = [weights(train(make_run(seed=seed), make_model(), numbers())) for seed in (0, 0, 1)]
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_nan_batch_leaves_weights_bit_equal_and_the_next_step_continues(make_run, make_model, numbers):
+    run = make_run(train_batch_size=8, max_train_steps=6)
+    dataset, model, seen = numbers(48), make_model(), []
+    wrapped = run.add("model", model, ema=True)
+    for batch in run.steps(run.loader(dataset)):
+        seen.append(weights(model))
+        x = batch["x"] * float("nan") if run.step == 3 else batch["x"]
+        run.backward((wrapped(x) - x).square().mean())
+    seen.append(weights(model))
+    moved = [not torch.equal(before, after) for before, after in pairwise(seen)]
+    assert moved == [True, True, True, False, True, True]
+    assert all(torch.isfinite(state).all() for state in seen)
+    assert torch.isfinite(weights(run.averaged("model"))).all()
+    assert metrics(run)[-1]["nonfinite_steps"] == 1 and metrics(run)[3]["gradient_norm/model"] is None
+
+
+def test_endless_nan_stops_with_a_finite_emergency_checkpoint(make_run, make_model, numbers):
+    run = make_run(max_train_steps=50, max_nonfinite_steps=3, logging_steps=2)
+    with pytest.raises(RuntimeError, match=r"4 steps in a row.*latest"):
+        train(run, make_model(), numbers(64, broken=frozenset(range(64))))
+    saved = torch.load(run.output_dir / "checkpoints" / "step-00000004" / "model.pt", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in saved["module"].values())
+
+
+def test_two_modules_step_on_their_own_gradients_only(make_run, make_model, numbers):
+    """A discriminator that starts at step 2: untouched before, then trained through `inputs`, the generator not."""
+    run = make_run(max_train_steps=4)
+    generator, discriminator = make_model(), nn.Linear(8, 1)
+    wrapped = run.add("generator", generator, ema=True)
+    judge = run.add("discriminator", discriminator, optimizer="adam", betas=(0.5, 0.9))
+    history = []
+    for batch in run.steps(run.loader(numbers())):
+        history.append(weights(discriminator))
+        output = wrapped(batch["x"])
+        run.backward((output - batch["x"]).square().mean(), retain_graph=True)
+        before = [parameter.grad.clone() for parameter in generator.parameters()]
+        if run.step >= 2:
+            run.backward(judge(output).mean(), inputs=list(discriminator.parameters()))
+        assert all(torch.equal(old, new.grad) for old, new in zip(before, generator.parameters(), strict=True))
+    history.append(weights(discriminator))
+    moved = [not torch.equal(before, after) for before, after in pairwise(history)]
+    assert moved == [False, False, True, True]
+
+
+def test_a_loop_without_backward_is_an_error(make_run, make_model, numbers):
+    run = make_run()
+    run.add("model", make_model())
+    with pytest.raises(RuntimeError, match=r"run\.backward"):
+        list(run.steps(run.loader(numbers())))
+
+
+def test_clipping_limits_the_update(make_run, make_model, numbers):
+    run = make_run(max_grad_norm=1e-3, max_train_steps=1)
+    seen = {}
+    original = run._optimize
+
+    def spy():
+        original_clip = run._modules["model"].clip
+
+        def clip(max_norm, norm):
+            original_clip(max_norm, norm)
+            seen["norm"] = run._modules["model"].gradient_norm().item()
+
+        run._modules["model"].clip = clip
+        original()
+
+    run._optimize = spy
+    train(run, make_model(), numbers())
+    assert seen["norm"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_due_fires_once_per_multiple_even_with_accumulation(make_run, make_model, numbers):
+    run = make_run(gradient_accumulation_steps=3, max_train_steps=7)
+    wrapped, fired = run.add("model", make_model()), []
+    for batch in run.steps(run.loader(numbers())):
+        fired += [run.step] if run.due(2) else []
+        run.backward(wrapped(batch["x"]).square().mean())
+    assert fired == [2, 4, 6] and not run.due(0) and not run.due(None)
+
+
+def test_validation_restores_modes_and_random_numbers(make_run, make_model, numbers):
+    run = make_run()
+    model = make_model()
+    model[2].eval()
+    run.add("model", model)
+    run.randomness.at(0, 0)
+    torch.manual_seed(0)
+    expected = run.randomness.rand((2,)), torch.rand(2)
+    run.randomness.at(0, 0)
+    torch.manual_seed(0)
+    with run.validation():
+        assert not model.training and not torch.is_grad_enabled()
+        torch.rand(5), run.randomness.rand((2,))
+    assert model.training and not model[2].training
+    assert torch.equal(run.randomness.rand((2,)), expected[0]) and torch.equal(torch.rand(2), expected[1])
+
+
+def test_epochs_become_steps_and_logs_hold_means(make_run, make_model, numbers):
+    run = make_run(max_train_steps=None, num_train_epochs=2, train_batch_size=8, logging_steps=3)
+    train(run, make_model(), numbers(20))
+    assert run.step == run.max_train_steps == 5
+    assert [line["step"] for line in metrics(run)] == [3, 5]
+    assert {"loss", "learning_rate", "images_per_second", "ema_distance/model"} <= metrics(run)[-1].keys()
+
+
+def test_pictures_become_a_grid(make_run, make_model, numbers):
+    from PIL import Image
+
+    run = make_run(report_to="tensorboard")
+    train(run, make_model(), numbers(), stop_after=3)
+    run.log_images("ramp", np.full((3, 4, 6, 3), 200, np.uint8))
+    picture = np.asarray(Image.open(run.output_dir / "validation" / "00000003_ramp.png"))
+    assert picture.shape == (8, 12, 3) and (picture == 200).mean() == 0.75
+    with pytest.raises(TypeError, match="uint8"):
+        run.log_images("ramp", np.zeros((3, 4, 6, 3)))
+    run.finish(lambda directory: (directory / "done").write_text("") and None)
+    assert (run.output_dir / "done").exists() and list((run.output_dir / "logs").rglob("events*"))
+
+
+def test_sigterm_saves_at_the_step_boundary_and_exits_cleanly(make_run, make_model, numbers):
+    run = make_run(max_train_steps=50)
+    wrapped = run.add("model", make_model())
+    with pytest.raises(SystemExit) as stopped:
+        for batch in run.steps(run.loader(numbers())):
+            run.backward(wrapped(batch["x"]).square().mean())
+            if run.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.code == 0
+    assert (run.output_dir / "checkpoints" / "step-00000005" / "complete.json").is_file()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_dry_run_writes_nothing_and_says_what_is_needed(make_run, make_model, numbers, capsys):
+    run = make_run(dry_run=True, train_batch_size=32, resume_from_checkpoint="latest")
+    with pytest.raises(SystemExit) as stopped:
+        train(run, make_model(), numbers())
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and not run.output_dir.exists()
+    assert "activations" in text and "Disk per checkpoint" in text and "micro-batch of 32" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"mixed_precision": "fp16"}, "65504"), ({"resume_from_checkpoint": "nowhere"}, "not a complete checkpoint")],
+)
+def test_refused_at_start(make_run, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(**options)
+
+
+def test_unwritable_output_is_refused_at_start(make_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Cannot write to --output_dir"):
+        make_run(output_dir=str(tmp_path / "file" / "run"))
