@@ -20,7 +20,6 @@ MIN_SIDE_PX = 8
 MAX_UNREADABLE_SHARE = 0.01
 MIN_UNREADABLE_ALLOWED = 3
 START_CHECKS = 256
-PICTURE_SUFFIXES = frozenset(Image.registered_extensions())
 # What Pillow raises for files that are absent, cut short, no pictures, or hostile.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 

@@ -149,6 +149,8 @@ class DrawDataset(Dataset):
         self.order = DrawOrder(len(dataset), seed=seed)
 
     def __getitem__(self, number: int) -> Any:
+        if hasattr(self.dataset, "get_many"):
+            return {key: values[0] for key, values in self.__getitems__([number]).items()}
         return self.dataset.get(self.order.index(number), draw_generator(number, self.order.seed))
 
     def __getitems__(self, numbers: list[int]) -> Any:

@@ -1,0 +1,185 @@
+"""The files of a latent store (see `latent_store`): settings, shard headers, the manifest, atomic publication."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+METADATA_KEY = "latent_store"  # A single key: safetensors does not keep the order of several.
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# numpy has no bfloat16; its bits travel as int16.
+NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.int16}
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_MAX_HEADER_BYTES = 100_000_000  # The limit of the safetensors format.
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What decides a store's content; two runs with equal settings and equal data write equal bytes.
+
+    Args:
+        num_examples: N pictures.
+        shape: (c, h, w) of one posterior's moments.
+        dtype: float32, float16 or bfloat16, as stored.
+        views: 1, or 2 where the mirrored picture is encoded too.
+        kind: "moments" (mean and logvar) or "latents" (deterministic autoencoder).
+        shard_size: examples per file.
+        batch_size: pictures per forward of the encoder (its rounding depends on it).
+        resolution: side of the pictures in pixels.
+        downsampling_factor: pixels per latent cell.
+        labelled: whether shards hold labels.
+        encoder: first half of `vae_fingerprint`.
+        mixed_precision: "no" or "bf16", how the encoder computed.
+        source: which data (name, split, columns, a hash of the labels); free, compared for equality.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    num_examples: int
+    shape: tuple[int, int, int]
+    dtype: str
+    views: int
+    kind: str
+    shard_size: int
+    batch_size: int
+    resolution: int
+    downsampling_factor: int
+    labelled: bool
+    encoder: str
+    mixed_precision: str = "no"
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "shard_size", "batch_size", "resolution", "downsampling_factor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name, known in (("dtype", tuple(TORCH_DTYPES)), ("views", (1, 2)), ("kind", ("moments", "latents"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}.")
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_examples // self.shard_size)
+
+    def examples(self, shard: int) -> range:
+        """The data set's indices that a shard holds."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_examples))
+
+    def bytes(self, num_examples: int) -> int:
+        """Disk space of that many examples, without headers."""
+        itemsize = TORCH_DTYPES[self.dtype].itemsize
+        return num_examples * (self.views * prod(self.shape) * itemsize + 8 * self.labelled)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """A shard file's header: where its tensors lie and what its writer noted."""
+
+    tensors: dict[str, Any]
+    data_start: int
+    notes: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> ShardHeader:
+        """Raises ValueError where the file is absent, cut short, or no shard."""
+        remedy = "delete it and run training/encode_latents.py again with the same flags: only it is encoded anew."
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 0 < length <= _MAX_HEADER_BYTES:
+                    raise ValueError("no header")
+                tensors = json.loads(file.read(length))
+            metadata = tensors.pop("__metadata__")
+            header = cls(tensors, 8 + length, json.loads(metadata[METADATA_KEY]))
+            expected = header.data_start + max(entry["data_offsets"][1] for entry in tensors.values())
+        except FileNotFoundError:
+            raise ValueError(f"The shard {path} is missing; run training/encode_latents.py again.") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a readable shard ({error}); {remedy}") from error
+        actual = path.stat().st_size
+        if actual != expected:
+            raise ValueError(f"The shard {path} is truncated: it should have {expected} bytes, not {actual}; {remedy}")
+        return header
+
+    def map(self, path: Path, name: str, dtype: Any) -> np.ndarray:
+        """A tensor of the shard as a read-only array backed by the file."""
+        entry = self.tensors[name]
+        offset = self.data_start + entry["data_offsets"][0]
+        # A plain view: numpy.memmap's own indexing costs several times more.
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=tuple(entry["shape"])).view(np.ndarray)
+
+    def check(self, path: Path, settings: StoreSettings, shard: int) -> None:
+        """Raises ValueError where the shard was written with other settings, naming them."""
+        wanted, found = settings.to_json(), self.notes.get("settings", {})
+        differing = [
+            f"{key} (shard: {found.get(key)}, now: {wanted.get(key)})"
+            for key in sorted(wanted.keys() | found.keys())
+            if wanted.get(key) != found.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"The shard {path} was written with other settings: {', '.join(differing)}. "
+                "Use the same settings, another output directory, or delete the old store."
+            )
+        shape = [len(settings.examples(shard)), settings.views, *settings.shape]
+        moments = self.tensors.get("moments", {})
+        if (
+            self.notes.get("shard") != shard
+            or moments.get("shape") != shape
+            or moments.get("dtype") != _SAFETENSORS_DTYPES[settings.dtype]
+            or settings.labelled != ("labels" in self.tensors)
+        ):
+            raise ValueError(f"{path} does not hold what its name and settings say; delete it and encode it again.")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{path} holds no {MANIFEST}, so it is no finished latent store; run training/encode_latents.py "
+            "(again: finished shards are kept)."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path / MANIFEST} is not valid JSON ({error}); run training/encode_latents.py again."
+        ) from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has store format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}. "
+            "Encode the data again or install the version that wrote it."
+        )
+    return manifest
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Writes a file that appears under its name all at once and survives a power cut."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,307 @@
+"""Latent store: the posteriors of a data set in a few memory-mapped safetensors files.
+
+    store/
+      manifest.json                what the store holds (see `LatentStoreWriter.finish`)
+      shard-00000.safetensors      "moments" (n, views, c, h, w) and "labels" (n,) int64 where the data has labels
+      mean_std.json, vae/          the normalisation and the autoencoder it was made with (training/encode_latents.py)
+
+Shard s holds the examples s * shard_size ... in the data set's order, whoever wrote it; its header carries the
+settings and its own statistics, so a store is the same for any number of processes and any number of restarts.
+c = 2C for moments (mean and logvar) and C for a deterministic autoencoder. A second view is the mirrored picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..autoencoders import Posterior
+from ..latents import LatentStatistics, check_fingerprint
+from .latent_format import (
+    FORMAT_VERSION,
+    MANIFEST,
+    METADATA_KEY,
+    NUMPY_DTYPES,
+    TORCH_DTYPES,
+    ShardHeader,
+    StoreSettings,
+    publish,
+    read_manifest,
+    shard_name,
+)
+
+
+class LatentStoreWriter:
+    """Writes a store shard by shard; several processes may write different shards of one store.
+
+    Args:
+        path: directory of the store, created where absent.
+        settings: of the whole store.
+
+    Raises:
+        ValueError: the directory cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: StoreSettings) -> None:
+        self.path = Path(path)
+        self.settings = settings
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / f".writable-{os.getpid()}").touch()
+            (self.path / f".writable-{os.getpid()}").unlink()
+        except OSError as error:
+            raise ValueError(
+                f"The store's directory {self.path} cannot be written ({error}); choose another."
+            ) from error
+
+    def pending(self, rank: int = 0, world_size: int = 1) -> tuple[list[int], list[str]]:
+        """The shards this rank still has to write (s % world_size == rank), and complaints about unreadable ones.
+
+        Finished shards are recognised by header, length and settings; a truncated one counts as unwritten and is
+        named in the complaints.
+
+        Raises:
+            ValueError: a shard written with other settings.
+        """
+        shards, complaints = [], []
+        for shard in range(rank, self.settings.num_shards, world_size):
+            path = self.path / shard_name(shard)
+            if not path.exists():
+                shards.append(shard)
+                continue
+            try:
+                header = ShardHeader.read(path)
+            except ValueError as error:
+                shards.append(shard)
+                complaints.append(str(error))
+                continue
+            header.check(path, self.settings, shard)
+        return shards, complaints
+
+    def write_shard(
+        self, shard: int, moments: Tensor, *, labels: Tensor | None = None, skipped: Sequence[str] = ()
+    ) -> None:
+        """Writes one shard so that it is either absent or complete.
+
+        Args:
+            shard: its number.
+            moments: (n, views, c, h, w) in the store's dtype, on the CPU, for the examples of that shard.
+            labels: (n,) int64.
+            skipped: names of pictures that could not be read and were replaced.
+
+        Raises:
+            ValueError: tensors that do not fit the settings, or moments that are not finite.
+        """
+        settings = self.settings
+        shape = (len(settings.examples(shard)), settings.views, *settings.shape)
+        if moments.shape != shape or moments.dtype != TORCH_DTYPES[settings.dtype]:
+            raise ValueError(
+                f"Shard {shard} must hold moments {shape} of {settings.dtype}; "
+                f"got {tuple(moments.shape)} of {moments.dtype}."
+            )
+        if settings.labelled != (labels is not None) or (labels is not None and labels.shape != shape[:1]):
+            raise ValueError(f"Shard {shard} must hold {shape[0] if settings.labelled else 'no'} labels.")
+        if not torch.isfinite(moments).all():
+            raise ValueError(
+                f"The encoder gave values in shard {shard} that are not finite in {settings.dtype}; "
+                "store float32 or bfloat16, or check the autoencoder."
+            )
+        tensors = {"moments": moments.contiguous()} | ({} if labels is None else {"labels": labels.long()})
+        notes = {
+            "format_version": FORMAT_VERSION,
+            "shard": shard,
+            "settings": settings.to_json(),
+            "statistics": self._statistics(moments).state_dict(),
+            "skipped": list(skipped),
+        }
+        metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True)}
+        publish(self.path / shard_name(shard), save(tensors, metadata=metadata))
+
+    def statistics(self) -> LatentStatistics:
+        """Statistics of all shards, merged in their order, so equal to the last bit however they were written."""
+        merged = LatentStatistics()
+        for header in self._headers():
+            merged.merge(LatentStatistics.from_state_dict(header.notes["statistics"]))
+        return merged
+
+    def finish(self, *, fingerprint: str, id2label: dict[int, str] | None = None) -> dict[str, Any]:
+        """Writes and returns the manifest.
+
+        Keys: format_version, settings, fingerprint, id2label, class_counts, statistics, skipped (names), shards
+        (file, num_examples, bytes).
+
+        Args:
+            fingerprint: `vae_fingerprint` of the autoencoder with the normalisation that training will use.
+            id2label: class names.
+
+        Raises:
+            ValueError: a shard is missing, truncated or of other settings.
+        """
+        headers = self._headers()
+        counts = np.zeros(0, dtype=np.int64)
+        if self.settings.labelled:
+            maps = (h.map(self.path / shard_name(s), "labels", np.int64) for s, h in enumerate(headers))
+            counts = np.bincount(np.concatenate(list(maps)), minlength=len(id2label or {}))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings.to_json(),
+            "fingerprint": fingerprint,
+            "id2label": {str(key): value for key, value in sorted((id2label or {}).items())},
+            "class_counts": {str(key): int(count) for key, count in enumerate(counts)},
+            "statistics": self.statistics().state_dict(),
+            "skipped": [name for header in headers for name in header.notes["skipped"]],
+            "shards": [
+                {
+                    "file": shard_name(shard),
+                    "num_examples": len(self.settings.examples(shard)),
+                    "bytes": (self.path / shard_name(shard)).stat().st_size,
+                }
+                for shard in range(self.settings.num_shards)
+            ],
+        }
+        publish(self.path / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        return manifest
+
+    def _headers(self) -> list[ShardHeader]:
+        headers = []
+        for shard in range(self.settings.num_shards):
+            path = self.path / shard_name(shard)
+            headers.append(ShardHeader.read(path))
+            headers[-1].check(path, self.settings, shard)
+        return headers
+
+    def _statistics(self, moments: Tensor) -> LatentStatistics:
+        """Of what is stored, after its rounding, in batches that no memory limit or process count decides."""
+        statistics = LatentStatistics()
+        for chunk in moments.split(self.settings.batch_size):
+            posterior = Posterior.from_moments(chunk.flatten(0, 1), deterministic=self.settings.kind == "latents")
+            statistics.update(posterior.mean, posterior.logvar)
+        return statistics
+
+
+class LatentStore(Dataset):
+    """Random access to a store: {"moments": (c, h, w) in the stored dtype, "class_labels": id where labelled}.
+
+    Args:
+        path: directory of the store.
+        vae: refuse the store unless it was made with this autoencoder and normalisation.
+
+    Raises:
+        ValueError: no manifest, a missing or truncated shard, another format version, or another autoencoder.
+
+    `get_many` (which `DrawDataset` and `__getitems__` use) reads a batch in one call.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, vae: nn.Module | None = None) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.settings = StoreSettings(**self.manifest["settings"])
+        self._headers: list[ShardHeader] = []
+        for shard in range(self.settings.num_shards):
+            self._headers.append(ShardHeader.read(self.path / shard_name(shard)))
+            self._headers[-1].check(self.path / shard_name(shard), self.settings, shard)
+        self._maps: dict[int, np.ndarray] = {}
+        self._labels: np.ndarray | None = None
+        if vae is not None:
+            check_fingerprint(self.fingerprint, vae)
+
+    @property
+    def fingerprint(self) -> str:
+        """`vae_fingerprint` of the store's own autoencoder, normalisation included."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return {int(key): value for key, value in self.manifest["id2label"].items()}
+
+    @property
+    def num_classes(self) -> int:
+        """Of the data set, including classes without examples; 0 without labels."""
+        return len(self.manifest["class_counts"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        channels, height, width = self.settings.shape
+        return channels if self.settings.kind == "latents" else channels // 2, height, width
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class ids (N,) int64, or None."""
+        if self._labels is None and self.settings.labelled:
+            maps = (h.map(self.path / shard_name(s), "labels", np.int64) for s, h in enumerate(self._headers))
+            self._labels = np.concatenate(list(maps))
+        return self._labels
+
+    def statistics(self) -> LatentStatistics:
+        return LatentStatistics.from_state_dict(self.manifest["statistics"])
+
+    def posterior(self, moments: Tensor) -> Posterior:
+        """Of a batch of moments (B, c, h, w)."""
+        return Posterior.from_moments(moments, deterministic=self.settings.kind == "latents")
+
+    def __len__(self) -> int:
+        return self.settings.num_examples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.get(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self.get_many(indices)
+
+    def get(self, index: int, generator: np.random.Generator | None = None) -> dict[str, Tensor]:
+        """One example; the view is drawn from `generator`, and the first without one."""
+        words = None if generator is None else generator.integers(2**64, size=1, dtype=np.uint64)
+        return {key: value[0] for key, value in self.get_many([index], words).items()}
+
+    def get_many(self, indices: Sequence[int], words: np.ndarray | None = None, *, view: int = 0) -> dict[str, Tensor]:
+        """A batch: {"moments": (B, c, h, w), "class_labels": (B,) int64 where labelled}.
+
+        Args:
+            indices: B examples, each in [0, N).
+            words: (B,) uint64, random; bit 63 chooses the view of each example.
+            view: which view without `words`: 0 as is, 1 mirrored.
+
+        Raises:
+            IndexError: an index or a view that the store does not have.
+        """
+        if not 0 <= view < self.settings.views:
+            raise IndexError(f"This store has {self.settings.views} view(s) of each picture; got view {view}.")
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"Indices must lie in [0, {len(self)}); got {wanted.min()}..{wanted.max()}.")
+        views = np.full(len(wanted), view)
+        if words is not None and self.settings.views == 2:
+            views = (words >> np.uint64(63)).astype(np.int64)
+        shards, rows = np.divmod(wanted, self.settings.shard_size)
+        out = np.empty((len(wanted), *self.settings.shape), dtype=NUMPY_DTYPES[self.settings.dtype])
+        for position, (shard, row, view) in enumerate(
+            zip(shards.tolist(), rows.tolist(), views.tolist(), strict=True)
+        ):
+            shard_moments = self._maps.get(shard)
+            if shard_moments is None:
+                shard_moments = self._open(shard)
+            out[position] = shard_moments[row, view]
+        moments = torch.from_numpy(out)
+        if self.settings.dtype == "bfloat16":
+            moments = moments.view(torch.bfloat16)
+        labels = self.labels
+        return {"moments": moments} | ({} if labels is None else {"class_labels": torch.from_numpy(labels[wanted])})
+
+    def _open(self, shard: int) -> np.ndarray:
+        """The shard's memory map, opened on first use: in the worker that uses it, not before a fork."""
+        dtype = NUMPY_DTYPES[self.settings.dtype]
+        self._maps[shard] = self._headers[shard].map(self.path / shard_name(shard), "moments", dtype)
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}

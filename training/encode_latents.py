@@ -1,0 +1,148 @@
+"""Encodes a data set once into a store of posteriors that train_transformer.py reads.
+
+    accelerate launch training/encode_latents.py --vae runs/eq-vae --train_data_dir PICTURES \
+        --resolution 256 --dtype bf16 --flip --output_dir latents/pictures
+
+The finished directory holds the shards, manifest.json, mean_std.json and vae/ (the autoencoder with the measured
+normalisation in its config): everything that training and a pipeline need. It does not depend on the number of
+processes. An interrupted run continues where it stopped when started again with the same flags.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_picture
+from diffusers_eqvae.data.images import load_image_dataset
+from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
+from diffusers_eqvae.latents import LatentNormalization, vae_fingerprint
+from diffusers_eqvae.training_utils.arguments import DataArguments, parse
+from diffusers_eqvae.training_utils.transformer_parts import load_autoencoder
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+logger = logging.getLogger("encode_latents")
+
+
+@dataclass
+class PictureArguments(DataArguments):
+    """Which pictures to encode; a store always holds the centre crop, and the mirror image with --flip."""
+
+    center_crop: bool = field(init=False, default=True)
+    random_flip: bool = field(init=False, default=False)
+
+
+@dataclass
+class EncodeArguments:
+    """What to encode with, and what the store looks like."""
+
+    vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
+    output_dir: str = field(metadata={"help": "Directory of the store."})
+    batch_size: int = field(default=32, metadata={"help": "Pictures per forward of the encoder."})
+    dtype: Literal["bf16", "fp16", "fp32"] = field(default="bf16", metadata={"help": "Number format on disk."})
+    mixed_precision: Literal["no", "bf16"] = field(
+        default="no", metadata={"help": "How the encoder computes: no is float32, bf16 is autocast (faster on a GPU)."}
+    )
+    flip: bool = field(default=False, metadata={"help": "Also store the mirrored picture; training draws either."})
+    shard_size: int = field(default=4096, metadata={"help": "Pictures per file; what a restart may lose."})
+    normalization: Literal["channel", "scalar", "config"] = field(
+        default="channel",
+        metadata={
+            "help": "What vae/ says about normalisation: measured mean and std per channel, one for all channels "
+            "(ReaLS), or what the autoencoder's config says already."
+        },
+    )
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures, per rank."})
+    verify: bool = field(default=False, metadata={"help": "Decode a few rows beside the pictures into verify.png."})
+    dry_run: bool = field(default=False, metadata={"help": "Say how large the store will be, and exit."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments, data = parse(EncodeArguments, PictureArguments, argv=argv, description=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Ranks wait for the slowest one at the end only, which may take longer than the default of ten minutes.
+    state = PartialState(timeout=timedelta(days=7))
+    vae = load_autoencoder(arguments.vae).requires_grad_(False)
+    with state.main_process_first():
+        source = load_image_dataset(
+            data.dataset_name,
+            data.dataset_config_name,
+            data.train_data_dir,
+            split=data.split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            cache_dir=data.cache_dir,
+        )
+    settings = store_settings(
+        vae,
+        source,
+        resolution=data.resolution,
+        dtype=DTYPES[arguments.dtype],
+        views=2 if arguments.flip else 1,
+        shard_size=arguments.shard_size,
+        batch_size=arguments.batch_size,
+        mixed_precision=arguments.mixed_precision,
+        description={
+            "dataset": Path(data.train_data_dir or data.dataset_name).name,
+            "config": data.dataset_config_name,
+            "split": data.split,
+            "image_column": data.image_column,
+            "label_column": data.label_column if source.labels is not None else None,
+        },
+    )
+    output_dir = Path(arguments.output_dir)
+    plan = f"{len(source)} pictures, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
+    if arguments.dry_run:
+        state.print(f"{plan}; {check_disk(output_dir, settings.bytes(len(source)))}")
+        return
+
+    writer = LatentStoreWriter(output_dir, settings)
+    missing = sum(len(settings.examples(shard)) for shard in writer.pending()[0])
+    state.print(f"{plan}; {check_disk(output_dir, settings.bytes(missing))}")
+    shards, complaints = writer.pending(state.process_index, state.num_processes)
+    for complaint in complaints:
+        logger.warning("Encoding a shard again: %s", complaint)
+    total = sum(len(settings.examples(shard)) for shard in shards)
+    vae.to(state.device, memory_format=torch.channels_last)
+    with tqdm(total=total, unit="img", desc="encoding (this process)", disable=not state.is_main_process) as bar:
+        encode_shards(
+            vae,
+            source,
+            writer,
+            shards=shards,
+            device=state.device,
+            num_workers=arguments.num_workers,
+            progress=bar.update,
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer)
+    state.destroy_process_group()
+
+
+def finish(arguments: EncodeArguments, vae: torch.nn.Module, source, writer: LatentStoreWriter) -> None:
+    """The normalisation from all shards into vae/ and mean_std.json, then the manifest, which completes the store."""
+    normalization = LatentNormalization.from_vae(vae)
+    if arguments.normalization != "config":
+        scalar = arguments.normalization == "scalar"
+        normalization = LatentNormalization.from_statistics(writer.statistics(), scalar=scalar)
+        normalization.apply_to(vae)
+    measured_on = None if arguments.normalization == "config" else writer.settings.num_examples
+    normalization.save_json(writer.path / "mean_std.json", num_samples=measured_on)
+    vae.save_pretrained(writer.path / "vae")
+    manifest = writer.finish(fingerprint=vae_fingerprint(vae), id2label=source.id2label)
+    if manifest["skipped"]:
+        logger.warning("%d unreadable pictures were replaced, see manifest.json", len(manifest["skipped"]))
+    if arguments.verify:
+        store = LatentStore(writer.path, vae=vae)
+        verification_picture(store, vae, source).save(writer.path / "verify.png")
+
+
+if __name__ == "__main__":
+    main()
