@@ -4,6 +4,7 @@
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from ._registration import register
+from .models.autoencoder_kl_eq import AutoencoderKLEQ
 from .models.transformer_sit import SiTTransformer2DModel
 from .pipelines.pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalPipelineOutput
 from .schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -11,9 +12,18 @@ from .schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 __version__ = "0.1.0"
 
-register([SiTTransformer2DModel, FlowMatchODEScheduler, FlowMatchSDEScheduler, ClassConditionalPipeline])
+register(
+    [
+        AutoencoderKLEQ,
+        SiTTransformer2DModel,
+        FlowMatchODEScheduler,
+        FlowMatchSDEScheduler,
+        ClassConditionalPipeline,
+    ]
+)
 
 __all__ = [
+    "AutoencoderKLEQ",
     "ClassConditionalPipeline",
     "ClassConditionalPipelineOutput",
     "DiffusionPipeline",

@@ -60,7 +60,7 @@ def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int
         raise ValueError("Sampling needs at least one class id; got none.")
     if policy == "balanced":
         return [class_ids[index % len(class_ids)] for index in indices]
-    return [class_ids[np.random.default_rng((seed, index, _LABEL)).integers(len(class_ids))] for index in indices]
+    return [class_ids[int(np.random.default_rng((seed, index, _LABEL)).integers(len(class_ids)))] for index in indices]
 
 
 def plan_blocks(num_samples: int, batch_size: int) -> list[range]:
@@ -81,7 +81,7 @@ def pending_blocks(
     return [block for block in blocks[rank::world_size] if not part_path(output_dir, block).exists()]
 
 
-def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
+def write_npz(path: str | Path, **arrays: Any) -> None:
     """Writes an uncompressed .npz that is either whole or absent, also after a kill."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,146 @@
+"""Samples many pictures of a saved pipeline into samples.npz, on any number of processes, resumably.
+
+    python pipelines/sample.py --model runs/sit --num_samples 64 --output_dir runs/samples --save_png
+    accelerate launch pipelines/sample.py --model runs/sit --num_samples 50000 --output_dir runs/samples \
+        --label_policy balanced --guidance_scale 1.8 --guidance_interval 0 0.75 --scheduler sde
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 pipelines/sample.py --model runs/sit --output_dir runs/samples
+
+Picture n depends on (seed, n) alone, so the set does not depend on how many processes made it. A killed run continues
+where it stopped when it is started again with the same flags.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+import diffusers_eqvae
+from diffusers_eqvae.pipelines import sampling
+from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
+from diffusers_eqvae.training_utils.arguments import parse
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRID_SAMPLES = 64
+
+
+@dataclass
+class SampleArguments:
+    """What to sample; a resumed run must repeat everything that decides the pictures."""
+
+    model: str = field(metadata={"help": "Pipeline directory or Hub repository."})
+    output_dir: str = field(
+        metadata={"help": "Receives samples.npz (arr_0: uint8 NHWC, arr_1: class ids), sampling.json and grid.png."}
+    )
+    num_samples: int = field(default=64, metadata={"help": "Number of pictures."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Pictures per forward. Another value may move a few pixels by one grey level."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the set; picture n is a function of (seed, n)."})
+    class_labels: list[str] | None = field(
+        default=None, metadata={"help": "Class ids or label names to sample from; all classes when absent."}
+    )
+    label_policy: Literal["random", "balanced"] = field(
+        default="random", metadata={"help": "random draws a class per picture; balanced takes the classes in turn."}
+    )
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={
+            "help": "LO HI in noise level sigma (1 = noise): guided where LO <= sigma <= HI, cheaper elsewhere."
+        },
+    )
+    guided_channels: int | None = field(
+        default=None, metadata={"help": "Guide the first n latent channels only; all when absent."}
+    )
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
+    scheduler: Literal["saved", "ode-euler", "ode-heun", "sde"] = field(
+        default="saved", metadata={"help": "Sampler; saved is the one in the pipeline directory."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of transformer and VAE; the state stays float32."}
+    )
+    save_png: bool = field(default=False, metadata={"help": "Also write png/000000.png and so on."})
+
+
+def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=DTYPES[arguments.dtype]).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.scheduler.config
+    if arguments.scheduler == "sde":
+        pipeline.scheduler = FlowMatchSDEScheduler.from_config(config)
+    elif arguments.scheduler != "saved":
+        pipeline.scheduler = FlowMatchODEScheduler.from_config(config, solver=arguments.scheduler.removeprefix("ode-"))
+    return pipeline
+
+
+def what_decides_the_pictures(
+    arguments: SampleArguments, pipeline: DiffusionPipeline, class_ids: list[int]
+) -> dict[str, Any]:
+    elsewhere = ("model", "output_dir", "save_png", "class_labels")
+    settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
+    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    weights = sampling.weights_digest(pipeline.transformer, pipeline.vae)
+    return {**settings, "scheduler_config": scheduler, "class_ids": class_ids, "weights": weights}
+
+
+def sample_block(
+    pipeline: DiffusionPipeline, arguments: SampleArguments, block: range, class_ids: list[int]
+) -> dict[str, Any]:
+    labels = sampling.sample_labels(class_ids, block, seed=arguments.seed, policy=arguments.label_policy)
+    output = pipeline(
+        labels,
+        guidance_scale=arguments.guidance_scale,
+        guidance_interval=arguments.guidance_interval,
+        guided_channels=arguments.guided_channels,
+        num_inference_steps=arguments.num_inference_steps,
+        generator=sampling.sample_generators(arguments.seed, block),
+    )
+    samples = np.stack([np.asarray(image) for image in output.images])
+    return {"arr_0": samples, "arr_1": np.array(labels), "nfe": output.nfe, "seconds": output.seconds}
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = parse(SampleArguments, argv=argv, description=__doc__)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    accelerator, output_dir = Accelerator(), Path(arguments.output_dir)
+    pipeline = load_pipeline(arguments, accelerator.device)
+    wanted = arguments.class_labels or range(pipeline.transformer.config.num_classes)
+    class_ids = pipeline.resolve_class_labels([int(each) if str(each).isdecimal() else each for each in wanted])
+    settings = what_decides_the_pictures(arguments, pipeline, class_ids)
+    with accelerator.main_process_first():
+        finished = sampling.claim_directory(output_dir, settings)
+
+    blocks = sampling.plan_blocks(arguments.num_samples, arguments.batch_size)
+    if not finished:
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        mine = sampling.pending_blocks(output_dir, blocks, rank=rank, world_size=world_size)
+        with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
+            for block in mine:
+                part = sample_block(pipeline, arguments, block, class_ids)
+                sampling.write_npz(sampling.part_path(output_dir, block), **part)
+                progress.update(len(block))
+        accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        if not finished:
+            versions = {module.__name__: module.__version__ for module in (diffusers_eqvae, diffusers, torch)}
+            facts = {"model": arguments.model, "device": str(accelerator.device), "versions": versions}
+            sampling.finish(output_dir, blocks, settings=settings, facts=facts)
+        samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
+        sampling.image_grid(samples[:GRID_SAMPLES]).save(output_dir / "grid.png")
+        if arguments.save_png:
+            sampling.write_pngs(samples, output_dir / "png")
+        logging.getLogger("sample").info("%d pictures in %s", len(samples), output_dir / sampling.SAMPLES_FILE)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
