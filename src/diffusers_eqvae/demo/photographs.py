@@ -1,4 +1,4 @@
-"""The demo's pictures: crops of the photographs that ship inside scikit-image, in class folders; nothing is fetched."""
+"""The demo's pictures: crops of the photographs inside scikit-image, in class folders; nothing is fetched."""
 
 from __future__ import annotations
 
