@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..data.images import PixelDataset, load_image_dataset
-from ..pictures import CAPTIONS, comparison_rows, grid
+from ..pictures import CAPTIONS, comparison_rows, grid, image_grid
 from ..training_utils.autoencoder_arguments import AutoencoderArguments
 from ..training_utils.autoencoder_parts import build_autoencoder
 
@@ -81,6 +81,13 @@ def _enlarged(image: Image.Image) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
+def _samples_by_class(path: Path) -> Image.Image:
+    """One column per class (labels of balanced samples take turns)."""
+    with np.load(path) as samples:
+        images, labels = samples["arr_0"], samples["arr_1"]
+    return image_grid([Image.fromarray(image) for image in images], columns=len(np.unique(labels)))
+
+
 def _curve(run: Path, name: str) -> tuple[list[int], list[float]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record.get(name) is not None]
@@ -138,7 +145,7 @@ def _draw(output_dir: Path, metrics: dict[str, Any]) -> None:
         axes.legend()
 
     for axes, (name, title) in zip(bottom.subplots(1, len(SAMPLES)), SAMPLES.items(), strict=True):
-        axes.imshow(Image.open(output_dir / name / "grid.png"))
+        axes.imshow(_samples_by_class(output_dir / name / "samples.npz"))
         axes.set_title(title, fontsize=11)
         axes.set_axis_off()
     figure.savefig(output_dir / "report.png", dpi=80)
