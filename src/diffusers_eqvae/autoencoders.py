@@ -7,9 +7,14 @@ both through the functions here and never asks which it holds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+# AutoencoderKL, AutoencoderTiny or whatever else has encode, decode, encoder, decoder and config: diffusers has no
+# common base class to name here.
+Autoencoder: TypeAlias = Any
 
 # The encoder's variance is exp(logvar) with logvar kept in this range (latent-diffusion's DiagonalGaussian).
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -65,7 +70,7 @@ class Posterior:
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
 
-def encode(vae: nn.Module, pixels: Tensor) -> Posterior:
+def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     """The posterior of pixels (B, 3, H, W) in [-1, 1]; H and W must be multiples of `downsampling_factor(vae)`."""
     factor = downsampling_factor(vae)
     if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
@@ -79,37 +84,38 @@ def encode(vae: nn.Module, pixels: Tensor) -> Posterior:
     return Posterior(output.latents)
 
 
-def decode(vae: nn.Module, raw_latents: Tensor) -> Tensor:
+def decode(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
     """Pixels (B, 3, h * f, w * f), nominally in [-1, 1] and not clamped, of raw (not normalised) latents."""
     return vae.decode(raw_latents).sample
 
 
-def is_deterministic(vae: nn.Module) -> bool:
+def is_deterministic(vae: Autoencoder) -> bool:
     """True where the encoder gives latents and no variance (AutoencoderTiny)."""
     return last_encoder_layer(vae).out_channels == latent_channels(vae)
 
 
-def latent_channels(vae: nn.Module) -> int:
+def latent_channels(vae: Autoencoder) -> int:
     return int(vae.config.latent_channels)
 
 
-def downsampling_factor(vae: nn.Module) -> int:
+def downsampling_factor(vae: Autoencoder) -> int:
     """f of an 'f8' autoencoder: pixels per latent cell along one side."""
     channels = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
     return 2 ** (len(channels) - 1)
 
 
-def last_encoder_layer(vae: nn.Module) -> nn.Conv2d:
+def last_encoder_layer(vae: Autoencoder) -> nn.Conv2d:
     """The convolution that produces the moments, where alignment gradients are compared (ReaLS, VA-VAE)."""
     return _last_convolution(vae.encoder)
 
 
-def last_decoder_layer(vae: nn.Module) -> nn.Conv2d:
+def last_decoder_layer(vae: Autoencoder) -> nn.Conv2d:
     """The convolution that produces the pixels, where the adversarial weight is measured (VQGAN eq. 7)."""
     return _last_convolution(vae.decoder)
 
 
 def _last_convolution(module: nn.Module) -> nn.Conv2d:
-    if hasattr(module, "conv_out"):
-        return module.conv_out
+    conv_out = getattr(module, "conv_out", None)
+    if isinstance(conv_out, nn.Conv2d):
+        return conv_out
     return [child for child in module.modules() if isinstance(child, nn.Conv2d)][-1]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -112,13 +113,13 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
     (output_dir / "autoencoder.json").write_text(json.dumps(AUTOENCODER, indent=2) + "\n")
     (output_dir / "transformer.json").write_text(json.dumps(TRANSFORMER, indent=2) + "\n")
 
-    def stage(name: str, title: str, script: str, directory_flag: str = "--output_dir", **flags) -> Stage:
-        words = [str(ROOT / script), directory_flag, str(output_dir / name)]
+    def stage(name: str, title: str, script: str, **flags: Any) -> Stage:
+        words = [str(ROOT / script), "--output_dir", str(output_dir / name)]
         for flag, value in flags.items():
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         return Stage(name, title, words, output_dir / name)
 
-    autoencoder = {
+    autoencoder: dict[str, Any] = {
         **train,
         **held_out,
         "resolution": arguments.resolution,
@@ -186,7 +187,7 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
                 seed=arguments.seed,
             ),
         ]
-    sampling = {
+    sampling: dict[str, Any] = {
         "num_samples": 28,
         "batch_size": 28,
         "label_policy": "balanced",
@@ -195,14 +196,22 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
         "guidance_scale": arguments.guidance_scale,
         "seed": arguments.seed,
     }
-    full, interval = {"guidance_interval": [0.0, 1.0]}, {"guidance_interval": arguments.guidance_interval}
-    for name, branch, how in (
-        ("samples_plain_interval", "plain", interval),
-        ("samples_eq_interval", "eq", interval),
-        ("samples_eq_full", "eq", full),
+    for name, branch, interval in (
+        ("samples_plain_interval", "plain", arguments.guidance_interval),
+        ("samples_eq_interval", "eq", arguments.guidance_interval),
+        ("samples_eq_full", "eq", [0.0, 1.0]),
     ):
-        title = f"Samples of the saved pipeline, loaded in a fresh process, guided in {how['guidance_interval']}."
-        stages.append(stage(name, title, "pipelines/sample.py", model=output_dir / f"sit_{branch}", **sampling, **how))
+        title = f"Samples of the saved pipeline, loaded in a fresh process, guided in {interval}."
+        stages.append(
+            stage(
+                name,
+                title,
+                "pipelines/sample.py",
+                model=output_dir / f"sit_{branch}",
+                guidance_interval=interval,
+                **sampling,
+            )
+        )
     return stages
 
 

@@ -32,8 +32,8 @@ def write_photographs(directory: Path, *, per_class: int, side_px: int, seed: in
     source = Path(skimage.__file__).parent / "data"
     rng = np.random.default_rng(seed)
     for name, label in PHOTOGRAPHS.items():
-        with Image.open(source / name) as photograph:
-            photograph = photograph.convert("RGB")
+        with Image.open(source / name) as file:
+            photograph = file.convert("RGB")
         (directory / label).mkdir(parents=True, exist_ok=True)
         for number in range(per_class):
             crop = _random_crop(photograph, rng).resize((side_px, side_px), Image.Resampling.BICUBIC, reducing_gap=2)

@@ -37,7 +37,7 @@ SHOWN_PX = 128
 def write_report(output_dir: Path, stages: list[Any]) -> None:
     """Writes the three files; the figures are those that the training scripts measured themselves."""
     figures = {branch: _figures(output_dir / f"autoencoder_{branch}") for branch in BRANCHES}
-    metrics = {
+    metrics: dict[str, Any] = {
         f"{name}_{when}": figures[branch][name]
         for name in FIGURES
         for branch, when in (("plain", "before"), ("eq", "after"))
@@ -101,8 +101,8 @@ def _draw(output_dir: Path, metrics: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(14, 17), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(6.2, 3.6, 5.2))
+    figure: Any = pyplot.figure(figsize=(14, 17), layout="constrained")
+    top, middle, bottom = list(figure.subfigures(3, 1, height_ratios=(6.2, 3.6, 5.2)))
 
     for axes, (branch, title) in zip(top.subplots(1, 2), BRANCHES.items(), strict=True):
         axes.imshow(Image.open(output_dir / f"latents_{branch}.png"))

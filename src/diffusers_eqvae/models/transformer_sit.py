@@ -103,7 +103,7 @@ class SiTAttnProcessor:
     def __call__(self, attn: SiTAttention, hidden_states: Tensor) -> Tensor:
         # A fixed head size, so that the number of heads may be a shard's.
         query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, -1, attn.head_dim)).unbind(2)
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             # Autocast gives the normalised tensors in float32, and every backend wants one dtype.
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
         backend, parallel_config = self._attention_backend, self._parallel_config
@@ -258,9 +258,9 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                module.bias.data.zero_()
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
-        nn.init.zeros_(self.patch_embed.bias)
+        self.patch_embed.bias.data.zero_()
         for module in (self.class_embedder, self.time_embedder.linear_1, self.time_embedder.linear_2):
             nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.modulation.weight)

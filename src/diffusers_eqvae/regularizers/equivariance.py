@@ -79,11 +79,11 @@ class EquivarianceRegularizer(Regularizer):
         return EquivarianceDraw("plain")
 
     def augment(self, pixels: Tensor, draw: EquivarianceDraw) -> Tensor:
-        if draw.kind != "low_resolution":
+        if draw.tau is None or draw.kind != "low_resolution":
             return pixels
         return draw.tau.resize_pixels(pixels, self.downsampling_factor)
 
     def transform(self, latents: Tensor, pixels: Tensor, draw: EquivarianceDraw) -> tuple[Tensor, Tensor]:
-        if draw.kind != "equivariance":
+        if draw.tau is None or draw.kind != "equivariance":
             return latents, pixels
         return draw.tau.apply_to_latents(latents), draw.tau.apply_to_pixels(pixels, self.downsampling_factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoModel, ModelMixin
@@ -44,7 +45,7 @@ def build_autoencoder(
             "Say where the autoencoder comes from with exactly one of --pretrained_model_name_or_path (fine-tune) and "
             "--model_config (train from scratch)."
         )
-    padding = {"padding_mode": arguments.padding_mode} if arguments.padding_mode else {}
+    padding: dict[str, Any] = {"padding_mode": arguments.padding_mode} if arguments.padding_mode else {}
     family = AutoencoderKLAligned if aligned else AutoencoderKLEQ
     if arguments.model_config:
         vae = family.from_config(json.loads(Path(arguments.model_config).read_text()), **padding)
@@ -58,7 +59,7 @@ def build_autoencoder(
 
 
 def _load_pretrained(
-    arguments: AutoencoderArguments, family: type[AutoencoderKLEQ], padding: dict[str, str]
+    arguments: AutoencoderArguments, family: type[AutoencoderKLEQ], padding: dict[str, Any]
 ) -> ModelMixin:
     name = arguments.pretrained_model_name_or_path
     location = {"subfolder": arguments.subfolder, "revision": arguments.revision}

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..autoencoders import encode
+from ..data.images import PixelDataset
 from ..hub import RunFacts, write_run_facts
 from ..latents import LatentNormalization, LatentStatistics
 from .arguments import DataArguments
@@ -73,7 +73,7 @@ def _settings(name: str, regularizing: RegularizerArguments) -> dict[str, Any]:
     return {key: value for key, value in vars(regularizing).items() if key.startswith(prefixes)}
 
 
-def measure_normalization(vae: ModelMixin, pictures: Dataset, num_samples: int) -> LatentStatistics:
+def measure_normalization(vae: ModelMixin, pictures: PixelDataset, num_samples: int) -> LatentStatistics:
     """Mean and standard deviation of the raw latents of evenly spaced pictures, posterior variance included."""
     statistics = LatentStatistics()
     was_training = vae.training
@@ -86,7 +86,7 @@ def measure_normalization(vae: ModelMixin, pictures: Dataset, num_samples: int) 
     return statistics
 
 
-def _batches(pictures: Dataset, count: int, batch_size: int = 8) -> Iterator[Tensor]:
+def _batches(pictures: PixelDataset, count: int, batch_size: int = 8) -> Iterator[Tensor]:
     indices = np.linspace(0, len(pictures) - 1, count).round().astype(int).tolist()
     for start in range(0, count, batch_size):
         yield torch.stack([pictures[index]["pixel_values"] for index in indices[start : start + batch_size]])
@@ -97,7 +97,7 @@ def save_autoencoder(
     objective: AutoencoderObjective,
     *,
     discriminator: nn.Module | None,
-    pictures: Dataset,
+    pictures: PixelDataset,
     evaluation: AutoencoderEvaluationArguments,
     facts: Mapping[str, Any],
     figures: Mapping[str, float],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class AutoencoderObjective(nn.Module):
         regularizers: Mapping[str, Regularizer] | None = None,
         *,
         sample_posterior: bool = True,
-        reduction: str = "sum",
+        reduction: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__()
         self.vae = vae
@@ -96,13 +96,13 @@ class AutoencoderLossWeights:
         discriminator_loss: "hinge" or "vanilla".
     """
 
-    reconstruction: str = "l1"
-    reduction: str = "sum"
+    reconstruction: Literal["l1", "l2"] = "l1"
+    reduction: Literal["sum", "mean"] = "sum"
     perceptual: float = 1.0
     kl: float = 1e-6
     discriminator: float = 0.5
     discriminator_start: int = 0
-    discriminator_loss: str = "hinge"
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     adaptive: bool = True
 
 
@@ -139,8 +139,8 @@ class AutoencoderStep:
         self.objective = objective
         self.regularizers = regularizers
         self.weights = weights
-        self.perceptual = perceptual
-        self.discriminator = discriminator
+        self.perceptual = perceptual if weights.perceptual else None
+        self.discriminator = discriminator if weights.discriminator else None
         self.average = average
         self.encoder_weight = last_encoder_layer(vae).weight
         self.decoder_weight = last_decoder_layer(vae).weight
@@ -157,10 +157,11 @@ class AutoencoderStep:
         # Everything above the reconstruction is differentiated with respect to this leaf, once.
         reconstruction = output["reconstruction"].detach().requires_grad_()
 
+        logs: dict[str, Tensor | float]
         nll, logs = self._negative_log_likelihood(reconstruction, target)
         (nll_gradient,) = torch.autograd.grad(nll, reconstruction)
         gradient, loss_discriminator = nll_gradient, None
-        if self.weights.discriminator and step >= self.weights.discriminator_start:
+        if self.discriminator is not None and step >= self.weights.discriminator_start:
             logits_fake = self.discriminator(reconstruction)
             adversarial = generator_loss(logits_fake)
             (adversarial_gradient,) = torch.autograd.grad(adversarial, reconstruction, retain_graph=True)
@@ -186,14 +187,17 @@ class AutoencoderStep:
             logs |= {f"loss/{name}": penalty, f"{name}_weight": weight}
         return loss, loss_discriminator, {name: torch.as_tensor(value).detach() for name, value in logs.items()}
 
-    def _negative_log_likelihood(self, reconstruction: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _negative_log_likelihood(
+        self, reconstruction: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """|x - r| + weight * LPIPS, where LPIPS counts once per element as in LDM: nll_sum = C*H*W * nll_mean."""
         weights = self.weights
         pixel_loss = reconstruction_loss(
             reconstruction, target, kind=weights.reconstruction, reduction=weights.reduction
         )
-        nll, logs = pixel_loss, {"loss/reconstruction": pixel_loss}
-        if weights.perceptual:
+        nll = pixel_loss
+        logs: dict[str, Tensor | float] = {"loss/reconstruction": pixel_loss}
+        if self.perceptual is not None:
             perceptual = self.perceptual(reconstruction, target).mean()
             elements = target[0].numel() if weights.reduction == "sum" else 1
             nll = nll + weights.perceptual * elements * perceptual

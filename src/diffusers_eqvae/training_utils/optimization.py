@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def learning_rate_factor(schedule: str, step: int, *, warmup_steps: int, total_steps: int) -> float:
@@ -91,7 +91,7 @@ class OptimizedModule:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = nonfinite
+            setattr(self.optimizer, "found_inf", nonfinite)  # noqa: B010 (fused optimizers read it)
             self.optimizer.step()
         elif not nonfinite.item():
             self.optimizer.step()

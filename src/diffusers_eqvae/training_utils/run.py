@@ -326,6 +326,7 @@ class TrainingRun:
         active = [entry for entry in self._modules.values() if entry.received_gradients]
         if not active:
             raise RuntimeError("No module received a gradient in this step; call run.backward(loss) in the loop.")
+        assert self.max_train_steps is not None  # steps() refuses to start without
         self._factor = learning_rate_factor(
             self.arguments.lr_scheduler,
             self.step,

@@ -104,7 +104,7 @@ class Tracking:
         if not self._is_main:
             return None
         array = np.stack(
-            [np.asarray(image.convert("RGB")) if hasattr(image, "convert") else image for image in images]
+            [np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image) for image in images]
         )
         if array.dtype != np.uint8 or array.ndim != 4:
             raise TypeError(f"Pictures must be uint8 NHWC or PIL; got {array.dtype} of shape {array.shape}.")

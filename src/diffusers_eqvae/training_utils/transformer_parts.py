@@ -190,7 +190,7 @@ def sample_grid(pipeline: ClassConditionalPipeline, sampling: SamplingArguments,
         labels or [0],
         num_images_per_prompt=sampling.num_validation_images,
         guidance_scale=sampling.guidance_scale,
-        guidance_interval=tuple(sampling.guidance_interval),
+        guidance_interval=(sampling.guidance_interval[0], sampling.guidance_interval[1]),
         num_inference_steps=sampling.num_inference_steps,
         generator=torch.Generator().manual_seed(seed),
     ).images
