@@ -108,7 +108,7 @@ def sample_block(
 
 
 def main(argv: list[str] | None = None) -> None:
-    (arguments,) = parse(SampleArguments, argv=argv, description=__doc__)
+    (arguments,) = parse(SampleArguments, argv=argv, description=__doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     accelerator, output_dir = Accelerator(), Path(arguments.output_dir)
     pipeline = load_pipeline(arguments, accelerator.device)
