@@ -145,7 +145,7 @@ def other_autoencoder(tmp_path, vae):
 
 
 def test_refuses_a_store_of_another_autoencoder(script, tmp_path, store, tiny_autoencoder_kl):
-    with pytest.raises(ValueError, match="(?i)autoencoder"):
+    with pytest.raises(ValueError, match=r"(?i)autoencoder"):
         script.main(flags(tmp_path, latents_dir=store, vae=other_autoencoder(tmp_path, tiny_autoencoder_kl)))
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -38,6 +38,14 @@ def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(make_run, make_mo
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
+def test_resumed_run_draws_the_same_dropout(make_run, make_model, numbers):
+    """What a module draws from the global generators is reproduced too."""
+    whole = weights(train(make_run(checkpointing_steps=3, checkpoints_total_limit=None), make_model(), numbers()))
+    resumed = make_run(resume_from_checkpoint="step-00000003")
+    torch.rand(7)
+    assert resumed.step == 3 and torch.equal(weights(train(resumed, make_model(), numbers())), whole)
+
+
 def test_nan_batch_leaves_weights_bit_equal_and_the_next_step_continues(make_run, make_model, numbers):
     run = make_run(train_batch_size=8, max_train_steps=6)
     dataset, model, seen = numbers(48), make_model(), []
