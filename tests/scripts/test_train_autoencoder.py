@@ -1,0 +1,133 @@
+"""train_autoencoder.py: what it makes from its command line, and what it refuses at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+
+from diffusers_eqvae.models.alignment_network import AlignmentNetwork
+
+from ..invariants.trajectories import ROOT, as_flags, last_checkpoint, run_script
+
+SCRIPT = ROOT / "training" / "train_autoencoder.py"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        smooth = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(smooth).resize((40, 40), Image.Resampling.BICUBIC).save(tmp_path / f"pictures/{number}.png")
+    return tmp_path
+
+
+def flags(folder, vae, **options) -> list[str]:
+    defaults = {
+        "pretrained_model_name_or_path": folder / "vae",
+        "train_data_dir": folder / "pictures",
+        "output_dir": folder / "run",
+        "resolution": 32,
+        "perceptual_weight": 0,
+        "disc_weight": 0,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "logging_steps": 1,
+        "num_validation_images": 2,
+        "num_normalization_images": 4,
+        "cache_dir": folder / "cache",
+    }
+    vae.save_pretrained(folder / "vae")
+    return as_flags({**defaults, **options})
+
+
+def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl):
+    arguments = flags(folder, tiny_autoencoder_kl, validation_steps=1)
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    trained = AutoencoderKL.from_pretrained(folder / "run", latents_mean=None, latents_std=None)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(trained.parameters(), tiny_autoencoder_kl.parameters(), strict=True)
+    ]
+    assert all(moved)
+    facts = json.loads((folder / "run" / "run_facts.json").read_text())
+    assert facts["regularizers"]["equivariance"]["p_equivariance"] == 0.5
+    assert {figure["name"] for figure in facts["figures"]} >= {"psnr", "equivariance_rotation", "equivariance_scale"}
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/psnr" in record for record in records)
+    assert list((folder / "run" / "validation").glob("*_comparison.png"))
+
+
+def test_deterministic_autoencoder_and_no_regulariser(folder, tiny_autoencoder_tiny):
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_tiny, regularizers="none", validation_steps=0))
+    trained = AutoencoderTiny.from_pretrained(folder / "run")
+    assert len(trained.config.latents_mean) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*weights.*")
+def test_both_regularisers_on_one_autoencoder(folder, tiny_autoencoder_kl):
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder / "dino")
+    options = {
+        "regularizers": ["equivariance", "alignment"],
+        "alignment_teacher": folder / "dino",
+        "alignment_image_size": 56,
+        "alignment_hidden_size": 16,
+        "validation_steps": 0,
+        "checkpointing_steps": 1,
+    }
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
+    network = AlignmentNetwork.from_pretrained(folder / "run" / "alignment_network")
+    assert network.config.feature_size == 16
+    assert json.loads((folder / "run" / "config.json").read_text())["_class_name"] == "AutoencoderKLAligned"
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["alignment_weight"] > 0
+    assert not any("teacher" in name for name in last_checkpoint(folder / "run", "objective")["module"])
+
+
+def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
+    """At lr 4.5e-6 a bfloat16 weight would not move; the masters are float32 and the average follows them."""
+    options = {"mixed_precision": "bf16", "learning_rate": 4.5e-6, "max_train_steps": 200, "ema_decay": 0.9}
+    options |= {"checkpointing_steps": 200, "validation_steps": 0, "logging_steps": 100, "train_batch_size": 1}
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
+    state = last_checkpoint(folder / "run", "objective")
+    start = tiny_autoencoder_kl.state_dict()
+    for part in ("module", "ema"):
+        moved = [state[part][f"vae.{name}"] != value for name, value in start.items()]
+        share = torch.cat([mask.flatten() for mask in moved]).float().mean()
+        assert share > 0.99, f"{part}: {share:.3f} of the weights moved"
+        assert all(value.dtype == torch.float32 for value in state[part].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 30}, "multiple of the autoencoder's stride 4"),
+        ({"regularizers": "equivarianse"}, "--regularizers takes"),
+        ({"disc_weight": 0.5}, "The discriminator needs pictures"),
+        ({"mixed_precision": "fp16"}, "fp16"),
+        ({"model_config": "x.json"}, "exactly one of"),
+        ({"train_data_dir": "nowhere"}, "does not exist"),
+        ({"p_equivariance": 1.5}, "p_equivariance"),
+        ({"learning_rate": -1}, "learning rate"),
+    ],
+)
+def test_bad_input_is_refused_at_the_start(folder, tiny_autoencoder_kl, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
+    assert not (folder / "run" / "config.json").exists()
+
+
+def test_gradient_checkpointing_of_autoencoder_tiny_is_refused(folder, tiny_autoencoder_tiny):
+    with pytest.raises(ValueError, match="AutoencoderTiny"):
+        run_script(SCRIPT, flags(folder, tiny_autoencoder_tiny, gradient_checkpointing=True))
