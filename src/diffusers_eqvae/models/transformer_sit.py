@@ -307,7 +307,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         modulation = self._modulation(hidden_states, timestep, class_labels, drop_labels)
         *block_modulations, last = modulation.split([6] * self.config.num_layers + [2], dim=1)
 
-        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        # Contiguous, or every block would inherit the convolution's transposed layout and copy it for its norms.
+        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).contiguous()
         # The weights' dtype: float32 under autocast, so that the residual stream stays in float32 there.
         hidden_states = hidden_states + self.pos_embed.to(self.patch_embed.weight.dtype)
         for block, block_modulation in zip(self.transformer_blocks, block_modulations, strict=True):
