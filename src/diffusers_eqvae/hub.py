@@ -44,13 +44,10 @@ CARD = "README.md"
 FACTS = "run_facts.json"
 STATISTICS = "mean_std.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-ROOT_FILES = (
-    *("config.json", "model_index.json", *WEIGHTS),
-    *(STATISTICS, FACTS, "metrics.jsonl"),
-)
+ROOT_FILES = ("config.json", "model_index.json", *WEIGHTS, STATISTICS, FACTS, "metrics.jsonl")
 COMPONENT_FILES = ("config.json", "scheduler_config.json", STATISTICS, *WEIGHTS)
 EXTRA_COMPONENTS = ("discriminator", "alignment_network")
-TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".md")
+TEXT_SUFFIXES = (".json", ".jsonl", ".md")
 
 
 def push_run(
@@ -113,6 +110,8 @@ def prepare_push(
     own_card = root / CARD
     if own_card.exists():
         card = own_card.read_text(encoding="utf-8")
+        if license is not None:
+            logger.warning("license=%s is not used: %s is uploaded as it is, so state it there", license, own_card)
     elif (root / "model_index.json").exists():
         card = render_pipeline_card(facts, repo_id=repo_id, files=files)
     else:
@@ -201,7 +200,9 @@ def _is_picture(root: Path, path: str) -> bool:
 
 def _refuse_tokens(root: Path, files: Sequence[str]) -> None:
     token = huggingface_hub.get_token()
-    for path in files if token else ():
+    if token is None:
+        return
+    for path in files:
         file = root / path
         if file.suffix in TEXT_SUFFIXES and file.exists() and token in file.read_text(encoding="utf-8"):
             raise ValueError(f"{file} holds your access token and would publish it; take it out first")

@@ -151,7 +151,8 @@ def test_a_directory_without_a_model_and_one_with_the_token_in_a_file_are_refuse
 
 def test_a_card_written_by_hand_is_kept_and_a_short_name_gets_its_owner(hub, owner, autoencoder_run):
     (autoencoder_run / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
-    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id="mine", private=True)
+    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id="mine", private=True, license="x")
+    assert "license=x is not used" in owner.log[0]
     assert hub.files(f"{OWNER}/mine")["README.md"] == b"---\nlicense: mit\n---\n\nMine.\n"
     assert hub.repositories[f"{OWNER}/mine"].private
 
