@@ -197,8 +197,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     Raises:
         ValueError: for sizes that do not divide or an unknown convention.
 
-    Differs from the reference: one linear layer holds all blocks' adaLN weights; same parameters, fewer and larger
-    matrix products.
+    Differs from the reference: one linear layer holds all blocks' adaLN weights (same parameters, one product).
 
     Example:
         >>> model = SiTTransformer2DModel.from_preset("SiT-S/2", num_classes=10)
