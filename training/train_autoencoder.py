@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
     cells = (data.resolution // factor, data.resolution // factor)
     for batch in run.steps(run.loader(pictures)):
+        if run.due(run_arguments.validation_steps, at_start=True):
+            validate(run, held_out)
         pixels = batch["pixel_values"]
         draws = objective.draw(cells, run.randomness.shared_generator())
         noise = run.randomness.randn((len(pixels), latent_channels(vae), *cells), device=run.device)
@@ -80,8 +82,6 @@ def main(argv: list[str] | None = None) -> None:
         if discriminator_loss is not None:
             run.backward(discriminator_loss, inputs=list(discriminator.parameters()))
         run.log(logs)
-        if run.due(run_arguments.validation_steps):
-            validate(run, held_out)
 
     figures = validate(run, held_out)
 
@@ -103,11 +103,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def validate(run: TrainingRun, held_out: Tensor) -> dict[str, float]:
     """Reconstruction and equivariance of the averaged weights on pictures (N, 3, S, S), and four of them drawn."""
+    if not run.is_main:
+        return {}
     vae = run.averaged("objective").vae
     held_out = held_out.to(run.device)
     with run.validation():
         figures = measure_equivariance(vae, held_out.split(run.arguments.train_batch_size))
-        run.log({f"validation/{name}": value for name, value in figures.items()})
+        run.log_figures({f"validation/{name}": value for name, value in figures.items()})
         run.log_images("comparison", [grid(comparison_rows(vae, held_out[:4]), CAPTIONS)])
     return figures
 

@@ -15,8 +15,6 @@ from diffusers_eqvae.losses.perceptual import LPIPS
 
 from .trajectories import ROOT, as_flags, assert_close, assert_equal, last_checkpoint, run_script, torchrun
 
-# Adam's first steps divide small gradients by their own size, which shows rounding: 5 % of one step of 1e-3.
-TOLERANCE = 5e-5
 SCRIPT = ROOT / "training" / "train_autoencoder.py"
 MODEL = {
     "block_out_channels": [8, 8],
@@ -50,6 +48,7 @@ def flags(material, output_dir, **options) -> list[str]:
         "train_data_dir": material / "pictures",
         "output_dir": output_dir,
         "resolution": 72,
+        "reduction": "mean",  # a sum at this size would drive the adaptive weight to its limit
         "perceptual_net": "squeeze",
         "lpips_backbone_weights": material / "backbone.safetensors",
         "lpips_linear_weights": material / "heads.safetensors",
@@ -93,11 +92,12 @@ def test_two_ranks_are_one_with_twice_the_batch(tmp_path, material):
     one = train(material, tmp_path / "one", train_batch_size=4)
     finished = torchrun(SCRIPT, flags(material, tmp_path / "two"), processes=2)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    for name, state in one.items():
-        assert_close(state, last_checkpoint(tmp_path / "two", name), TOLERANCE)
     weights = adversarial_weights(tmp_path / "one"), adversarial_weights(tmp_path / "two")
     assert len(weights[0]) == 4
-    assert weights[0] == pytest.approx(weights[1], rel=1e-3)
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
+    assert weights[0] == pytest.approx(weights[1], rel=0.05)
+    for name, state in one.items():
+        assert_close(state, last_checkpoint(tmp_path / "two", name))
 
 
 def test_accumulation_is_a_larger_batch(tmp_path, material):
@@ -106,7 +106,7 @@ def test_accumulation_is_a_larger_batch(tmp_path, material):
     whole = train(material, tmp_path / "whole", train_batch_size=4, **options)
     halves = train(material, tmp_path / "halves", gradient_accumulation_steps=2, **options)
     for name in whole:
-        assert_close(whole[name], halves[name], TOLERANCE)
+        assert_close(whole[name], halves[name])
 
 
 def test_validation_does_not_disturb_the_run(tmp_path, material):

@@ -69,9 +69,15 @@ def assert_equal(first, second, path: str = "state") -> None:
         assert first == second, path
 
 
-def assert_close(first: dict, second: dict, tolerance: float) -> None:
-    """Weights and averages of two saved modules, up to `tolerance`."""
+def assert_close(first: dict, second: dict, tolerance: float = 2e-3) -> None:
+    """Weights and averages of two saved modules agree: |difference| / |weights| over all of them together.
+
+    A norm, not a maximum: Adam divides a gradient by its own size, so the rounding of a vanishing one moves its weight
+    by a whole step. A few steps at 1e-3 move the norm by several per cent, and an adaptive weight that is not averaged
+    over ranks by half a per cent or more.
+    """
     for part in first.keys() & {"module", "ema"}:
-        for name in first[part]:
-            difference = (first[part][name] - second[part][name]).abs().max()
-            assert difference <= tolerance, f"{part}.{name} differs by {difference}"
+        weights = torch.cat([value.flatten().double() for value in first[part].values()])
+        others = torch.cat([second[part][name].flatten().double() for name in first[part]])
+        difference = (weights - others).norm() / weights.norm()
+        assert difference <= tolerance, f"{part} differs by {difference:.1e}"

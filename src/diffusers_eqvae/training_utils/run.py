@@ -233,9 +233,9 @@ class TrainingRun:
         """Accumulates the gradients of loss / gradient_accumulation_steps, into `inputs` only where given."""
         self.accelerator.backward(loss, inputs=inputs, retain_graph=retain_graph)
 
-    def due(self, every: int | None) -> bool:
-        """True in the first micro-batch after a positive multiple of `every` optimizer steps has been made."""
-        return bool(every) and self._micro == 0 and self.step > 0 and self.step % every == 0
+    def due(self, every: int | None, *, at_start: bool = False) -> bool:
+        """True in the first micro-batch after every so many optimizer steps, and of step 0 where `at_start`."""
+        return bool(every) and self._micro == 0 and (self.step > 0 or at_start) and self.step % every == 0
 
     @contextmanager
     def validation(self) -> Iterator[None]:
@@ -255,6 +255,11 @@ class TrainingRun:
     def log(self, values: Mapping[str, Tensor | float]) -> None:
         """Adds to the means that are read every logging_steps; no waiting for the device. Same names on every rank."""
         self._meter.add(values, self.device)
+
+    def log_figures(self, values: Mapping[str, float]) -> None:
+        """Measured values of the present step, written at once; on the main process only."""
+        if self._tracking is not None:
+            self._tracking.figures(self.step, values)
 
     def log_images(self, name: str, images: np.ndarray | Sequence[Image.Image]) -> None:
         """Pictures (uint8 NHWC or PIL) to validation/<step>_<name>.png and the tracker; on the main process only."""

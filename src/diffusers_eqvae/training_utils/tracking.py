@@ -91,13 +91,18 @@ class Tracking:
         now = time.perf_counter()
         rate = images_per_step * (step - self._last_step) / max(now - self._last_time, 1e-9)
         self._last_time, self._last_step = now, step
-        values = {**values, "images_per_second": rate}
+        self.figures(step, {**values, "images_per_second": rate})
+        losses = {key: f"{value:.4g}" for key, value in values.items() if "loss" in key}
+        self._bar.set_postfix({**losses, "images/s": f"{rate:.1f}"})
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl and tells the tracker; NaN and infinity become null in the file."""
+        if not self._is_main:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with (self._output_dir / METRICS_FILE).open("a") as handle:
             handle.write(json.dumps({"step": step, **finite}) + "\n")
         self._accelerator.log(dict(values), step=step)
-        losses = {key: f"{value:.4g}" for key, value in values.items() if "loss" in key}
-        self._bar.set_postfix({**losses, "images/s": f"{rate:.1f}"})
 
     def images(self, step: int, name: str, images: np.ndarray | Sequence[Image.Image]) -> Path | None:
         """Pictures (uint8 NHWC, or PIL of one size) to validation/<step>_<name>.png as a grid, and to the tracker."""
