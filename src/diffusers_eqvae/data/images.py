@@ -199,6 +199,7 @@ def _open(record: Any) -> Image.Image:
         raise ValueError("the row holds no picture")
     image = Image.open(io.BytesIO(record["bytes"]) if record.get("bytes") is not None else record["path"])
     if min(image.size) < MIN_SIDE_PX:
+        image.close()
         raise ValueError(f"{image.width}x{image.height} px is smaller than {MIN_SIDE_PX} px")
     return image
 
