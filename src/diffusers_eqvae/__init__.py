@@ -4,7 +4,13 @@
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from ._registration import register
+from .equivariance import Tau, TauDistribution
+from .guidance import IntervalGuidance
+from .latents import LatentNormalization
+from .models.alignment_network import AlignmentNetwork
+from .models.autoencoder_kl_aligned import AutoencoderKLAligned
 from .models.autoencoder_kl_eq import AutoencoderKLEQ
+from .models.discriminator import PatchDiscriminator
 from .models.transformer_sit import SiTTransformer2DModel
 from .pipelines.pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalPipelineOutput
 from .schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -14,7 +20,10 @@ __version__ = "0.1.0"
 
 register(
     [
+        AlignmentNetwork,
+        AutoencoderKLAligned,
         AutoencoderKLEQ,
+        PatchDiscriminator,
         SiTTransformer2DModel,
         FlowMatchODEScheduler,
         FlowMatchSDEScheduler,
@@ -23,13 +32,20 @@ register(
 )
 
 __all__ = [
+    "AlignmentNetwork",
+    "AutoencoderKLAligned",
     "AutoencoderKLEQ",
     "ClassConditionalPipeline",
     "ClassConditionalPipelineOutput",
     "DiffusionPipeline",
     "FlowMatchODEScheduler",
     "FlowMatchSDEScheduler",
+    "IntervalGuidance",
+    "LatentNormalization",
     "ModelMixin",
+    "PatchDiscriminator",
     "SchedulerMixin",
     "SiTTransformer2DModel",
+    "Tau",
+    "TauDistribution",
 ]
