@@ -1,4 +1,4 @@
-"""Samples many pictures of a saved pipeline into samples.npz, on any number of processes, resumably.
+r"""Samples many pictures of a saved pipeline into samples.npz, on any number of processes, resumably.
 
     python pipelines/sample.py --model runs/sit --num_samples 64 --output_dir runs/samples --save_png
     accelerate launch pipelines/sample.py --model runs/sit --num_samples 50000 --output_dir runs/samples \

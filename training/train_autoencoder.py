@@ -1,4 +1,4 @@
-"""Fine-tunes any diffusers autoencoder, or trains a new one, with latent-space regularisers.
+r"""Fine-tunes any diffusers autoencoder, or trains a new one, with latent-space regularisers.
 
     accelerate launch training/train_autoencoder.py \
         --pretrained_model_name_or_path stabilityai/sd-vae-ft-mse --train_data_dir PICTURES \

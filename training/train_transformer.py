@@ -1,4 +1,4 @@
-"""Trains a class-conditional SiT on the latents of any diffusers autoencoder and leaves a complete pipeline.
+r"""Trains a class-conditional SiT on the latents of any diffusers autoencoder and leaves a complete pipeline.
 
     accelerate launch training/train_transformer.py training/configs/sit_b_2.yaml \
         --latents_dir stores/imagenet256 --output_dir runs/sit-b-2

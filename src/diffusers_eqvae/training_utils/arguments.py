@@ -1,5 +1,6 @@
 """The command line of every training script: dataclasses, a YAML preset, and what is saved beside the weights."""
 
+import argparse
 import difflib
 import json
 import sys
@@ -150,6 +151,10 @@ class DataArguments:
             raise ValueError(f"--resolution must be positive; got {self.resolution}.")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a script's docstring line by line, and every default."""
+
+
 def parse(
     *dataclass_types: type, argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[Any, ...]:
@@ -171,7 +176,9 @@ def parse(
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        dataclass_types, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
     parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
     parser.epilog = "A YAML preset may come first; its keys are the flags' names, and flags given after it win."
     argv = list(sys.argv[1:] if argv is None else argv)
