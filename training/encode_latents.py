@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_picture
@@ -59,6 +60,9 @@ class EncodeArguments:
         },
     )
     num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures, per rank."})
+    cpu_threads: int = field(
+        default=1, metadata={"help": "Of the encoder on a CPU; the last bits of its output depend on their number."}
+    )
     verify: bool = field(default=False, metadata={"help": "Decode a few rows beside the pictures into verify.png."})
     dry_run: bool = field(default=False, metadata={"help": "Say how large the store will be, and exit."})
 
@@ -66,8 +70,10 @@ class EncodeArguments:
 def main(argv: list[str] | None = None) -> None:
     arguments, data = parse(EncodeArguments, PictureArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # Ranks wait for the slowest one at the end only, which may take longer than the default of ten minutes.
-    state = PartialState(timeout=timedelta(days=7))
+    # PartialState sees several ranks on a CPU only where it is told that it runs on one. They wait for the slowest at
+    # the end, which may take longer than the default of ten minutes.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     with state.main_process_first():
         source = load_image_dataset(
@@ -109,17 +115,12 @@ def main(argv: list[str] | None = None) -> None:
     for complaint in complaints:
         logger.warning("Encoding a shard again: %s", complaint)
     total = sum(len(settings.examples(shard)) for shard in shards)
+    if on_cpu:
+        torch.set_num_threads(arguments.cpu_threads)  # torchrun and plain python start with different numbers
     vae.to(state.device, memory_format=torch.channels_last)
     with tqdm(total=total, unit="img", desc="encoding (this process)", disable=not state.is_main_process) as bar:
-        encode_shards(
-            vae,
-            source,
-            writer,
-            shards=shards,
-            device=state.device,
-            num_workers=arguments.num_workers,
-            progress=bar.update,
-        )
+        options = {"device": state.device, "num_workers": arguments.num_workers, "progress": bar.update}
+        encode_shards(vae, source, writer, shards=shards, **options)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer)

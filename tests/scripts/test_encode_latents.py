@@ -53,9 +53,10 @@ def command(repository: Path, vae: Path, pictures: Path, output: Path, *more: st
     return [*launcher, str(repository / "training" / "encode_latents.py"), *arguments]
 
 
-def run_elsewhere(*arguments, **kwargs) -> None:
+def run_elsewhere(*arguments, **kwargs) -> str:
     done = subprocess.run(command(*arguments, **kwargs), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def run(*arguments) -> None:
@@ -104,8 +105,11 @@ def test_store_holds_the_posteriors_of_both_views(repository, vae, pictures, tmp
 
 
 def test_three_processes_write_the_same_bytes(repository, vae, pictures, tmp_path) -> None:
+    torch.set_num_threads(2)  # torchrun gives its processes one thread each, plain python all cores
     run(repository, vae, pictures, tmp_path / "one")
-    run_elsewhere(repository, vae, pictures, tmp_path / "three", processes=3)
+    assert torch.get_num_threads() == 1
+    printed = run_elsewhere(repository, vae, pictures, tmp_path / "three", processes=3)
+    assert printed.count("14 pictures") == 1  # only the first of three ranks speaks: they know of each other
     assert content(tmp_path / "three") == content(tmp_path / "one") and len(content(tmp_path / "one")) == 7
 
 
