@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ class Stage:
             tqdm.write(f"[{self.name}] has run before")
             return
         tqdm.write(f"\n[{self.name}] {self.title}\n$ {shlex.join(self.command)}")
+        shutil.rmtree(self.directory, ignore_errors=True)
         start = time.perf_counter()
         finished = subprocess.run([sys.executable, *self.command], env=_environment())
         if finished.returncode:
@@ -224,7 +226,7 @@ def _pictures(arguments: DemoArguments, output_dir: Path) -> tuple[dict[str, str
     if arguments.dataset:
         return {"dataset_name": arguments.dataset}, {}
     pictures = output_dir / "pictures"
-    side_px = arguments.resolution * 3 // 2
+    side_px = 2 * arguments.resolution
     for name, per_class, seed in (("train", 40, 0), ("held_out", 3, 1)):
         if not (pictures / name).is_dir():
             write_photographs(pictures / name, per_class=per_class, side_px=side_px, seed=seed)

@@ -15,9 +15,9 @@ PHOTOGRAPHS = {
     "rocket.jpg": "rocket",
     "motorcycle_left.png": "motorcycle",
     "retina.jpg": "retina",
-    "hubble_deep_field.jpg": "galaxies",
+    "ihc.png": "tissue",
 }
-CROP_SIDES = (0.6, 1.0)
+CROP_SIDES = (0.8, 1.0)
 
 
 def write_photographs(directory: Path, *, per_class: int, side_px: int, seed: int) -> Path:

@@ -138,3 +138,8 @@ class AutoencoderEvaluationArguments:
     num_normalization_images: int = field(
         default=10_000, metadata={"help": "Training pictures that mean and std are measured on (at most one epoch)."}
     )
+
+    def __post_init__(self) -> None:
+        for name in ("num_validation_images", "num_normalization_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}.")

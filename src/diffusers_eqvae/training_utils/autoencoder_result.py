@@ -12,7 +12,8 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import nn
+from tqdm.auto import tqdm
 
 from ..autoencoders import encode
 from ..data.images import PixelDataset
@@ -79,17 +80,20 @@ def measure_normalization(vae: ModelMixin, pictures: PixelDataset, num_samples: 
     was_training = vae.training
     vae.eval()
     with torch.no_grad():
-        for pixels in _batches(pictures, min(num_samples, len(pictures))):
+        batches = list(_batches(len(pictures), min(num_samples, len(pictures))))
+        for indices in tqdm(batches, desc="latent mean and std", unit="batch"):
+            pixels = torch.stack([pictures[index]["pixel_values"] for index in indices])
             posterior = encode(vae, pixels.to(vae.device))
             statistics.update(posterior.mean, posterior.logvar)
     vae.train(was_training)
     return statistics
 
 
-def _batches(pictures: PixelDataset, count: int, batch_size: int = 8) -> Iterator[Tensor]:
-    indices = np.linspace(0, len(pictures) - 1, count).round().astype(int).tolist()
+def _batches(length: int, count: int, batch_size: int = 8) -> Iterator[list[int]]:
+    """`count` evenly spaced indices below `length`, in batches."""
+    indices = np.linspace(0, length - 1, count).round().astype(int).tolist()
     for start in range(0, count, batch_size):
-        yield torch.stack([pictures[index]["pixel_values"] for index in indices[start : start + batch_size]])
+        yield indices[start : start + batch_size]
 
 
 def save_autoencoder(
@@ -112,17 +116,19 @@ def save_autoencoder(
         figures: measured values by name.
     """
     vae = objective.vae
-    statistics = measure_normalization(vae, pictures, evaluation.num_normalization_images)
-    measured = LatentNormalization.from_statistics(statistics, scalar=evaluation.normalization == "scalar")
+    num_samples = None
     if evaluation.normalization != "config":
-        measured.apply_to(vae)
+        statistics = measure_normalization(vae, pictures, evaluation.num_normalization_images)
+        scalar, num_samples = evaluation.normalization == "scalar", statistics.num_samples
+        LatentNormalization.from_statistics(statistics, scalar=scalar).apply_to(vae)
+    # mean_std.json is always the map in the config, so that whoever reads either normalises alike.
+    normalization = LatentNormalization.from_vae(vae)
     vae.save_pretrained(directory)
-    measured.save_json(directory / "mean_std.json", num_samples=statistics.num_samples)
+    normalization.save_json(directory / "mean_std.json", num_samples=num_samples)
     for regularizer in objective.regularizers.values():
         regularizer.save_components(directory)
     if discriminator is not None:
         discriminator.save_pretrained(directory / "discriminator")
-    in_config = LatentNormalization.from_vae(vae)
     write_run_facts(
         directory / "run_facts.json",
         RunFacts(
@@ -130,11 +136,11 @@ def save_autoencoder(
             padding_mode=vae.config.get("padding_mode"),
             latent_space_changed=True,
             normalization={
-                "mean": in_config.mean and list(in_config.mean),
-                "std": in_config.std and list(in_config.std),
-                "scaling_factor": in_config.scaling_factor,
-                "shift_factor": in_config.shift_factor,
-                "num_samples": statistics.num_samples,
+                "mean": normalization.mean and list(normalization.mean),
+                "std": normalization.std and list(normalization.std),
+                "scaling_factor": normalization.scaling_factor,
+                "shift_factor": normalization.shift_factor,
+                "num_samples": num_samples,
             },
             figures=[
                 {"name": name, "value": value, "how": MEASURED[name]}
