@@ -74,6 +74,15 @@ def test_group_norm_mixes_no_samples_and_batch_norm_does(small):
     torch.testing.assert_close(alone(pixels)[:1], alone(pixels[:1]))
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_broken_batch_leaves_no_trace(small, norm):
+    model, pixels = small(norm=norm), torch.randn(2, 3, 32, 32)
+    before = model.train()(pixels)
+    model(torch.full_like(pixels, float("nan")))
+    assert torch.equal(model(pixels), before) and torch.equal(model.eval()(pixels), before)
+    assert not list(model.buffers())
+
+
 def test_every_parameter_learns(small):
     model = small()
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()

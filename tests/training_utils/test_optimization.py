@@ -10,11 +10,11 @@ from torch import nn
 
 from diffusers_eqvae.training_utils.optimization import (
     OPTIMIZERS,
+    ExponentialAverage,
     NonfiniteGuard,
     OptimizedModule,
     build_optimizer,
     check_master_weights,
-    exponential_average,
     learning_rate_factor,
 )
 
@@ -24,7 +24,7 @@ def optimized(module, *, decay=0.9, fused=True):
     optimizer = build_optimizer("adamw", parameters, lr=0.1)
     if not fused:
         optimizer = torch.optim.AdamW(parameters, lr=0.1)
-    return OptimizedModule("module", module, module, optimizer, 0.1, exponential_average(module, decay))
+    return OptimizedModule("module", module, module, optimizer, 0.1, ExponentialAverage(module, decay))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_ema_is_the_exact_recursion_from_the_initial_weights():
     expected = entry.module.weight.detach().double().clone()
     for value in (1.0, -2.0, 0.5, 4.0):
         nn.init.constant_(entry.module.weight, value)
-        entry.update_ema()
+        entry.update_ema(torch.zeros(()))
         expected = 0.9 * expected + 0.1 * value
     assert torch.allclose(entry.ema.module.weight.double(), expected, rtol=0, atol=1e-6)
     assert entry.ema.module.weight.dtype == torch.float32
@@ -56,12 +56,21 @@ def test_ema_copies_buffers_and_shares_frozen_weights():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
     entry = optimized(module)
     module(torch.randn(8, 2))
-    entry.update_ema()
+    entry.update_ema(torch.zeros(()))
     averaged = entry.ema.module
     assert torch.equal(averaged[1].running_mean, module[1].running_mean)
     assert averaged[2].weight is module[2].weight and averaged[0].weight is not module[0].weight
     assert not any(parameter.requires_grad for parameter in averaged.parameters())
     assert "2.weight" not in entry.state_dict()["module"] and "2.weight" not in entry.state_dict()["ema"]
+
+
+def test_a_nonfinite_step_leaves_the_average_and_its_buffers():
+    entry = optimized(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    before = copy.deepcopy(entry.ema.module.state_dict())
+    nn.init.constant_(entry.module[0].weight, 3.0)
+    entry.module(torch.full((8, 2), float("nan")))
+    entry.update_ema(torch.ones(()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in entry.ema.module.state_dict().items())
 
 
 def test_state_survives_a_moment_of_freezing_and_refuses_another_module():

@@ -24,8 +24,9 @@ class PatchDiscriminator(ComponentMixin, ConfigMixin):
         in_channels: of the pictures.
         base_channels: width of the first layer; doubles per layer up to 8 times.
         num_layers: number of stride-2 convolutions, at least 1.
-        norm: "batch" (PatchGAN, LDM: statistics are shared by the samples of a batch on one rank) or "group" (32
-            groups, no statistics shared: results do not depend on how samples are spread over batches and ranks).
+        norm: "batch" (PatchGAN, LDM: statistics are shared by the samples of a batch on one rank; always the batch's
+            own, in eval mode too, so none are kept) or "group" (32 groups, no statistics shared: results do not
+            depend on how samples are spread over batches and ranks).
 
     Raises:
         ValueError: on an unknown norm or fewer than one layer.
@@ -79,7 +80,10 @@ class PatchDiscriminator(ComponentMixin, ConfigMixin):
 
 
 def _norm_layer(norm: str, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(math.gcd(32, channels), channels)
+    if norm == "batch":
+        # Running statistics would outlive a skipped step: one batch with NaN would spoil them for good.
+        return nn.BatchNorm2d(channels, track_running_stats=False)
+    return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,34 @@ def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: An
         return OPTIMIZERS[name](parameters, **options)
 
 
+class ExponentialAverage:
+    """A moving average of a module's weights, which starts at the present ones.
+
+    Args:
+        module: frozen parameters are shared with it, not copied; buffers follow it.
+        decay: ema = decay * ema + (1 - decay) * weights.
+
+    Attributes:
+        module: the averaged copy, frozen and in eval mode.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
+        self.module = copy.deepcopy(module, frozen).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, nonfinite: Tensor) -> None:
+        """One step of the recursion, or none at all where `nonfinite` (0-dim, 0 or 1) is 1; decided on the device."""
+        weight = (1 - self.decay) * (1 - nonfinite)
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        pairs = [(averaged, current) for averaged, current in pairs if averaged is not current]
+        averages, currents = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        torch._foreach_lerp_(averages, currents, [weight] * len(pairs))
+        for averaged, current in zip(self.module.buffers(), module.buffers(), strict=True):
+            averaged.copy_(torch.where(nonfinite.bool(), averaged, current))
+
+
 @dataclass
 class OptimizedModule:
     """A module with all that training adds to it.
@@ -63,7 +90,7 @@ class OptimizedModule:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     learning_rate: float
-    ema: AveragedModel | None
+    ema: ExponentialAverage | None
     parameters: list[nn.Parameter] = field(init=False)
     frozen: frozenset[str] = field(init=False)
 
@@ -96,14 +123,10 @@ class OptimizedModule:
         elif not nonfinite.item():
             self.optimizer.step()
 
-    @torch.no_grad()
-    def update_ema(self) -> None:
-        """ema = decay * ema + (1 - decay) * weights; buffers are copied."""
-        if self.ema is None:
-            return
-        self.ema.update_parameters(self.module)
-        for averaged, current in zip(self.ema.module.buffers(), self.module.buffers(), strict=True):
-            averaged.copy_(current)
+    def update_ema(self, nonfinite: Tensor) -> None:
+        """One step of the moving average, or none at all where `nonfinite` (0-dim, 0 or 1) is 1."""
+        if self.ema is not None:
+            self.ema.update(self.module, nonfinite)
 
     @torch.no_grad()
     def ema_distance(self) -> float:
@@ -152,18 +175,6 @@ def check_master_weights(name: str, module: nn.Module) -> list[nn.Parameter]:
             "does not move at usual learning rates. Load it in float32 and use --mixed_precision bf16."
         )
     return trainable
-
-
-def exponential_average(module: nn.Module, decay: float) -> AveragedModel:
-    """An EMA that starts at the present weights (AveragedModel alone would start at those after the first step).
-
-    Frozen parameters are shared with the module, not copied.
-    """
-    ema = AveragedModel(nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(decay))
-    frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
-    ema.module = copy.deepcopy(module, frozen)
-    ema.n_averaged.fill_(1)
-    return ema.requires_grad_(False).eval()
 
 
 class NonfiniteGuard:

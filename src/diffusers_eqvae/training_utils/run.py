@@ -35,11 +35,11 @@ from .acceleration import build_accelerator, wrap
 from .checkpoints import find_checkpoint, publish, resumed_step, write_checkpoint
 from .estimate import SavedActivations, first_example, report
 from .optimization import (
+    ExponentialAverage,
     NonfiniteGuard,
     OptimizedModule,
     build_optimizer,
     check_master_weights,
-    exponential_average,
     learning_rate_factor,
 )
 from .randomness import StepRandomness, preserved_global_state, reseed_global
@@ -124,7 +124,7 @@ class TrainingRun:
             raise ValueError(f"The run already has a module called {name!r}.")
         parameters = check_master_weights(name, module)
         module.to(self.device)
-        average = exponential_average(module, self.arguments.ema_decay) if ema and self.arguments.use_ema else None
+        average = ExponentialAverage(module, self.arguments.ema_decay) if ema and self.arguments.use_ema else None
         rate = self.arguments.learning_rate if learning_rate is None else learning_rate
         built = build_optimizer(optimizer, parameters, lr=rate, betas=betas, weight_decay=weight_decay)
         entry = OptimizedModule(name, module, module, built, rate, average)
@@ -344,7 +344,7 @@ class TrainingRun:
             if self.arguments.max_grad_norm is not None:
                 entry.clip(self.arguments.max_grad_norm, norms[entry.name])
             entry.step(entry.learning_rate * self._factor, nonfinite)
-            entry.update_ema()
+            entry.update_ema(nonfinite)
             entry.optimizer.zero_grad(set_to_none=True)
         self._guard.count(nonfinite)
         self._meter.add({f"gradient_norm/{name}": norm for name, norm in norms.items()}, self.device)
