@@ -102,7 +102,7 @@ class InceptionFID(FeatureExtractor):
         self.suffix = None if genuine else f"inception_{self.weights_hash[:8]}"
         self.name = "inception-v3-compat" + ("" if genuine else f" with other weights ({self.weights_hash[:8]})")
         self._spatial: Tensor | None = None
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
         self.network.to(memory_format=torch.channels_last)
 
     @classmethod

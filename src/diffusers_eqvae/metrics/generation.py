@@ -163,7 +163,7 @@ class Reference:
         """An .npz under ADM's names (mu, sigma, mu_s, sigma_s), with the hashes and the features beside them."""
         arrays = {"mu": self.mean, "sigma": self.covariance, "features": self.features}
         arrays |= {"mu_s": self.spatial_mean, "sigma_s": self.spatial_covariance}
-        stored = {key: value.numpy() for key, value in arrays.items() if value is not None}
+        stored: dict[str, Any] = {key: value.numpy() for key, value in arrays.items() if value is not None}
         count = -1 if self.count is None else self.count
         path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
