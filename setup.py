@@ -25,7 +25,7 @@ CORE = [
     "jinja2",
 ]
 TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
-EVAL = ["torch-fidelity>=0.4", "scipy"]
+EVAL = ["evaluate", "torch-fidelity>=0.4", "scipy"]
 DEMO = ["scikit-image", "matplotlib"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 

@@ -78,7 +78,7 @@ def inspect(argv: Sequence[str]) -> int:
     """write a health card of an autoencoder, beside that of a second one"""
     parser = argparse.ArgumentParser(
         prog="eqvae inspect",
-        description="Is this autoencoder's latent space easy to generate in? Writes card.html, card.png and card.json.",
+        description="Are this autoencoder's latents easy to generate? Writes card.html, card.png and card.json.",
     )
     parser.add_argument("model", help="diffusers autoencoder, or pipeline with one in vae/: directory or Hub name")
     parser.add_argument("--compare", metavar="MODEL", help="a second one, drawn beside the first")
