@@ -25,6 +25,7 @@ CORE = [
     "jinja2",
 ]
 TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
+EVAL = ["evaluate", "torch-fidelity>=0.4", "scipy"]
 DEMO = ["scikit-image", "matplotlib"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
@@ -57,8 +58,9 @@ setup(
     install_requires=CORE,
     extras_require={
         "train": TRAIN,
+        "eval": EVAL,
         "demo": TRAIN + DEMO,
-        "dev": TRAIN + DEMO + DEV,
+        "dev": TRAIN + EVAL + DEMO + DEV,
     },
     entry_points={"console_scripts": ["eqvae=diffusers_eqvae.cli:main"]},
     classifiers=[

@@ -23,7 +23,7 @@ LAYERS = (
     ("conversion", "data", "metrics", "perception", "regularizers"),
     ("pipelines",),
     ("",),
-    ("hub", "model_card", "training_utils"),
+    ("hub", "inspection", "model_card", "training_utils"),
     ("cli", "demo"),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -52,7 +52,74 @@ def demo(argv: Sequence[str]) -> int:
     return run_demo(list(argv)) or 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"push": push, "demo": demo}
+def compare(argv: Sequence[str]) -> int:
+    """line up result cards and say whether their numbers may be compared"""
+    parser = argparse.ArgumentParser(
+        prog="eqvae compare", description=compare.__doc__, epilog="Exit status 1: they may not be compared."
+    )
+    parser.add_argument("cards", nargs="+", help="JSON files that evaluate_generation.py wrote, two or more")
+    arguments = parser.parse_args(argv)
+
+    from diffusers_eqvae.metrics.result_card import ResultCard, compare_cards
+
+    try:
+        result = compare_cards(arguments.cards, [ResultCard.load(path) for path in arguments.cards])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print("\n".join(result.table))
+    if not result.incomparable:
+        print("\nThe numbers may be compared.")
+        return 0
+    print("\nThe numbers cannot be compared:", *result.incomparable, sep="\n- ")
+    return 1
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """write a health card of an autoencoder, beside that of a second one"""
+    parser = argparse.ArgumentParser(
+        prog="eqvae inspect",
+        description="Are this autoencoder's latents easy to generate? Writes card.html, card.png and card.json.",
+    )
+    parser.add_argument("model", help="diffusers autoencoder, or pipeline with one in vae/: directory or Hub name")
+    parser.add_argument("--compare", metavar="MODEL", help="a second one, drawn beside the first")
+    parser.add_argument("--data", required=True, help="folder of pictures")
+    parser.add_argument("--output_dir", required=True, help="where the card is written")
+    parser.add_argument("--subfolder", help="folder of the autoencoder inside MODEL, e.g. vae")
+    parser.add_argument("--compare_subfolder", help="the same for --compare")
+    parser.add_argument(
+        "--resolution", type=int, default=256, help="side of the centre crops in pixels (default: 256)"
+    )
+    parser.add_argument("--num_images", type=int, default=24, help="pictures, evenly spaced in --data (default: 24)")
+    parser.add_argument("--device", default="cpu", help="where the networks run, e.g. cuda (default: cpu)")
+    parser.add_argument("--lpips_net", choices=["vgg", "alex", "squeeze"], default="squeeze", help="LPIPS network")
+    parser.add_argument("--lpips_backbone_weights", help="its ImageNet weights; LPIPS is measured if these are given")
+    parser.add_argument("--lpips_linear_weights", help="its linear heads, v0.1")
+    arguments = parser.parse_args(argv)
+
+    from diffusers_eqvae.inspection.command import run_inspection
+
+    try:
+        inspections = run_inspection(**vars(arguments))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("diffusers_eqvae"):
+            raise
+        print(f"eqvae inspect needs {error.name}: pip install 'diffusers_eqvae[demo]'", file=sys.stderr)
+        return 1
+    for inspection in inspections:
+        print(f"{inspection.name}: {inspection.verdict.level}. {inspection.verdict.headline}")
+        print(*(f"  - {reason}" for reason in inspection.verdict.reasons), sep="\n")
+    print(f"The card: {arguments.output_dir}/card.html")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "push": push,
+    "demo": demo,
+    "inspect": inspect,
+    "compare": compare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,11 +43,16 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
     return {name: total / count for name, total in sums.items()}
 
 
-def _measure_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+def equivariance_figures(vae: nn.Module, pixels: Tensor, latents: Tensor) -> dict[str, Tensor]:
+    """The figures of `measure_equivariance` that compare with a transform, per picture: name -> (B,).
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1].
+        latents: E(x), their posterior mean.
+    """
     factor = downsampling_factor(vae)
-    latents = encode(vae, pixels).mode()
     size = (latents.shape[-2], latents.shape[-1])
-    results = {"psnr": psnr(decode(vae, latents), pixels), "latent_std": latents.flatten(1).std(1)}
+    results: dict[str, Tensor] = {}
 
     def errors(taus: list[Tau], name: str) -> None:
         encoded = [encode(vae, tau.apply_to_pixels(pixels, factor)).mode() for tau in taus]
@@ -65,3 +70,9 @@ def _measure_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         results[f"psnr_{name}_latent"] = psnr(decode(vae, tau.apply_to_latents(latents)), target)
         results[f"psnr_{name}_pixels"] = psnr(decode(vae, encode(vae, target).mode()), target)
     return results
+
+
+def _measure_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    latents = encode(vae, pixels).mode()
+    results = {"psnr": psnr(decode(vae, latents), pixels), "latent_std": latents.flatten(1).std(1)}
+    return results | equivariance_figures(vae, pixels, latents)

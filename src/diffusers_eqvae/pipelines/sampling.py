@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..data.npz import map_npz_array
+
 LABEL_POLICIES = ("random", "balanced")
 PARTS_DIR = "parts"
 SETTINGS_FILE = "sampling.json"
@@ -167,19 +169,7 @@ def open_samples(path: str | Path) -> np.ndarray:
     Raises:
         ValueError: arr_0 is compressed.
     """
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo("arr_0.npy")
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"arr_0 of {path} is compressed and cannot be mapped; write it with np.savez.")
-    with open(path, "rb") as file:
-        # A zip entry's data follow its local header: 30 bytes, of which the last four give the two lengths to skip.
-        file.seek(entry.header_offset + 26)
-        name_length, extra_length = np.frombuffer(file.read(4), "<u2")
-        file.seek(int(name_length) + int(extra_length), os.SEEK_CUR)
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
+    return map_npz_array(path, "arr_0")
 
 
 def write_pngs(samples: np.ndarray, directory: str | Path) -> None:

@@ -1,0 +1,114 @@
+"""The work of `eqvae inspect`: from names and a folder to a health card."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoModel
+from torch import Tensor, nn
+
+from ..data.images import adm_center_crop, load_image_dataset, to_pixels
+from ..losses.perceptual import LPIPS
+from .card import SHOWN_PICTURES, strips, write_html, write_json, write_png
+from .measuring import Inspection, inspect_autoencoder
+
+logger = logging.getLogger(__name__)
+
+
+def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> nn.Module:
+    """Any diffusers autoencoder, float32, in eval mode: a directory or Hub name of its own, or of a pipeline.
+
+    Without `subfolder`, a directory that holds a pipeline is searched in vae/.
+    """
+    if subfolder is None and (Path(name) / "model_index.json").is_file():
+        subfolder = "vae"
+    location = {"subfolder": subfolder, "revision": revision}
+    given = {key: value for key, value in location.items() if value is not None}
+    return AutoModel.from_pretrained(name, torch_dtype=torch.float32, **given).eval()
+
+
+def load_pictures(directory: str | Path, *, resolution: int, num_images: int) -> Tensor:
+    """`num_images` evenly spaced pictures of a folder, as centre crops (N, 3, S, S) in [-1, 1].
+
+    A folder of fewer pictures gives all it has, with a warning.
+
+    Raises:
+        ValueError: an empty or unknown folder, a picture that cannot be read, or numbers that are not positive.
+    """
+    if num_images < 1 or resolution < 1:
+        raise ValueError(f"--num_images and --resolution must be positive; got {num_images} and {resolution}.")
+    source = load_image_dataset(train_data_dir=directory)
+    if len(source) < num_images:
+        logger.warning("%s holds %d pictures, fewer than the %d asked for.", directory, len(source), num_images)
+    indices = np.linspace(0, len(source) - 1, min(num_images, len(source))).round().astype(int).tolist()
+    pictures = []
+    for index in indices:
+        image, _, used = source.read(index)
+        if used != index:
+            raise ValueError(f"{source.name(index)} cannot be read, and a measurement replaces no picture; remove it.")
+        pictures.append(to_pixels(adm_center_crop(image, resolution)))
+    return torch.stack(pictures)
+
+
+def run_inspection(
+    *,
+    model: str,
+    data: str,
+    output_dir: str,
+    compare: str | None = None,
+    subfolder: str | None = None,
+    compare_subfolder: str | None = None,
+    resolution: int = 256,
+    num_images: int = 24,
+    device: str = "cpu",
+    lpips_net: str = "squeeze",
+    lpips_backbone_weights: str | None = None,
+    lpips_linear_weights: str | None = None,
+) -> list[Inspection]:
+    """The command: measures one or two autoencoders and writes card.json, card.png and card.html to `output_dir`.
+
+    Raises:
+        ValueError, OSError: a model, folder or weights file that cannot be read, or an unfitting resolution.
+    """
+    if lpips_linear_weights is not None and lpips_backbone_weights is None:
+        raise ValueError("--lpips_linear_weights needs --lpips_backbone_weights beside it; give both or neither.")
+    pictures = load_pictures(data, resolution=resolution, num_images=num_images).to(device)
+    perceptual = None
+    if lpips_backbone_weights is not None:
+        perceptual = LPIPS.from_pretrained(
+            lpips_net, backbone_weights=lpips_backbone_weights, linear_weights=lpips_linear_weights
+        ).to(device)
+    locations = [(model, subfolder)] + ([(compare, compare_subfolder)] if compare is not None else [])
+    names = _short_names([name for name, _ in locations])
+    vaes = [load_autoencoder(name, subfolder=folder).to(device) for name, folder in locations]
+    inspections = [
+        inspect_autoencoder(vae, pictures, name=name, perceptual=perceptual)
+        for vae, name in zip(vaes, names, strict=True)
+    ]
+    settings = {
+        "data": Path(data).name,
+        "pictures": len(pictures),
+        "crop": f"ADM centre crop of {resolution} px",
+        "posterior": "mean",
+        "lpips": lpips_net if perceptual is not None else None,
+        "ssim": "Gaussian window of 11 px, sigma 1.5, range 2",
+        "device": device,
+        "torch": torch.__version__,
+    }
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "card.json", inspections, settings)
+    write_png(folder / "card.png", inspections, strips(vaes, pictures[:SHOWN_PICTURES]))
+    write_html(folder / "card.html", inspections, settings)
+    return inspections
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """The last part of each, or the whole where two would be called the same."""
+    short = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    if len(set(short)) == len(names):
+        return short
+    return names if len(set(names)) == len(names) else [f"{name} ({index + 1})" for index, name in enumerate(names)]

@@ -1,0 +1,291 @@
+"""Networks whose features pictures are compared by; one interface, and a name that says which network it was.
+
+Only Inception with the weights that were converted from TensorFlow gives numbers called FID, sFID and so on. Whatever
+else is used leaves its name in the name of every number (`fd_dinov2_large`, `fd_squeezenet`), because distances by
+different networks cannot be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+# sha256 of that file begins with what its name ends with.
+INCEPTION_SHA256 = "6726825d"
+SPATIAL_CHANNELS = 7
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """uint8 pictures (B, 3, H, W) -> {"features": (B, D)} and, of Inception, "spatial" and "logits"; float32.
+
+    Attributes:
+        name: the evaluator, as a result states it.
+        suffix: what its numbers' names end with; None for the one network that FID is defined by.
+        weights_hash: of the weights, first 16 hex digits.
+        input_rule: how a picture is brought to the network's size and range.
+    """
+
+    name: str
+    suffix: str | None
+    weights_hash: str
+    input_rule: str
+
+    @abstractmethod
+    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+        """The outputs for uint8 pictures that `forward` has checked and moved."""
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Raises ValueError unless pictures are uint8 (B, 3, H, W)."""
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(
+                f"Features are taken of uint8 pictures (B, 3, H, W); got {pictures.dtype} {tuple(pictures.shape)}. "
+                "Samples are uint8 by clamp(127.5 x + 128), truncated."
+            )
+        device = next(self.parameters()).device
+        return {name: value.float() for name, value in self.extract(pictures.to(device)).items()}
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        """Stays in eval mode whatever its parent does."""
+        return super().train(False)
+
+    def metric_name(self, metric: str) -> str:
+        """`fid` for Inception itself; `fd_NAME` for another network, and likewise for the other metrics."""
+        if self.suffix is None:
+            return metric
+        plain = {"fid": "fd", "sfid": "sfd", "kid": "kd", "kid_std": "kd_std"}.get(metric, metric)
+        return f"{plain}_{self.suffix}"
+
+
+class InceptionFID(FeatureExtractor):
+    """FID's Inception as torch-fidelity transcribed it from TensorFlow, with everything the ADM protocol reads.
+
+    "features" is pool_3 (2048); "spatial" the first 7 channels of mixed_6/conv (`Mixed_6d.branch1x1`), flattened
+    channels-last as TensorFlow lays them out (17 * 17 * 7 = 2023); "logits" 1008 values without the bias. One forward
+    gives all three. The resize (TensorFlow 1 bilinear to 299 px) is part of the network.
+
+    Args:
+        state: weights; None draws them at random from `seed`, for tests without the file.
+        weights_hash: of the file they came from.
+
+    Raises:
+        ModuleNotFoundError: torch-fidelity is not installed.
+    """
+
+    input_rule = "TensorFlow 1 bilinear to 299 px, (x - 128) / 128"
+
+    def __init__(
+        self, state: dict[str, Tensor] | None = None, *, weights_hash: str | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.network = _inception_network()
+        if state is None:
+            _randomize(self.network, seed)
+        else:
+            self.network.load_state_dict(state)
+        self.weights_hash = weights_hash or hash_tensors(self.network)
+        genuine = self.weights_hash.startswith(INCEPTION_SHA256)
+        self.suffix = None if genuine else f"inception_{self.weights_hash[:8]}"
+        self.name = "inception-v3-compat" + ("" if genuine else f" with other weights ({self.weights_hash[:8]})")
+        self._spatial: Tensor | None = None
+        self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
+        self.network.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str] | None) -> InceptionFID:
+        """With the weights of a local file, which is read without executing what it may hold.
+
+        Raises:
+            FileNotFoundError: no such file; says which one is meant and how to get it.
+        """
+        if path is None or not Path(path).is_file():
+            raise FileNotFoundError(
+                f"FID's Inception weights were not found at {path}. They are the file {INCEPTION_FILE} (95 MB): fetch "
+                f"it with `curl -LO {INCEPTION_URL}` and give its path (--weights). No other weights give FID."
+            )
+        return cls(read_weights(path), weights_hash=hash_file(path))
+
+    def _keep_spatial(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS]
+
+    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+        features, logits = self.network(pictures)
+        assert self._spatial is not None  # the hook ran
+        spatial, self._spatial = self._spatial.permute(0, 2, 3, 1).flatten(1), None
+        return {"features": features, "spatial": spatial, "logits": logits}
+
+
+def _inception_network() -> nn.Module:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as error:
+        if error.name is not None and not error.name.startswith("torch_fidelity"):
+            raise
+        raise ModuleNotFoundError(
+            "FID needs torch-fidelity's Inception: pip install 'diffusers_eqvae[eval]'.", name="torch_fidelity"
+        ) from error
+
+    class Network(FeatureExtractorInceptionV3):
+        # Its constructor unpickles a file without restriction. It is given an empty one, and the weights come later.
+        def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    return Network("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty)
+
+
+def _randomize(network: nn.Module, seed: int) -> None:
+    """Weights that keep the scale of activations through the depth, so that features of pictures differ."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            std = (2 / module.weight[0].numel()) ** 0.5
+            module.weight.data.normal_(0, std, generator=generator)
+
+
+class ModuleFeatures(FeatureExtractor):
+    """Features of any network, always under its own name.
+
+    Args:
+        module: takes (B, 3, H, W) floats and gives (B, D), or (B, D, h, w) that is averaged over space.
+        name: of the evaluator; becomes part of the name of every number.
+        image_size: side in pixels that pictures are resized to (bicubic with antialiasing); None leaves them.
+        mean, std: of the normalisation of [0, 1].
+        weights_hash: default: a hash of the module's tensors.
+        select: takes the features out of what the module returns.
+
+    Raises:
+        ValueError: a name that could be taken for FID's own network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        image_size: int | None = None,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        weights_hash: str | None = None,
+        select: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.suffix = re.sub(r"\W+", "_", name).strip("_").lower()
+        if not self.suffix or self.suffix.startswith("inception"):
+            raise ValueError(f"A feature network needs a name of its own, and not Inception's; got {name!r}.")
+        self.name = name
+        self.module = module
+        self.image_size = image_size
+        self.select = select
+        self.weights_hash = weights_hash or hash_tensors(module)
+        resize = "as they are" if image_size is None else f"antialiased bicubic to {image_size} px"
+        self.input_rule = f"{resize}, mean {mean}, std {std}"
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+        images = pictures.float() / 255
+        if self.image_size is not None:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        output = self.module((images - self.mean) / self.std)
+        features = output if self.select is None else self.select(output)
+        if features.ndim == 4:
+            features = features.float().mean((2, 3))
+        if features.ndim != 2 or len(features) != len(pictures):
+            raise ValueError(
+                f"{self.name} must give (B, D) or (B, D, h, w) for B = {len(pictures)} pictures; got "
+                f"{tuple(features.shape)}."
+            )
+        return {"features": features}
+
+
+def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: int = 224) -> ModuleFeatures:
+    """DINOv2's global feature through transformers: FD-DINOv2 (Stein et al., arXiv 2306.04675) with the large model.
+
+    Differs from the reference: pictures are resized as floats, without rounding to 8 bits in between.
+
+    Raises:
+        ValueError: another kind of model, or an `image_size` its patches do not tile.
+        OSError: where the model is neither there, nor cached, nor to be had from the Hub (transformers' message).
+    """
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+    config: Any = model.config
+    if config.model_type not in ("dinov2", "dinov2_with_registers"):
+        raise ValueError(f"FD-DINOv2 needs a DINOv2 model; {name_or_path} is of type {config.model_type!r}.")
+    if image_size % config.patch_size:
+        raise ValueError(f"image_size must be a multiple of the patch size {config.patch_size}; got {image_size}.")
+    return ModuleFeatures(
+        model,
+        name=Path(name_or_path).name,
+        image_size=image_size,
+        select=lambda output: output.last_hidden_state[:, 0],
+    )
+
+
+def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
+    """SqueezeNet 1.1's last feature map, averaged (512): a small network (5 MB) for work without a network connection.
+
+    Args:
+        path: torchvision's weights file (squeezenet1_1-*.pth), or its tensors as .safetensors.
+
+    Raises:
+        FileNotFoundError: no such file; says how to get it.
+    """
+    if path is None or not Path(path).is_file():
+        raise FileNotFoundError(
+            f"SqueezeNet's weights were not found at {path}. Fetch them with `curl -LO "
+            "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth` and give their path (--weights)."
+        )
+    from torchvision.models import squeezenet1_1
+
+    network = squeezenet1_1(weights=None)
+    network.load_state_dict(read_weights(path))
+    return ModuleFeatures(network.features, name="squeezenet1_1", image_size=224, weights_hash=hash_file(path))
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or a .pth file, read without executing what it may hold."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """First 16 hex digits of a file's sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def hash_tensors(module: nn.Module) -> str:
+    """First 16 hex digits of the sha256 of all names, shapes and values of a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

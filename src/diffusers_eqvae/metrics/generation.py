@@ -1,0 +1,334 @@
+"""Generated pictures against a reference: FID, sFID, Inception score, KID, precision and recall from one pass.
+
+The ADM protocol (Dhariwal & Nichol, arXiv 2105.05233): features of uint8 pictures, statistics with ddof 1, splits of
+5000 in order, k = 3 neighbours. With another network than FID's Inception every number carries that network's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.npz import open_npz_array
+from .features import FeatureExtractor
+from .frechet import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
+from .inputs import PictureSet, archive_keys, check_array, open_pictures
+
+logger = logging.getLogger(__name__)
+
+# Changes when the same pictures and weights would give other numbers.
+PROTOCOL_VERSION = "1 (ADM)"
+NEIGHBOURS = 3
+SPLIT_SIZE = 5000
+# Of the reference, for precision, recall and KID.
+REFERENCE_FEATURES = 10_000
+
+
+@dataclass
+class Collected:
+    """What one pass over pictures leaves, in the order of the pictures.
+
+    Attributes:
+        features: (N, D) float32.
+        logits: (N, K), or None where the network has none.
+        spatial: statistics of the spatial features, or None.
+        digests: one hash per picture.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+    spatial: FeatureStatistics | None
+    digests: list[bytes]
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits of all pictures, pixel by pixel, in order; no batch size or process count enters."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()[:16]
+
+    @property
+    def unique(self) -> int:
+        """Pictures that differ from all others."""
+        return len(set(self.digests))
+
+    @staticmethod
+    def join(parts: Sequence[Collected]) -> Collected:
+        """The parts of several processes, in the order of their ranks."""
+        spatial = None
+        if parts[0].spatial is not None:
+            spatial = FeatureStatistics(parts[0].spatial.dimension)
+            for part in parts:
+                if part.spatial is not None:
+                    spatial.merge(part.spatial)
+        logits = [part.logits for part in parts if part.logits is not None]
+        return Collected(
+            torch.cat([part.features for part in parts]),
+            torch.cat(logits) if logits else None,
+            spatial,
+            [digest for part in parts for digest in part.digests],
+        )
+
+
+def collect(extractor: FeatureExtractor, batches: Iterable[np.ndarray]) -> Collected:
+    """One forward per batch of uint8 pictures (B, H, W, 3); everything that the metrics need.
+
+    Raises:
+        ValueError: no pictures, or batches of another shape or dtype.
+    """
+    features: list[Tensor] = []
+    logits: list[Tensor] = []
+    spatial: FeatureStatistics | None = None
+    digests: list[bytes] = []
+    for batch in batches:
+        check_array(batch, "a batch")
+        levels = np.ascontiguousarray(batch)
+        digests += [hashlib.sha256(f"{each.shape}".encode() + each.tobytes()).digest() for each in levels]
+        outputs = extractor(torch.from_numpy(levels.copy()).permute(0, 3, 1, 2))
+        features.append(outputs["features"].cpu())
+        if "logits" in outputs:
+            logits.append(outputs["logits"].cpu())
+        if "spatial" in outputs:
+            spatial = spatial or FeatureStatistics(outputs["spatial"].shape[1])
+            spatial.update(outputs["spatial"])
+    if not features:
+        raise ValueError("At least one picture is needed; got none.")
+    return Collected(torch.cat(features), torch.cat(logits) if logits else None, spatial, digests)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who shares the work: this rank measures its stretch, `gather` gives everybody's parts in the order of ranks."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+
+    def measure(self, extractor: FeatureExtractor, pictures: PictureSet, *, batch_size: int) -> Collected:
+        """One pass over all pictures, by all processes; the same result on each of them."""
+        batches = pictures.batches(batch_size, rank=self.rank, world_size=self.world_size)
+        return Collected.join(self.gather([collect(extractor, batches)]))
+
+
+ALONE = Processes()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Attributes:
+        name, hash: of the pictures or the file the numbers came from.
+        weights_hash: of the network that gave the numbers.
+        count: pictures behind mean and covariance; None where the file does not say.
+        mean, covariance: (D,), (D, D) float64.
+        spatial_mean, spatial_covariance: likewise, or None.
+        features: (M, D) for precision, recall and KID, or None.
+    """
+
+    name: str
+    hash: str
+    weights_hash: str
+    count: int | None
+    mean: Tensor
+    covariance: Tensor
+    spatial_mean: Tensor | None = None
+    spatial_covariance: Tensor | None = None
+    features: Tensor | None = None
+
+    @classmethod
+    def from_collected(cls, collected: Collected, *, name: str, weights_hash: str) -> Reference:
+        statistics = feature_statistics(collected.features)
+        spatial = collected.spatial
+        return cls(
+            name,
+            collected.hash,
+            weights_hash,
+            len(collected.features),
+            statistics.mean,
+            statistics.covariance,
+            None if spatial is None else spatial.mean,
+            None if spatial is None else spatial.covariance,
+            collected.features[:REFERENCE_FEATURES],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """An .npz under ADM's names (mu, sigma, mu_s, sigma_s), with the hashes and the features beside them."""
+        arrays = {"mu": self.mean, "sigma": self.covariance, "features": self.features}
+        arrays |= {"mu_s": self.spatial_mean, "sigma_s": self.spatial_covariance}
+        stored: dict[str, Any] = {key: value.numpy() for key, value in arrays.items() if value is not None}
+        count = -1 if self.count is None else self.count
+        path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(
+                file, **stored, name=self.name, hash=self.hash, weights_hash=self.weights_hash, count=np.int64(count)
+            )
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:
+        """Statistics that `save` wrote; raises ValueError where they are of another network than `extractor`."""
+        with np.load(path) as archive:
+            weights_hash, count = str(archive["weights_hash"]), int(archive["count"])
+            if weights_hash != extractor.weights_hash:
+                raise ValueError(
+                    f"{path} holds statistics of a network with weights {weights_hash}, and {extractor.name} has "
+                    f"{extractor.weights_hash}. Compute the reference again with this network."
+                )
+            keys = ("mu", "sigma", "mu_s", "sigma_s", "features")
+            arrays = [torch.from_numpy(archive[key]) if key in archive else None for key in keys]
+            name, digest = str(archive["name"]), str(archive["hash"])
+        mean, covariance, spatial_mean, spatial_covariance, features = arrays
+        if mean is None or covariance is None:
+            raise ValueError(f"{path} lacks mu and sigma; write it again.")
+        numbers = (mean, covariance, spatial_mean, spatial_covariance, features)
+        return cls(name, digest, weights_hash, None if count < 0 else count, *numbers)
+
+
+def feature_statistics(features: Tensor) -> FeatureStatistics:
+    statistics = FeatureStatistics(features.shape[1])
+    statistics.update(features)
+    return statistics
+
+
+def load_reference(
+    source: str | os.PathLike[str] | PictureSet,
+    extractor: FeatureExtractor,
+    *,
+    batch_size: int = 64,
+    resolution: int | None = None,
+    processes: Processes = ALONE,
+) -> Reference:
+    """A reference: saved statistics, an ADM reference .npz (statistics, arr_0 or both), a folder, or any picture set.
+
+    mu, sigma, mu_s, sigma_s of an ADM file are Inception's and are used with FID's Inception only; any other network
+    is run over its arr_0. Precision, recall and KID use the first 10 000 pictures of arr_0.
+
+    Raises:
+        ValueError: an .npz with neither pictures nor statistics for this network, of wrong shapes; and what
+            `open_pictures` raises.
+    """
+    if isinstance(source, PictureSet):
+        collected = processes.measure(extractor, source, batch_size=batch_size)
+        return Reference.from_collected(collected, name=source.name, weights_hash=extractor.weights_hash)
+    path = Path(source)
+    keys = archive_keys(path) if path.is_file() else []
+    if "weights_hash" in keys:
+        return Reference.load(path, extractor)
+    if "mu" in keys and extractor.suffix is None:
+        return _adm_reference(path, keys, extractor, batch_size, processes)
+    if keys and "arr_0" not in keys:
+        raise ValueError(
+            f"{path} must hold pictures (arr_0) to serve as a reference for {extractor.name} (only FID's Inception "
+            f"can use mu and sigma); it holds {', '.join(keys)}."
+        )
+    pictures = open_pictures(path, resolution=resolution)
+    return load_reference(pictures, extractor, batch_size=batch_size, processes=processes)
+
+
+def _adm_reference(
+    path: Path, keys: Sequence[str], extractor: FeatureExtractor, batch_size: int, processes: Processes
+) -> Reference:
+    digest = hashlib.sha256()
+
+    def statistics(mean_key: str, covariance_key: str) -> tuple[Tensor | None, Tensor | None]:
+        if mean_key not in keys or covariance_key not in keys:
+            return None, None
+        mean, covariance = (np.array(open_npz_array(path, key)) for key in (mean_key, covariance_key))
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or mean.dtype.kind != "f":
+            raise ValueError(
+                f"{mean_key} and {covariance_key} of {path} must be float (D,) and (D, D); got {mean.dtype} "
+                f"{mean.shape} and {covariance.shape}."
+            )
+        digest.update(mean.tobytes() + covariance.tobytes())
+        return torch.from_numpy(mean).double(), torch.from_numpy(covariance).double()
+
+    mean, covariance = statistics("mu", "sigma")
+    spatial_mean, spatial_covariance = statistics("mu_s", "sigma_s")
+    if mean is None or covariance is None:
+        raise ValueError(f"{path} must hold sigma beside mu; it holds {', '.join(keys)}.")
+    features = None
+    if "arr_0" in keys:
+        pictures = PictureSet(open_npz_array(path, "arr_0")[:REFERENCE_FEATURES], name=path.name)
+        collected = processes.measure(extractor, pictures, batch_size=batch_size)
+        digest.update(collected.hash.encode())
+        features = collected.features
+    return Reference(
+        path.name,
+        digest.hexdigest()[:16],
+        extractor.weights_hash,
+        None,
+        mean,
+        covariance,
+        spatial_mean,
+        spatial_covariance,
+        features,
+    )
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Numbers by name, and for those that are not to be trusted the reason."""
+
+    metrics: dict[str, float]
+    marks: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate_generation(
+    samples: Collected, reference: Reference, *, extractor: FeatureExtractor, kid_seed: int = 0
+) -> GenerationResult:
+    """All metrics that the samples and the reference allow.
+
+    A Fréchet distance of fewer pictures than feature dimensions is dominated by their number; it is computed, marked
+    and warned about. So is a set in which pictures repeat.
+
+    Returns:
+        fid, sfid, inception_score, inception_score_std, precision, recall, kid, kid_std, as far as the network gives
+        them and under names that say which it is.
+
+    Raises:
+        ValueError: a reference of another network.
+    """
+    if reference.weights_hash != extractor.weights_hash or len(reference.mean) != samples.features.shape[1]:
+        raise ValueError(
+            f"The reference {reference.name} has {len(reference.mean)} dimensions of weights "
+            f"{reference.weights_hash}; the samples have {samples.features.shape[1]} of {extractor.weights_hash}. "
+            "Compute both with one network."
+        )
+    name, metrics, marks = extractor.metric_name, {}, {}
+    own = feature_statistics(samples.features)
+    metrics[name("fid")] = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
+    dimensions = {name("fid"): own.dimension}
+    if samples.spatial is not None and reference.spatial_mean is not None and reference.spatial_covariance is not None:
+        spatial = samples.spatial
+        metrics[name("sfid")] = frechet_distance(
+            spatial.mean, spatial.covariance, reference.spatial_mean, reference.spatial_covariance
+        )
+        dimensions[name("sfid")] = spatial.dimension
+    if samples.logits is not None:
+        score, deviation = inception_score(samples.logits, split_size=SPLIT_SIZE)
+        metrics |= {name("inception_score"): score, name("inception_score_std"): deviation}
+    if reference.features is not None and min(len(samples.features), len(reference.features)) > NEIGHBOURS:
+        precision, recall = precision_recall(samples.features, reference.features, neighbours=NEIGHBOURS)
+        metrics |= {name("precision"): precision, name("recall"): recall}
+        generator = torch.Generator().manual_seed(kid_seed)
+        kid, deviation = kernel_distance(samples.features, reference.features, generator=generator)
+        metrics |= {name("kid"): kid, name("kid_std"): deviation}
+
+    counts = [("samples", own.count)] + ([] if reference.count is None else [("reference pictures", reference.count)])
+    for metric, dimension in dimensions.items():
+        reasons = [f"{count} {what} for {dimension} dimensions" for what, count in counts if count <= dimension]
+        if reasons:
+            marks[metric] = "too few pictures: " + ", ".join(reasons)
+    if samples.unique < own.count:
+        marks |= {metric: f"only {samples.unique} of {own.count} samples are unique" for metric in metrics}
+    for metric, reason in marks.items():
+        logger.warning("%s = %.4g is not comparable: %s.", metric, metrics[metric], reason)
+    return GenerationResult(metrics, marks)

@@ -1,0 +1,149 @@
+"""Sets of uint8 pictures to measure: an .npz of arr_0, a folder, an array or a dataset; exactly N, all of one size."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data.images import DECODE_ERRORS, ImageSource, adm_center_crop, to_rgb
+from ..data.npz import npz_keys, open_npz_array
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class PictureSet:
+    """N pictures of one size, read in batches.
+
+    Args:
+        pictures: uint8 (N, H, W, 3), paths of files, or an `ImageSource`.
+        name: of the set, as a result states it.
+        resolution: side in pixels that files and datasets are cropped to (ADM centre crop); None takes files as they
+            are, which must then be equally large.
+        limit: measure the first `limit` pictures only.
+
+    Raises:
+        ValueError: an array of another shape or dtype, a dataset without `resolution`, no pictures, fewer than
+            `limit`.
+    """
+
+    def __init__(
+        self,
+        pictures: np.ndarray | list[Path] | ImageSource,
+        *,
+        name: str,
+        resolution: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if isinstance(pictures, np.ndarray):
+            check_array(pictures, name)
+            if resolution is not None and pictures.shape[1:3] != (resolution, resolution):
+                raise ValueError(
+                    f"{name} holds pictures of {pictures.shape[2]}x{pictures.shape[1]} px and is never resized; "
+                    f"got resolution {resolution}."
+                )
+        elif isinstance(pictures, ImageSource) and resolution is None:
+            raise ValueError(f"The dataset {name} needs a resolution that its pictures are cropped to.")
+        if len(pictures) == 0 or (limit is not None and not 1 <= limit <= len(pictures)):
+            raise ValueError(f"{name} holds {len(pictures)} pictures; {limit or 'at least one'} are to be measured.")
+        self.pictures = pictures
+        self.name = name
+        self.resolution = resolution
+        self.count = len(pictures) if limit is None else limit
+        self._size: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def resize_rule(self) -> str:
+        if isinstance(self.pictures, np.ndarray) or self.resolution is None:
+            return "none"
+        return f"ADM centre crop to {self.resolution} px"
+
+    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
+        """uint8 (B, H, W, 3) of this rank: a consecutive stretch, so that all ranks in turn give the set in order.
+
+        Raises:
+            ValueError: more processes than pictures, or a batch size below 1.
+        """
+        if world_size > self.count or batch_size < 1:
+            raise ValueError(
+                f"{self.count} pictures need as many processes or fewer, and batches of at least one; got "
+                f"{world_size} processes and batches of {batch_size}."
+            )
+        start, stop = rank * self.count // world_size, (rank + 1) * self.count // world_size
+        for first in range(start, stop, batch_size):
+            indices = range(first, min(first + batch_size, stop))
+            if isinstance(self.pictures, np.ndarray):
+                yield np.asarray(self.pictures[indices.start : indices.stop])
+            else:
+                yield np.stack([self._read(index) for index in indices])
+
+    def _read(self, index: int) -> np.ndarray:
+        if isinstance(self.pictures, ImageSource):
+            image, _, used = self.pictures.read(index)
+            name = self.pictures.name(index)
+            if used != index:
+                raise ValueError(f"{name} of {self.name} cannot be read, and no other picture may stand for it.")
+        else:
+            name = str(self.pictures[index])
+            try:
+                with Image.open(self.pictures[index]) as opened:
+                    image = to_rgb(opened)
+            except DECODE_ERRORS as error:
+                raise ValueError(f"{name} cannot be read: {error}. Repair or remove it.") from error
+        if self.resolution is not None:
+            image = adm_center_crop(image, self.resolution)
+        levels = np.asarray(image)
+        self._size = self._size or levels.shape
+        if levels.shape != self._size:
+            raise ValueError(
+                f"All pictures of {self.name} must have one size: {name} has {levels.shape[1]}x{levels.shape[0]} px, "
+                f"others {self._size[1]}x{self._size[0]} px. Give a resolution to crop them to."
+            )
+        return levels
+
+
+def check_array(array: np.ndarray, name: str) -> None:
+    """Raises ValueError unless the array is uint8 (N, H, W, 3)."""
+    if array.ndim != 4 or array.shape[-1] != 3:
+        raise ValueError(f"arr_0 of {name} must have shape (N, H, W, 3); got {array.shape}.")
+    if array.dtype != np.uint8:
+        raise ValueError(
+            f"arr_0 of {name} must be uint8; got {array.dtype}. Turn [-1, 1] into levels by clamp(127.5 x + 128), "
+            "truncated."
+        )
+
+
+def open_pictures(
+    path: str | os.PathLike[str], *, resolution: int | None = None, limit: int | None = None
+) -> PictureSet:
+    """The pictures of an .npz (arr_0, ADM's format) or of a folder and its subfolders, by name.
+
+    Raises:
+        FileNotFoundError: neither a file nor a folder.
+        ValueError: no .npz, one without arr_0 or of another shape or dtype, a folder without pictures, fewer than
+            `limit`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        return PictureSet(files, name=path.name, resolution=resolution, limit=limit)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is neither an .npz nor a folder of pictures.")
+    if "arr_0" not in archive_keys(path):
+        raise ValueError(f"{path} must hold the pictures as arr_0; it holds {', '.join(archive_keys(path))}.")
+    return PictureSet(open_npz_array(path, "arr_0"), name=path.name, resolution=resolution, limit=limit)
+
+
+def archive_keys(path: Path) -> list[str]:
+    """Names of the arrays of an .npz; raises ValueError where the file is none."""
+    try:
+        return npz_keys(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no whole .npz archive: {error}. Write it with np.savez.") from error

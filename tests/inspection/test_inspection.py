@@ -1,0 +1,143 @@
+"""`eqvae inspect` end to end on tiny autoencoders, and what its verdict makes of known figures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_eqvae import cli
+from diffusers_eqvae.inspection.card import COLUMNS, strips, table_rows
+from diffusers_eqvae.inspection.command import load_autoencoder, load_pictures
+from diffusers_eqvae.inspection.measuring import inspect_autoencoder, judge
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(12):
+        levels = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def figures(**changed):
+    plain = {
+        "psnr": 25.0,
+        "equivariance_rotation": 0.9,
+        "equivariance_rotation_centred": 0.9,
+        "equivariance_scale": 0.7,
+        "equivariance_scale_centred": 0.7,
+        "gap_rotated": 4.0,
+        "gap_halved": 2.0,
+        "channels": {"std": [1.0, 0.5]},
+    }
+    return plain | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "reason"),
+    [
+        ({}, "poor", "turned latents is 4.0 dB worse"),
+        ({"gap_rotated": 2.9}, "mixed", "rotation error 0.90"),
+        ({"gap_rotated": 0.9, "gap_halved": 0.2}, "good", "SD-VAE 0.89, EQ-VAE 0.56"),
+        ({"gap_rotated": 0.0, "gap_halved": 0.0, "psnr": 12.0}, "poor", "12.0 dB, below 20 dB"),
+        ({"gap_rotated": 0.0, "gap_halved": 0.0, "channels": {"std": [1.0, 0.001]}}, "poor", "channels 1 vary"),
+    ],
+)
+def test_the_verdict_follows_the_gaps_and_refuses_a_collapse(changed, level, reason):
+    verdict = judge(figures(**changed))
+    assert verdict.level == level
+    assert any(reason in each for each in verdict.reasons)
+
+
+def test_two_families_side_by_side(tmp_path, pictures, tiny_autoencoder_kl, tiny_autoencoder_tiny, capsys):
+    """A plain model and one inside a pipeline's vae/ folder, whose names need escaping."""
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "plain & <old>")
+    tiny_autoencoder_tiny.save_pretrained(tmp_path / "pipe" / "vae")
+    command = ["inspect", str(tmp_path / "plain & <old>"), "--compare", str(tmp_path / "pipe")]
+    command += ["--compare_subfolder", "vae", "--data", str(pictures), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*command, "--resolution", "32", "--num_images", "11"]) == 0
+
+    content = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["plain & <old>", "pipe"]
+    assert [model["description"]["class"] for model in content["models"]] == ["AutoencoderKL", "AutoencoderTiny"]
+    assert len(content["comparison"]) >= 5 and content["settings"]["pictures"] == 11
+    for model in content["models"]:
+        measured = model["figures"]
+        assert measured["num_images"] == measured["intrinsic_dimension_points"] == 11
+        assert measured["intrinsic_dimension"] > 0 and "lpips" not in measured
+        assert len(measured["channels"]["kurtosis"]) == 4 and len(measured["spectrum"]["power"]) == 4
+        gap = measured["psnr_rotated_pixels"] - measured["psnr_rotated_latent"]
+        assert measured["gap_rotated"] == pytest.approx(gap)
+    page = (tmp_path / "out" / "card.html").read_text()
+    assert "plain &amp; &lt;old&gt;" in page and "<old>" not in page and 'src="card.png"' in page
+    with Image.open(tmp_path / "out" / "card.png") as card:
+        assert card.width > 1000 and len(np.unique(np.asarray(card.convert("L")))) > 50
+    assert f"The card: {tmp_path}/out/card.html" in capsys.readouterr().out
+
+
+def test_the_strip_shows_what_it_says(tiny_autoencoder_tiny):
+    pixels = torch.rand(2, 3, 48, 48) * 2 - 1
+    tiles = strips([tiny_autoencoder_tiny] * 2, pixels)
+    assert [len(models) for models in tiles] == [2, 2] and all(len(row) == len(COLUMNS) for row in tiles[0])
+    row, twin = tiles[1]
+    levels = torch.from_numpy(np.asarray(row[0].image).copy()).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(levels, pixels[1], atol=0.01)
+    sizes = [tile.image.size[0] for tile in row]
+    assert sizes == [48, 48, 48, 16, 48, 24, 12, 12]
+    assert [tile.caption for tile in row] == [tile.caption for tile in twin]
+    assert [bool(tile.caption) for tile in row] == [False, True, True, False, False, True, True, False]
+
+
+def test_lpips_is_measured_where_given(tiny_autoencoder_kl):
+    from diffusers_eqvae.losses.perceptual import LPIPS
+
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    inspection = inspect_autoencoder(tiny_autoencoder_kl, pixels, name="x", perceptual=LPIPS.random("squeeze"))
+    assert inspection.figures["lpips"] > 0
+    assert inspection.figures["intrinsic_dimension"] is None  # two points have none
+    labels = [row[0] for row in table_rows([inspection])]
+    assert "reconstruction, LPIPS" in labels and "intrinsic dimension (TwoNN)" not in labels
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--resolution", "34"], "multiple of the autoencoder's stride 4"),
+        (["--resolution", "8"], "at least 16"),
+        (["--num_images", "0"], "must be positive"),
+        (["--data", "nowhere"], "does not exist"),
+        (["--lpips_linear_weights", "squeeze.pth"], "needs --lpips_backbone_weights"),
+    ],
+)
+def test_wrong_arguments_end_with_a_sentence(more, message, tmp_path, pictures, tiny_autoencoder_tiny, capsys):
+    tiny_autoencoder_tiny.save_pretrained(tmp_path / "vae")
+    command = ["inspect", str(tmp_path / "vae"), "--data", str(pictures), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, *more])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_evenly_spaced_and_none_is_replaced(pictures, tmp_path, tiny_autoencoder_kl, caplog):
+    assert torch.equal(
+        load_pictures(pictures, resolution=16, num_images=2),
+        load_pictures(pictures, resolution=16, num_images=12)[[0, 11]],
+    )
+    assert len(load_pictures(pictures, resolution=16, num_images=99)) == 12
+    assert "12 pictures, fewer than the 99" in caplog.text
+    broken = sorted(pictures.iterdir())[5]
+    broken.write_bytes(broken.read_bytes()[:900])
+    with pytest.raises(ValueError, match=f"{broken.name} cannot be read"):
+        load_pictures(pictures, resolution=16, num_images=12)
+    # A pipeline's folder is recognised by its index.
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert type(load_autoencoder(str(tmp_path / "pipeline"))).__name__ == "AutoencoderKL"

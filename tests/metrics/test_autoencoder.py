@@ -1,0 +1,63 @@
+"""Figures of a set of pictures: the mean of the pictures', whatever the batches; what is relative is relative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import VQModel
+
+from diffusers_eqvae.autoencoders import decode, encode
+from diffusers_eqvae.metrics.autoencoder import measure_autoencoder, picture_figures, summarize
+from diffusers_eqvae.metrics.equivariance import measure_equivariance
+from diffusers_eqvae.metrics.reconstruction import psnr
+
+
+def pictures(count: int = 12) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_a_summary_does_not_depend_on_the_batches(tiny_autoencoder_kl):
+    pixels = pictures()
+    together = measure_autoencoder(tiny_autoencoder_kl, [pixels])
+    apart = measure_autoencoder(tiny_autoencoder_kl.train(), pixels.split(5))
+    assert tiny_autoencoder_kl.training
+    for name, value in together.items():
+        if isinstance(value, float):
+            assert apart[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    reference = measure_equivariance(tiny_autoencoder_kl, [pixels])
+    for name in ("psnr", "equivariance_rotation", "equivariance_scale_centred", "psnr_halved_latent"):
+        assert together[name] == pytest.approx(reference[name], rel=1e-5), name
+    assert together["gap_halved"] == pytest.approx(reference["psnr_halved_pixels"] - reference["psnr_halved_latent"])
+    assert together["num_images"] == together["intrinsic_dimension_points"] == 12
+    power = together["spectrum"]["power"]
+    assert sum(power) / len(power) == pytest.approx(1.0)
+    assert together["spectrum"]["frequency"] == [0.125, 0.25, 0.375, 0.5]
+
+
+def test_noise_reconstructs_a_sample(tiny_autoencoder_kl):
+    pixels = pictures(3)
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    sampled = picture_figures(tiny_autoencoder_kl, pixels, noise=noise)
+    plain = picture_figures(tiny_autoencoder_kl, pixels)
+    with torch.no_grad():
+        expected = psnr(decode(tiny_autoencoder_kl, encode(tiny_autoencoder_kl, pixels).sample(noise)), pixels)
+    assert torch.allclose(sampled["psnr"], expected, atol=1e-5)
+    assert not torch.allclose(sampled["psnr"], plain["psnr"], atol=1e-3)
+    assert torch.equal(sampled["equivariance_rotation"], plain["equivariance_rotation"])
+
+
+def test_a_vq_autoencoder_is_measured_before_its_quantiser():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = VQModel(block_out_channels=(8, 8), latent_channels=4, num_vq_embeddings=8, norm_num_groups=4, **blocks)
+    summary = measure_autoencoder(vae, [pictures(2)])
+    assert summary["equivariance_rotation"] > 0 and len(summary["channels"]["mean"]) == 4
+    assert summary["intrinsic_dimension"] is None
+
+
+def test_nothing_is_refused(tiny_autoencoder_tiny):
+    with pytest.raises(ValueError, match="at least one picture"):
+        measure_autoencoder(tiny_autoencoder_tiny, [])
+    row = picture_figures(tiny_autoencoder_tiny, pictures(1))
+    with pytest.raises(ValueError, match="at least one picture"):
+        summarize({name: values[:0] for name, values in row.items()})

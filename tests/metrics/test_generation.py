@@ -1,0 +1,189 @@
+"""Generation metrics from pictures to numbers: one pass, invariances, references, and what is refused or marked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffusers_eqvae.metrics.features import FeatureExtractor, ModuleFeatures, hash_tensors
+from diffusers_eqvae.metrics.frechet import frechet_distance, inception_score
+from diffusers_eqvae.metrics.generation import (
+    Collected,
+    Processes,
+    Reference,
+    collect,
+    evaluate_generation,
+    feature_statistics,
+    load_reference,
+)
+from diffusers_eqvae.metrics.inputs import PictureSet
+
+ALL = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std"}
+
+
+class TinyInception(FeatureExtractor):
+    """Stands for FID's Inception: features, spatial features and logits of one small convolution; counts its calls."""
+
+    name, input_rule = "tiny", "none"
+
+    def __init__(self, *, genuine: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.network = nn.Conv2d(3, 8, 4, stride=4).requires_grad_(False)
+        self.weights_hash = hash_tensors(self.network)
+        self.suffix = None if genuine else "tiny"
+        self.calls = 0
+
+    def extract(self, pictures):
+        self.calls += 1
+        maps = self.network(pictures.float() / 127.5 - 1).relu()
+        features = maps.mean((2, 3))
+        return {"features": features, "spatial": maps[:, :2].flatten(1), "logits": features * 3}
+
+
+def levels(count: int, seed: int = 0, low: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(low, 256, (count, 8, 8, 3)).astype(np.uint8)
+
+
+def in_batches(array: np.ndarray, size: int) -> list[np.ndarray]:
+    return [array[start : start + size] for start in range(0, len(array), size)]
+
+
+def reference_of(extractor: FeatureExtractor, count: int = 60, seed: int = 1) -> Reference:
+    return load_reference(PictureSet(levels(count, seed, low=10), name="reference"), extractor)
+
+
+def test_one_pass_gives_every_number():
+    extractor = TinyInception()
+    samples = collect(extractor, in_batches(levels(50), 7))
+    assert extractor.calls == 8
+    reference = reference_of(extractor)
+    calls = extractor.calls
+    result = evaluate_generation(samples, reference, extractor=extractor)
+    assert set(result.metrics) == ALL and not result.marks and extractor.calls == calls
+    own = feature_statistics(samples.features)
+    by_hand = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
+    assert result.metrics["fid"] == by_hand > 0
+    assert result.metrics["inception_score"] == inception_score(samples.logits)[0]
+    named = evaluate_generation(samples, reference, extractor=TinyInception(genuine=False))
+    assert {name.removesuffix("_tiny") for name in named.metrics} == {
+        {"fid": "fd", "sfid": "sfd", "kid": "kd", "kid_std": "kd_std"}.get(name, name) for name in ALL
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 128])
+def test_numbers_do_not_depend_on_the_batch_size(batch_size):
+    extractor = TinyInception()
+    reference = reference_of(extractor)
+    results = [
+        (each, evaluate_generation(each, reference, extractor=extractor).metrics)
+        for each in (collect(extractor, in_batches(levels(50), size)) for size in (batch_size, 50))
+    ]
+    assert results[0][0].hash == results[1][0].hash
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_numbers_do_not_depend_on_the_processes(world_size):
+    extractor, pictures = TinyInception(), PictureSet(levels(50), name="samples")
+    shares = [collect(extractor, pictures.batches(8, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    together = Processes(0, world_size, lambda mine: shares).measure(extractor, pictures, batch_size=8)
+    alone = Processes().measure(extractor, pictures, batch_size=8)
+    assert together.hash == alone.hash and len(together.features) == 50
+    reference = reference_of(extractor)
+    numbers = [evaluate_generation(each, reference, extractor=extractor).metrics for each in (together, alone)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_a_reference_survives_its_file(tmp_path):
+    extractor = TinyInception()
+    reference, samples = reference_of(extractor), collect(extractor, [levels(50)])
+    reference.save(tmp_path / "reference.npz")
+    loaded = load_reference(tmp_path / "reference.npz", extractor)
+    assert (loaded.hash, loaded.count, loaded.name) == (reference.hash, 60, "reference")
+    results = [evaluate_generation(samples, each, extractor=extractor) for each in (loaded, reference)]
+    assert results[0] == results[1]
+    other = ModuleFeatures(nn.Conv2d(3, 8, 1), name="other")
+    with pytest.raises(ValueError, match="Compute the reference again"):
+        load_reference(tmp_path / "reference.npz", other)
+    with pytest.raises(ValueError, match="with one network"):
+        evaluate_generation(samples, reference, extractor=other)
+
+
+def test_adm_reference_files(tmp_path):
+    extractor, pictures = TinyInception(), levels(60, 1, low=10)
+    collected = collect(extractor, [pictures])
+    own = feature_statistics(collected.features)
+    arrays = {"mu": own.mean, "sigma": own.covariance}
+    arrays |= {"mu_s": collected.spatial.mean, "sigma_s": collected.spatial.covariance}
+    arrays = {key: value.numpy() for key, value in arrays.items()}
+    np.savez(tmp_path / "both.npz", arr_0=pictures, **arrays)
+    np.savez(tmp_path / "numbers.npz", **arrays)
+    np.savez(tmp_path / "pictures.npz", pictures)
+    samples = collect(extractor, [levels(50)])
+    both, numbers, plain = (
+        evaluate_generation(samples, load_reference(tmp_path / f"{name}.npz", extractor), extractor=extractor).metrics
+        for name in ("both", "numbers", "pictures")
+    )
+    assert both == pytest.approx(plain, rel=1e-9) and set(both) == ALL
+    assert set(numbers) == ALL - {"precision", "recall", "kid", "kid_std"}
+    assert numbers["fid"] == both["fid"]
+    # Inception's statistics mean nothing to another network: it looks at the pictures, or refuses.
+    other = TinyInception(genuine=False)
+    assert load_reference(tmp_path / "both.npz", other).count == 60
+    with pytest.raises(ValueError, match="can use mu and sigma"):
+        load_reference(tmp_path / "numbers.npz", other)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "complaint"),
+    [
+        ({"mu": np.zeros(8)}, "sigma beside mu"),
+        ({"mu": np.zeros(8), "sigma": np.eye(7)}, r"\(D,\) and \(D, D\)"),
+        ({"mu": np.zeros(8, int), "sigma": np.eye(8)}, "must be float"),
+        ({"samples": np.zeros(8)}, "it holds samples"),
+    ],
+)
+def test_bad_reference_files_are_named(arrays, complaint, tmp_path):
+    np.savez(tmp_path / "reference.npz", **arrays)
+    with pytest.raises(ValueError, match=complaint):
+        load_reference(tmp_path / "reference.npz", TinyInception())
+
+
+def test_too_few_samples_are_marked(caplog):
+    extractor = TinyInception()
+    result = evaluate_generation(collect(extractor, [levels(8)]), reference_of(extractor), extractor=extractor)
+    reason = "too few pictures: 8 samples for 8 dimensions"
+    assert result.marks == {"fid": reason, "sfid": reason}
+    assert (
+        "fid" in caplog.text and "not comparable" in caplog.text and np.isfinite(list(result.metrics.values())).all()
+    )
+    few = evaluate_generation(collect(extractor, [levels(50)]), reference_of(extractor, 5), extractor=extractor)
+    assert few.marks["fid"] == "too few pictures: 5 reference pictures for 8 dimensions"
+
+
+def test_repeated_samples_are_marked():
+    extractor = TinyInception()
+    repeated = np.concatenate([levels(30), levels(10)])
+    result = evaluate_generation(collect(extractor, [repeated]), reference_of(extractor), extractor=extractor)
+    assert result.marks["kid"] == "only 30 of 40 samples are unique" and set(result.marks) == ALL
+
+
+def test_bad_batches_are_refused():
+    extractor = TinyInception()
+    with pytest.raises(ValueError, match="At least one"):
+        collect(extractor, [])
+    with pytest.raises(ValueError, match="uint8"):
+        collect(extractor, [levels(2).astype(np.float32)])
+
+
+def test_the_hash_sees_every_pixel_and_the_order():
+    extractor = TinyInception()
+    pictures = levels(5)
+    changed = pictures.copy()
+    changed[4, 7, 7, 2] ^= 1
+    hashes = {collect(extractor, [each]).hash for each in (pictures, changed, pictures[::-1])}
+    assert len(hashes) == 3
+    assert isinstance(collect(extractor, [pictures]), Collected)

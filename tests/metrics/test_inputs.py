@@ -1,0 +1,92 @@
+"""Picture sets: the same pictures from an array, an .npz, a folder and a dataset, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_eqvae.data.images import adm_center_crop, load_image_dataset
+from diffusers_eqvae.data.npz import map_npz_array
+from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
+
+
+def levels(count: int = 7, height: int = 12, width: int = 10) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3)).astype(np.uint8)
+
+
+def read(pictures: PictureSet, **how) -> np.ndarray:
+    return np.concatenate(list(pictures.batches(how.pop("batch_size", 3), **how)))
+
+
+def test_one_set_from_everywhere(tmp_path):
+    array = levels()
+    np.savez(tmp_path / "plain.npz", arr_0=array, arr_1=np.arange(7))
+    np.savez_compressed(tmp_path / "compressed.npz", array)
+    (tmp_path / "folder" / "b").mkdir(parents=True)
+    for index, each in enumerate(array):
+        folder = tmp_path / "folder" / "b" if index == 6 else tmp_path / "folder"
+        Image.fromarray(each).save(folder / f"a{index}.png")
+    (tmp_path / "folder" / "notes.txt").write_text("not a picture")
+    for source in ("plain.npz", "compressed.npz", "folder"):
+        pictures = open_pictures(tmp_path / source)
+        assert len(pictures) == 7 and np.array_equal(read(pictures), array)
+        assert pictures.resize_rule == "none"
+    assert isinstance(map_npz_array(tmp_path / "plain.npz", "arr_0"), np.memmap)
+    assert np.array_equal(read(open_pictures(tmp_path / "plain.npz", limit=5)), array[:5])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_processes_share_a_set_in_order(world_size):
+    pictures = PictureSet(levels(), name="x")
+    shares = [batch for r in range(world_size) for batch in pictures.batches(2, rank=r, world_size=world_size)]
+    assert np.array_equal(np.concatenate(shares), levels()) and all(len(batch) for batch in shares)
+    with pytest.raises(ValueError, match="got 8 processes"):
+        read(pictures, world_size=8)
+
+
+def test_folders_and_datasets_are_cropped(tmp_path):
+    for index, each in enumerate(levels(2, 40, 30)):
+        Image.fromarray(each).save(tmp_path / f"{index}.png")
+    expected = np.stack([np.asarray(adm_center_crop(Image.fromarray(each), 16)) for each in levels(2, 40, 30)])
+    folder = open_pictures(tmp_path, resolution=16)
+    dataset = PictureSet(load_image_dataset(train_data_dir=tmp_path), name="dataset", resolution=16)
+    assert np.array_equal(read(folder), expected) and np.array_equal(read(dataset), expected)
+    assert folder.resize_rule == "ADM centre crop to 16 px"
+    with pytest.raises(ValueError, match="needs a resolution"):
+        PictureSet(load_image_dataset(train_data_dir=tmp_path), name="dataset")
+
+
+def test_bad_archives_are_named(tmp_path):
+    cases = {
+        "key": ({"samples": levels()}, "as arr_0; it holds samples"),
+        "shape": ({"arr_0": levels().transpose(0, 3, 1, 2)}, r"shape \(N, H, W, 3\); got \(7, 3, 12, 10\)"),
+        "dtype": ({"arr_0": levels() / 255}, "must be uint8; got float64"),
+        "empty": ({"arr_0": levels(0)}, "holds 0 pictures"),
+    }
+    for name, (arrays, complaint) in cases.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=complaint):
+            open_pictures(tmp_path / f"{name}.npz")
+    np.savez(tmp_path / "few.npz", levels())
+    with pytest.raises(ValueError, match="holds 7 pictures; 50 are to be measured"):
+        open_pictures(tmp_path / "few.npz", limit=50)
+    with pytest.raises(ValueError, match="never resized"):
+        open_pictures(tmp_path / "few.npz", resolution=16)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "few.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match="no whole"):
+        open_pictures(tmp_path / "cut.npz")
+    with pytest.raises(FileNotFoundError, match="neither"):
+        open_pictures(tmp_path / "absent.npz")
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="holds 0 pictures"):
+        open_pictures(tmp_path)
+    Image.fromarray(levels(1, 12, 10)[0]).save(tmp_path / "a.png")
+    Image.fromarray(levels(1, 9, 9)[0]).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png has 9x9 px, others 10x12 px"):
+        read(open_pictures(tmp_path))
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:80])
+    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+        read(open_pictures(tmp_path))

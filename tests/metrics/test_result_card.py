@@ -1,0 +1,111 @@
+"""Result cards: what a file must hold, what is read beside samples, and which differences forbid to compare."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from diffusers_eqvae import cli
+from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, ResultCard, compare_cards, hardware, sampling_facts
+
+
+def card(**changes) -> ResultCard:
+    protocol = {key: f"some {key}" for key in PROTOCOL} | {
+        key: value for key, value in changes.items() if key in PROTOCOL
+    }
+    settings = {key: value for key, value in changes.items() if key in SETTINGS}
+    return ResultCard(changes.get("metrics", {"fid": 2.5}), protocol, settings, changes.get("marks", {}), hardware())
+
+
+def test_a_card_survives_its_file(tmp_path):
+    original = card(seed=3, guidance_interval=[0.0, 0.75], marks={"fid": "too few pictures"})
+    original.save(tmp_path / "deep" / "card.json")
+    assert ResultCard.load(tmp_path / "deep" / "card.json") == original
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["card.json"]
+    assert {"hardware", "versions", "date", "threads"} <= set(original.provenance)
+
+
+def test_files_that_are_no_cards_are_refused(tmp_path):
+    path = tmp_path / "card.json"
+    for text, complaint in (("{", "no result card"), ("[]", "metrics and protocol"), ("{}", "metrics and protocol")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=complaint):
+            ResultCard.load(path)
+    path.write_text(json.dumps({"format": 99, "metrics": {}, "protocol": {}}))
+    with pytest.raises(ValueError, match="another format"):
+        ResultCard.load(path)
+    with pytest.raises(ValueError, match="got colour"):
+        ResultCard({}, {"colour": 1})
+
+
+def test_settings_may_differ_and_are_listed():
+    found = compare_cards(
+        ["a", "b"], [card(guidance_scale=1.0, seed=1), card(guidance_scale=1.8, seed=1, metrics={"fid": 1.75})]
+    )
+    assert not found.incomparable
+    assert found.table[1].split() == ["fid", "2.5", "1.75"]
+    assert found.table[2].split() == ["guidance_scale", "1.0", "1.8"] and len(found.table) == 3
+
+
+@pytest.mark.parametrize("key", list(PROTOCOL))
+def test_every_part_of_the_protocol_forbids_to_compare(key):
+    (sentence,) = compare_cards(["a", "b"], [card(), card(**{key: "other"})]).incomparable
+    assert sentence == f"{key} differs (some {key}, other): {PROTOCOL[key]}"
+    (sentence,) = compare_cards(["a", "b", "c"], [card(), card(**{key: None}), card()]).incomparable
+    assert sentence.startswith(f"{key} is not stated by b: ")
+
+
+def test_marks_and_missing_numbers_are_shown():
+    cards = [card(marks={"fid": "too few pictures"}), card(metrics={"fid": 3.0, "kid": 0.1})]
+    table = compare_cards(["a", "b"], cards).table
+    assert table[1].split() == ["fid", "2.5*", "3"] and table[2].split() == ["kid", "-", "0.1"]
+    assert table[3] == "* fid of a: too few pictures"
+    assert "no number" in compare_cards(["a", "b"], [card(), card(metrics={"fd_x": 1.0})]).incomparable[0]
+    with pytest.raises(ValueError, match="Two or more"):
+        compare_cards(["a"], [card()])
+
+
+def test_what_sampling_json_says(tmp_path):
+    record = {
+        "settings": {
+            "num_samples": 8,
+            "seed": 7,
+            "label_policy": "balanced",
+            "guidance_scale": 1.8,
+            "guidance_interval": [0.0, 0.75],
+            "guided_channels": None,
+            "num_inference_steps": 50,
+            "scheduler": "saved",
+            "dtype": "float32",
+            "scheduler_config": {"solver": "heun"},
+            "weights": "abc",
+        },
+        "nfe": 87.0,
+        "model": str(tmp_path / "model"),
+    }
+    (tmp_path / "png").mkdir()
+    (tmp_path / "sampling.json").write_text(json.dumps(record))
+    facts, policy = sampling_facts(tmp_path / "samples.npz")
+    assert policy == "balanced" and facts["scheduler"] == {"saved": {"solver": "heun"}}
+    assert facts["seed"] == 7 and facts["nfe"] == 87.0 and facts["weights"] == "abc" and "ema" not in facts
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "resolved_arguments.json").write_text('{"use_ema": true}')
+    assert sampling_facts(tmp_path / "png")[0]["ema"] is True
+    card(**facts)
+    assert sampling_facts(tmp_path / "model" / "others.npz") == ({}, None)
+
+
+def test_the_command_prints_and_judges(tmp_path, capsys):
+    card().save(tmp_path / "a.json")
+    card(num_samples=10_000).save(tmp_path / "b.json")
+    paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert cli.main(["compare", *paths]) == 1
+    text = capsys.readouterr().out
+    assert "a.json" in text and "num_samples differs" in text and PROTOCOL["num_samples"] in text
+    assert cli.main(["compare", paths[0], paths[0]]) == 0
+    assert "may be compared" in capsys.readouterr().out
+    for wrong in ([paths[0]], [paths[0], str(tmp_path / "absent.json")]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["compare", *wrong])
+        assert stop.value.code == 2

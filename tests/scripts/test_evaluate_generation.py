@@ -1,0 +1,130 @@
+"""training/evaluate_generation.py through its command line, with a small network of random weights."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from diffusers_eqvae import cli
+from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, ResultCard
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+
+NUMBERS = {f"{name}_squeezenet1_1" for name in ("fd", "kd", "kd_std", "precision", "recall")}
+
+
+def levels(count, seed):
+    low = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+    return low.repeat(8, 1).repeat(8, 2)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Weights, samples.npz and a folder of reference pictures."""
+    torchvision = pytest.importorskip("torchvision")
+    folder = tmp_path_factory.mktemp("material")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "squeezenet.pth")
+    np.savez(folder / "samples.npz", levels(9, 0))
+    (folder / "pictures").mkdir()
+    for index, each in enumerate(levels(8, 1)):
+        Image.fromarray(each).save(folder / "pictures" / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def script(repository):
+    spec = importlib.util.spec_from_file_location("evaluate", repository / "training" / "evaluate_generation.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["evaluate"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def words(material, **changes):
+    flags = {
+        "samples": material / "samples.npz",
+        "reference": material / "pictures",
+        "evaluator": "squeezenet",
+        "weights": material / "squeezenet.pth",
+        **changes,
+    }
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def test_npz_against_a_folder_and_saved_statistics(script, material, tmp_path, capsys):
+    (tmp_path / "sampling.json").write_text(
+        json.dumps({"settings": {"seed": 3, "label_policy": "random", "guidance_scale": 1.8}, "nfe": 87.0})
+    )
+    np.savez(tmp_path / "samples.npz", levels(9, 0))
+    options = {"samples": tmp_path / "samples.npz", "save_reference": tmp_path / "statistics.npz"}
+    card = script.main(words(material, batch_size=4, **options))
+    path = tmp_path / "samples.squeezenet.json"
+    assert ResultCard.load(path) == card and set(card.metrics) == NUMBERS
+    assert set(card.protocol) == set(PROTOCOL) and None not in card.protocol.values()
+    assert set(card.settings) <= set(SETTINGS) and card.settings["guidance_scale"] == 1.8
+    assert card.protocol["num_samples"] == 9 and "9 samples for 512" in card.marks["fd_squeezenet1_1"]
+    assert card.provenance["reference"] == "pictures"
+
+    again = words(
+        material,
+        samples=tmp_path / "samples.npz",
+        reference=tmp_path / "statistics.npz",
+        batch_size=9,
+        output=tmp_path / "again.json",
+    )
+    repeated = script.main(again)
+    assert repeated.metrics == pytest.approx(card.metrics, rel=1e-4, abs=1e-9)
+    assert repeated.protocol == card.protocol
+    assert cli.main(["compare", str(path), str(tmp_path / "again.json")]) == 0
+    assert "fd_squeezenet1_1" in capsys.readouterr().out
+
+
+def test_two_processes_give_the_same_numbers(script, repository, material, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [repository / "training" / "evaluate_generation.py", *words(material, output=tmp_path / "two.json")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    alone, two = script.main(words(material, output=tmp_path / "one.json")), ResultCard.load(tmp_path / "two.json")
+    assert two.metrics == pytest.approx(alone.metrics, rel=1e-4, abs=1e-9)
+    assert two.protocol == alone.protocol and two.provenance["samples_hash"] == alone.provenance["samples_hash"]
+
+
+def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoencoder_kl, tmp_path):
+    id2label = {class_id: f"class {class_id}" for class_id in range(10)}
+    pipeline = ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler(), id2label=id2label)
+    pipeline.save_pretrained(tmp_path / "model")
+    options = {"samples": tmp_path / "model", "num_samples": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
+    card = script.main(words(material, batch_size=2, label_policy="balanced", **options))
+    assert (tmp_path / "model.squeezenet.json").is_file() and set(card.metrics) == NUMBERS
+    assert card.protocol["label_policy"] == "balanced" and card.protocol["num_samples"] == 5
+    assert card.settings["nfe"] == 4 and card.settings["weights"] and card.settings["dtype"] == "float32"
+    assert not any("unique" in mark for mark in card.marks.values())
+    with pytest.raises(ValueError, match="needs --num_samples"):
+        script.main(words(material, samples=tmp_path / "model"))
+
+
+def test_a_dataset_as_reference_needs_a_size(script, material, tmp_path):
+    options = {"reference_split": "train", "output": tmp_path / "card.json"}
+    card = script.main(words(material, resolution=32, **options))
+    folder = script.main(words(material, output=tmp_path / "folder.json"))
+    # The pictures have 32 px already, so that the crop leaves them alone.
+    assert card.protocol["reference_hash"] == folder.protocol["reference_hash"]
+    with pytest.raises(ValueError, match="needs a resolution"):
+        script.main(words(material, **options))
+
+
+@pytest.mark.parametrize("evaluator", ["inception", "squeezenet"])
+def test_missing_weights_are_named(script, material, evaluator, tmp_path):
+    with pytest.raises(FileNotFoundError, match="curl -LO"):
+        script.main(words(material, evaluator=evaluator, weights=tmp_path / "absent.pth"))

@@ -1,0 +1,137 @@
+"""Measures generated pictures against a reference: FID, sFID, Inception score, KID, precision and recall, in one pass.
+
+    python training/evaluate_generation.py --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256.npz \
+        --weights weights-inception-2015-12-05-6726825d.pth
+    python training/evaluate_generation.py --samples runs/sit --num_samples 1000 --reference PICTURES \
+        --resolution 256 --evaluator dinov2 --weights facebook/dinov2-large
+
+Samples are an .npz (arr_0 uint8 NHWC), a folder of pictures, or a saved pipeline, which is sampled in memory. Writes a
+result card (JSON) that `eqvae compare` reads. The numbers do not depend on the number of processes or the batch size.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+import diffusers_eqvae
+from diffusers_eqvae.data.images import load_image_dataset
+from diffusers_eqvae.metrics.features import FeatureExtractor, InceptionFID, dinov2_features, squeezenet_features
+from diffusers_eqvae.metrics.generation import (
+    PROTOCOL_VERSION,
+    Collected,
+    Processes,
+    collect,
+    evaluate_generation,
+    load_reference,
+)
+from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
+from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware, sampling_facts
+from diffusers_eqvae.pipelines.generated import GeneratedPictures
+from diffusers_eqvae.training_utils.arguments import parse
+
+EXTRACTORS = {"inception": InceptionFID.from_file, "dinov2": dinov2_features, "squeezenet": squeezenet_features}
+
+
+@dataclass
+class EvaluationArguments:
+    """What to compare with what, and by which network."""
+
+    samples: str = field(metadata={"help": "An .npz with arr_0, a folder of pictures, or a pipeline directory."})
+    reference: str = field(
+        metadata={"help": "An ADM reference .npz, saved statistics, a folder of pictures, or a dataset's name."}
+    )
+    reference_split: str | None = field(
+        default=None, metadata={"help": "Read --reference as a dataset, and this split of it (needs --resolution)."}
+    )
+    evaluator: Literal["inception", "dinov2", "squeezenet"] = field(
+        default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
+    )
+    weights: str | None = field(
+        default=None, metadata={"help": "File of the network's weights; for dinov2 a directory or Hub name."}
+    )
+    output: str | None = field(default=None, metadata={"help": "The card; default: beside the samples."})
+    save_reference: str | None = field(
+        default=None, metadata={"help": "Keep the reference's statistics in this .npz, which --reference takes."}
+    )
+    num_samples: int | None = field(default=None, metadata={"help": "Measure exactly the first n samples."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures per forward; changes no number."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Crop pictures of folders and datasets to this side in pixels (ADM crop)."}
+    )
+
+
+@dataclass
+class PipelineArguments:
+    """How a pipeline is sampled; without effect on samples that exist already."""
+
+    seed: int = field(default=0, metadata={"help": "Picture n is a function of (seed, n)."})
+    label_policy: Literal["random", "balanced"] = field(default="random", metadata={"help": "How classes are drawn."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "LO HI in sigma (1 = noise) where guidance acts."}
+    )
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
+
+
+def generated(evaluation: EvaluationArguments, options: PipelineArguments, state: PartialState) -> GeneratedPictures:
+    if evaluation.num_samples is None:
+        raise ValueError("A pipeline needs --num_samples; how many pictures are to be measured?")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(evaluation.samples).to(state.device)
+    pipeline.set_progress_bar_config(disable=True)
+    ranks = {"rank": state.process_index, "world_size": state.num_processes}
+    return GeneratedPictures(
+        pipeline, evaluation.num_samples, batch_size=evaluation.batch_size, **ranks, **vars(options)
+    )
+
+
+def main(argv: list[str] | None = None) -> ResultCard | None:
+    arguments, options = parse(EvaluationArguments, PipelineArguments, argv=argv, description=__doc__)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    state, path, resolution = PartialState(timeout=timedelta(days=7)), Path(arguments.samples), arguments.resolution
+    given = [arguments.weights] if arguments.weights or arguments.evaluator != "dinov2" else []
+    extractor: FeatureExtractor = EXTRACTORS[arguments.evaluator](*given).to(state.device)
+    processes = Processes(state.process_index, state.num_processes, gather_object)
+    reference = arguments.reference
+    if arguments.reference_split is not None:
+        source = load_image_dataset(reference, split=arguments.reference_split)
+        reference = PictureSet(source, name=f"{reference} ({arguments.reference_split})", resolution=resolution)
+
+    if (path / "model_index.json").is_file():
+        made = generated(arguments, options, state)
+        samples = Collected.join(gather_object([collect(extractor, made)]))
+        facts, label_policy, resize_rule = {**made.facts, "model": str(path)}, options.label_policy, "none"
+    else:
+        pictures = open_pictures(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
+        samples = processes.measure(extractor, pictures, batch_size=arguments.batch_size)
+        (facts, label_policy), resize_rule = sampling_facts(path), pictures.resize_rule
+    target = load_reference(
+        reference, extractor, batch_size=arguments.batch_size, resolution=resolution, processes=processes
+    )
+    if not state.is_main_process:
+        return None
+    if arguments.save_reference:
+        target.save(arguments.save_reference)
+    result = evaluate_generation(samples, target, extractor=extractor)
+    protocol = {"evaluator": extractor.name, "evaluator_version": PROTOCOL_VERSION, "input_rule": extractor.input_rule}
+    protocol |= {"weights_hash": extractor.weights_hash, "reference_hash": target.hash, "label_policy": label_policy}
+    protocol |= {"num_samples": len(samples.digests), "uint8_rule": UINT8_RULE, "resize_rule": resize_rule}
+    provenance = {"reference": target.name, "samples_hash": samples.hash}
+    provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
+    card = ResultCard(result.metrics, protocol, facts, result.marks, provenance)
+    base = path.name if path.is_dir() else path.stem
+    output = Path(arguments.output or path.with_name(f"{base}.{arguments.evaluator}.json"))
+    card.save(output)
+    for name, value in result.metrics.items():
+        logging.getLogger("evaluate_generation").info("%s = %.6g", name, value)
+    logging.getLogger("evaluate_generation").info("card: %s", output)
+    return card
+
+
+if __name__ == "__main__":
+    main()
