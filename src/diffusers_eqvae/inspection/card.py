@@ -226,6 +226,10 @@ def _draw_spectrum(axes: Any, inspections: list[Inspection]) -> None:
     axes.axvline(0.25, color="#999", linewidth=0.8, linestyle=":")
     axes.axhline(1.0, color="#999", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", yscale="log")
+    lowest = min(min(inspection.figures["spectrum"]["frequency"]) for inspection in inspections)
+    ticks = [tick for tick in (0.05, 0.1, 0.25, 0.5) if tick >= lowest]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("cycles per latent cell")
     axes.set_title("latent spectrum, relative (white noise: flat at 1)", fontsize=11)
     axes.legend(fontsize=8)
