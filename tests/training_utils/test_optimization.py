@@ -85,6 +85,18 @@ def test_state_survives_a_moment_of_freezing_and_refuses_another_module():
         optimized(nn.Sequential(nn.Linear(3, 2))).load_state_dict(state)
 
 
+def test_options_of_the_optimizer_are_the_runs_and_moments_the_checkpoints():
+    entry, other = optimized(nn.Linear(3, 2)), optimized(nn.Linear(3, 2))
+    entry.module(torch.ones(1, 3)).sum().backward()
+    entry.step(0.1, torch.zeros(()))
+    other.optimizer.param_groups[0].update(betas=(0.5, 0.9), weight_decay=0.25)
+    other.load_state_dict(copy.deepcopy(entry.state_dict()))
+    group = other.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.9), 0.25)
+    moments = [optimizer.state_dict()["state"][0] for optimizer in (entry.optimizer, other.optimizer)]
+    assert all(torch.equal(moments[0][key], moments[1][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_nonfinite_step_changes_nothing(fused):
     entry = optimized(nn.Linear(3, 2), fused=fused)

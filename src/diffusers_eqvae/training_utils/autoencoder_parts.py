@@ -176,7 +176,7 @@ def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int
     if not arguments.disc_weight:
         return None
     if arguments.disc_pretrained:
-        discriminator = PatchDiscriminator.from_pretrained(arguments.disc_pretrained)
+        discriminator = PatchDiscriminator.from_pretrained(arguments.disc_pretrained).train()
     else:
         discriminator = PatchDiscriminator(
             base_channels=arguments.disc_channels, num_layers=arguments.disc_num_layers, norm=arguments.disc_norm

@@ -143,8 +143,11 @@ class OptimizedModule:
         return state if self.ema is None else {**state, "ema": self._learned_state(self.ema.module)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Weights, moments, step counts and EMA of a checkpoint; betas and weight decay stay this run's."""
         self._load_learned_state(self.module, state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = zip(self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+        options = [{**mine, "params": saved["params"]} for mine, saved in groups]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": options})
         if self.ema is not None:
             if "ema" not in state:
                 logger.warning("The checkpoint holds no EMA of %s; the average starts from its weights.", self.name)
