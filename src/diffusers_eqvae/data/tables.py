@@ -5,14 +5,23 @@ The only module of the package that imports `datasets`.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 from PIL import Image
 
-PICTURE_SUFFIXES = frozenset(Image.registered_extensions())
+logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 def load_table(
@@ -25,6 +34,8 @@ def load_table(
     """
     if isinstance(source, Path):
         kind = _directory_kind(source)
+        if kind == "imagefolder":
+            return _picture_folder(source, split)
         splits = datasets.load_dataset(kind, data_dir=str(source), cache_dir=cache_dir)
     else:
         splits = datasets.load_dataset(source, config_name, cache_dir=cache_dir)
@@ -86,19 +97,70 @@ def _unknown_column(role: str, name: str, table: datasets.Dataset) -> str:
     return f"There is no {role} column {name!r}; the columns are {', '.join(table.column_names)}."
 
 
+def _picture_folder(root: Path, split: str) -> datasets.Dataset:
+    """The pictures below a directory in the order of their paths; with "label" where each lies in a class folder.
+
+    The files are listed here since the library's own "imagefolder" reads splits out of any file or folder name
+    (train_1.jpg, a class called test) and leaves out pictures that a metadata.csv does not name.
+    """
+    root = root.resolve()
+    folders = _split_folders(root) or {"train": root}
+    if split not in folders:
+        raise ValueError(f"There is no split {split!r} in {root}; it has {', '.join(sorted(folders))}.")
+    top = folders[split]
+    paths = sorted(str(path) for path in _pictures(top))
+    columns: dict[str, list] = {"image": paths}
+    features = datasets.Features({"image": datasets.Image()})
+    parents = [Path(path).relative_to(top).parts[:-1] for path in paths]
+    if all(parents):
+        names = sorted({parts[0] for parts in parents})
+        columns["label"] = [parts[0] for parts in parents]
+        features["label"] = datasets.ClassLabel(names=names)
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The split folders by name, where all subfolders are named like splits and one holds class folders."""
+    _, names, files = next(_walk(root))
+    folders = {SPLIT_FOLDERS[name]: root / name for name in names if name in SPLIT_FOLDERS}
+    if not folders or len(folders) < len(names):
+        return {}
+    holds_classes = any(path.parent != folder for folder in folders.values() for path in _pictures(folder))
+    if holds_classes and not any(_is_picture(name) for name in files):
+        return folders
+    logger.warning(
+        "%s: the folders %s are read as classes; splits would hold class folders.", root, ", ".join(sorted(names))
+    )
+    return {}
+
+
+def _pictures(directory: Path) -> Iterator[Path]:
+    return (folder / name for folder, _, files in _walk(directory) for name in files if _is_picture(name))
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES
+
+
+def _walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As os.walk, through links, without hidden files and folders."""
+    for folder, subfolders, files in os.walk(directory, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
+        yield Path(folder), subfolders, [name for name in files if not name.startswith(".")]
+
+
 def _directory_kind(directory: Path) -> str:
-    """The `datasets` builder for a directory, by what it holds most of."""
+    """What a directory holds most of: "imagefolder", or the `datasets` builder "parquet" or "webdataset"."""
     counts = {"imagefolder": 0, "parquet": 0, "webdataset": 0}
     empty = []
-    for folder, subfolders, files in os.walk(directory):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
+    for folder, subfolders, files in _walk(directory):
         suffixes = [Path(name).suffix.lower() for name in files]
         pictures = sum(suffix in PICTURE_SUFFIXES for suffix in suffixes)
         counts["imagefolder"] += pictures
         counts["parquet"] += suffixes.count(".parquet")
         counts["webdataset"] += suffixes.count(".tar")
         if not subfolders and not pictures:
-            empty.append(str(Path(folder).relative_to(directory)))
+            empty.append(str(folder.relative_to(directory)))
     kind = max(counts, key=lambda name: counts[name])
     if not counts[kind]:
         raise ValueError(f"The directory {directory} holds no pictures, parquet files or tar files.")
