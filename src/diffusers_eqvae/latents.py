@@ -293,8 +293,8 @@ class LatentStatistics:
 def vae_fingerprint(vae: Autoencoder) -> str:
     """ "<weights>-<normalisation>", 16 hexadecimal digits each: which latent space a model or a store belongs to.
 
-    The first half is a SHA-256 of the encoder side's weights, read as float32: a decoder-only fine-tune keeps it. The
-    second is one of the normalisation in the config.
+    The first half is a SHA-256 of the encoder side's weights, read as float32, and of the padding of its convolutions
+    where that is not zeros: a decoder-only fine-tune keeps it. The second is one of the normalisation in the config.
 
     Raises:
         ValueError: no encoder parameters, as in a wrapped autoencoder.
@@ -311,6 +311,10 @@ def vae_fingerprint(vae: Autoencoder) -> str:
     for name, value in encoder_side:
         digest.update(f"{name}:{tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    for name, module in vae.named_modules():
+        padding_mode = getattr(module, "padding_mode", "zeros")
+        if name.startswith(ENCODER_PREFIXES) and padding_mode != "zeros":
+            digest.update(f"{name}:{padding_mode}".encode())
     normalization = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
     return f"{digest.hexdigest()[:16]}-{hashlib.sha256(normalization.encode()).hexdigest()[:16]}"
 

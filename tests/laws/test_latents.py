@@ -209,6 +209,13 @@ def test_quant_conv_counts_and_memory_format_does_not():
     assert vae_fingerprint(vae) != before
 
 
+def test_padding_of_the_encoder_counts():
+    zeros, reflect = tiny_kl(), tiny_kl()
+    for convolution in (each for each in reflect.encoder.modules() if isinstance(each, torch.nn.Conv2d)):
+        convolution.padding_mode = "reflect"
+    assert vae_fingerprint(reflect).split("-")[0] != vae_fingerprint(zeros).split("-")[0]
+
+
 def test_check_fingerprint_compares_weights_in_float32_and_normalisation_always():
     vae = tiny_kl()
     expected = vae_fingerprint(vae)
