@@ -229,8 +229,10 @@ def test_parquet_directory_with_splits_and_text_labels(tmp_path: Path) -> None:
 
 
 def test_missing_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="either a dataset name or"):
+    with pytest.raises(ValueError, match="Say which pictures with --train_data_dir or --dataset_name"):
         load_image_dataset()
+    with pytest.raises(ValueError, match="not both"):
+        load_image_dataset(dataset_name="a", train_data_dir=tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         load_image_dataset(train_data_dir=tmp_path / "absent")
     with pytest.raises(ValueError, match="holds no pictures"):

@@ -275,8 +275,10 @@ def load_image_dataset(
         ValueError: neither or both sources, an unknown directory, split or column (the known ones are listed), an
             empty class folder, labels missing where required, or too many unreadable pictures.
     """
-    if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError("Give either a dataset name or a training directory, and not both.")
+    if dataset_name is None and train_data_dir is None:
+        raise ValueError("Say which pictures with --train_data_dir or --dataset_name.")
+    if dataset_name is not None and train_data_dir is not None:
+        raise ValueError("Give either --train_data_dir or --dataset_name, not both.")
     root = Path(train_data_dir) if train_data_dir is not None else Path(str(dataset_name))
     if train_data_dir is not None and not root.is_dir():
         raise ValueError(f"The training directory {root} does not exist or is not a directory.")
