@@ -11,13 +11,14 @@ where it stopped when it is started again with the same flags.
 
 import logging
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -110,7 +111,8 @@ def sample_block(
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse(SampleArguments, argv=argv, description=__doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    accelerator, output_dir = Accelerator(), Path(arguments.output_dir)
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait at the end for the slowest
+    accelerator, output_dir = Accelerator(kwargs_handlers=[patience]), Path(arguments.output_dir)
     pipeline = load_pipeline(arguments, accelerator.device)
     wanted = arguments.class_labels or range(pipeline.transformer.config.num_classes)
     class_ids = pipeline.resolve_class_labels([int(each) if str(each).isdecimal() else each for each in wanted])
@@ -122,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     if not finished:
         rank, world_size = accelerator.process_index, accelerator.num_processes
         mine = sampling.pending_blocks(output_dir, blocks, rank=rank, world_size=world_size)
+        accelerator.wait_for_everyone()  # no part may be written before every rank has listed those that are missing
         with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
             for block in mine:
                 part = sample_block(pipeline, arguments, block, class_ids)

@@ -183,6 +183,8 @@ def test_ranks_share_all_blocks(tmp_path, world_size):
     assert sorted((block for share in shares for block in share), key=lambda block: block.start) == blocks
     sampling.write_npz(sampling.part_path(tmp_path, blocks[1]), arr_0=np.zeros(1))
     assert sampling.pending_blocks(tmp_path, blocks) == [blocks[0], *blocks[2:]]
+    resumed = [len(sampling.pending_blocks(tmp_path, blocks, rank=rank, world_size=3)) for rank in range(3)]
+    assert resumed == [1, 1, 1]
 
 
 def test_merged_samples_open_as_a_memory_map(tmp_path):

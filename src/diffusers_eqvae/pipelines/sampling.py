@@ -1,7 +1,8 @@
 """Sampling many pictures reproducibly: labels, seeds, blocks of work, and files that survive a kill.
 
 Picture n of a set is a function of (seed, n) alone: its label, its initial noise and its SDE noise come from streams
-seeded by that pair. Work is cut into fixed blocks of consecutive n; block k is made by rank k mod world size. A block
+seeded by that pair. Work is cut into fixed blocks of consecutive n; the blocks not yet there are
+dealt to the ranks in turn. A block
 is computed with the same shapes on whatever rank, so the set is bit-equal for any number of processes on one kind of
 machine (and number of threads); another batch size changes the order of sums and moves a few pixels by one level.
 """
@@ -79,8 +80,11 @@ def part_path(output_dir: str | Path, block: range) -> Path:
 def pending_blocks(
     output_dir: str | Path, blocks: Sequence[range], *, rank: int = 0, world_size: int = 1
 ) -> list[range]:
-    """The blocks of this rank (every world_size-th one) whose part file is not there yet."""
-    return [block for block in blocks[rank::world_size] if not part_path(output_dir, block).exists()]
+    """This rank's share of the blocks whose part file is not there yet: every world_size-th of them.
+
+    All ranks must list before any writes, or they cut different lists.
+    """
+    return [block for block in blocks if not part_path(output_dir, block).exists()][rank::world_size]
 
 
 def write_npz(path: str | Path, **arrays: Any) -> None:
