@@ -1,4 +1,4 @@
-"""Encodes a data set once into a store of posteriors that train_transformer.py reads.
+r"""Encodes a data set once into a store of posteriors that train_transformer.py reads.
 
     accelerate launch training/encode_latents.py --vae runs/eq-vae --train_data_dir PICTURES \
         --resolution 256 --dtype bf16 --flip --output_dir latents/pictures
