@@ -71,6 +71,23 @@ def test_a_fresh_run_does_not_mix_with_an_old_one(tmp_path):
     assert find_checkpoint(str(path), tmp_path) == find_checkpoint("step-00000005", tmp_path) == path
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "config.json"])
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_finished_run_without_checkpoints_is_never_overwritten(tmp_path, name, resume):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="holds a finished run"):
+        find_checkpoint(resume, tmp_path)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over_with_latest_only(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    assert find_checkpoint(None, tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+    assert find_checkpoint("latest", tmp_path) is None
+    with pytest.raises(ValueError, match="wrote no checkpoint"):
+        find_checkpoint(None, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -33,8 +33,11 @@ def metrics(run):
     return [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(make_run, make_model, numbers):
-    results = [weights(train(make_run(seed=seed), make_model(), numbers())) for seed in (0, 0, 1)]
+def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(make_run, make_model, numbers, tmp_path):
+    results = []
+    for number, seed in enumerate((0, 0, 1)):
+        run = make_run(seed=seed, output_dir=str(tmp_path / f"run{number}"))
+        results.append(weights(train(run, make_model(), numbers())))
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 

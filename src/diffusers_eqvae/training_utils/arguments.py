@@ -84,7 +84,7 @@ class RunArguments:
         default=None,
         metadata={
             "help": "A checkpoint directory, or latest: the newest complete one of output_dir (a fresh start if there "
-            "is none). The resumed run equals an uninterrupted one."
+            "is none and no finished run). The resumed run equals an uninterrupted one."
         },
     )
     report_to: Literal["tensorboard", "wandb", "none"] = field(

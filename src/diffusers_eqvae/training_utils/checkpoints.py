@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .tracking import METRICS_FILE
+
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 UNFINISHED = ".tmp"
+FINISHED = ("model_index.json", "config.json")  # one of them lies at the root of a finished run
 
 # Arguments that may differ between a checkpoint and its continuation without changing the trajectory.
 HARMLESS = frozenset(
@@ -54,22 +57,39 @@ def find_checkpoint(resume: str | None, output_dir: Path, *, warn: bool = True) 
     """The directory that `--resume_from_checkpoint` means: None, "latest", a path, or a name inside checkpoints/.
 
     Raises:
-        ValueError: a path that holds no complete checkpoint; or no `resume` although output_dir has checkpoints, which
-            a fresh run would mix with its own.
+        ValueError: a path that holds no complete checkpoint; no `resume` although output_dir holds a run, which a
+            fresh one would mix with its own; or "latest" where a finished run has left no checkpoint.
     """
     if resume is None or resume == "latest":
         complete = complete_checkpoints(output_dir, warn=warn)
         if complete and resume is None:
             raise ValueError(
                 f"{output_dir} already holds a run with the checkpoint {complete[-1].name}. Continue it with "
-                "--resume_from_checkpoint latest, choose another --output_dir, or delete its checkpoints."
+                "--resume_from_checkpoint latest, choose another --output_dir, or delete the directory."
             )
+        if not complete:
+            _refuse_run_without_checkpoint(output_dir, restart=resume == "latest")
         return complete[-1] if complete else None
     for path in (Path(resume), output_dir / "checkpoints" / resume):
         if (path / MARKER).is_file() and path.suffix != UNFINISHED:
             return path
     there = ", ".join(path.name for path in complete_checkpoints(output_dir, warn=warn)) or "none"
     raise ValueError(f"{resume} is not a complete checkpoint (no {MARKER}). Complete ones in {output_dir}: {there}.")
+
+
+def _refuse_run_without_checkpoint(output_dir: Path, *, restart: bool) -> None:
+    """Refuses a finished run, and a begun one too unless `restart`: it was killed before its first checkpoint."""
+    if any((output_dir / name).is_file() for name in FINISHED):
+        raise ValueError(
+            f"{output_dir} already holds a finished run, without checkpoints to continue from. Choose another "
+            "--output_dir, or delete the directory."
+        )
+    metrics = output_dir / METRICS_FILE
+    if not restart and metrics.is_file() and metrics.stat().st_size:
+        raise ValueError(
+            f"{output_dir} already holds a run that wrote no checkpoint. Start it over with --resume_from_checkpoint "
+            "latest, choose another --output_dir, or delete the directory."
+        )
 
 
 def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) -> int:

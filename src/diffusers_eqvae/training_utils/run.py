@@ -67,7 +67,7 @@ class TrainingRun:
 
     Raises:
         ValueError: fp16; an unwritable output_dir; a checkpoint that is not there; an output_dir that already holds a
-            run, without --resume_from_checkpoint.
+            run, without --resume_from_checkpoint; see `find_checkpoint`.
     """
 
     def __init__(self, arguments: cli.RunArguments, *others: Any, name: str) -> None:
