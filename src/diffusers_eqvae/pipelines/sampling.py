@@ -1,10 +1,10 @@
 """Sampling many pictures reproducibly: labels, seeds, blocks of work, and files that survive a kill.
 
 Picture n of a set is a function of (seed, n) alone: its label, its initial noise and its SDE noise come from streams
-seeded by that pair. Work is cut into fixed blocks of consecutive n; the blocks not yet there are
-dealt to the ranks in turn. A block
-is computed with the same shapes on whatever rank, so the set is bit-equal for any number of processes on one kind of
-machine (and number of threads); another batch size changes the order of sums and moves a few pixels by one level.
+seeded by that pair. Work is cut into fixed blocks of consecutive n; the blocks not yet there are dealt to the ranks in
+turn. A block is computed with the same shapes on whatever rank, so the set is bit-equal for any number of processes on
+one kind of machine (and number of threads); another batch size changes the order of sums and moves a few pixels by one
+level.
 """
 
 from __future__ import annotations
