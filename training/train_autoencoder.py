@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     # Only wrapped modules are called in the step: DDP and autocast live in the wrapping.
     wrapped_objective = run.add("objective", objective, optimizer="adam", betas=ADAM_BETAS, ema=True)
+    for helper in (module for regularizer in regularizers.values() for module in regularizer.frozen_modules()):
+        run.add_frozen(helper)
     wrapped_discriminator = None
     if discriminator is not None:
         wrapped_discriminator = run.add("discriminator", discriminator, optimizer="adam", betas=ADAM_BETAS)

@@ -25,6 +25,7 @@ from diffusers_eqvae.training_utils.transformer_arguments import (
 from diffusers_eqvae.training_utils.transformer_parts import (
     build_pipeline,
     build_transformer,
+    check_guidance,
     load_latents,
     sample_grid,
     save_pipeline,
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
     latents = load_latents(arguments, data)
     model = build_transformer(arguments, latents, gradient_checkpointing=run_arguments.gradient_checkpointing)
+    check_guidance(model, sampling)
     run.add_frozen(latents.vae)
     normalization = LatentNormalization.from_vae(latents.vae)
     transformer = run.add(

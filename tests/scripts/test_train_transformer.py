@@ -165,11 +165,20 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
         ({"model": "SiT-S/8"}, "multiple of `patch_size`"),
         ({"train_data_dir": "pictures"}, "either --latents_dir"),
         ({"sigma_std": 0}, "sigma_std must be positive"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"num_validation_images": 0}, "--validation_steps 0"),
+        ({"validation_labels": -1}, "class numbers from 0 on"),
+        ({"class_dropout_prob": 0}, "use --guidance_scale 1"),
     ],
 )
 def test_refused_in_one_sentence(script, tmp_path, store, options, message):
     with pytest.raises(ValueError, match=message):
         script.main(flags(tmp_path, latents_dir=store, **options))
+
+
+def test_refuses_a_reversed_guidance_interval():
+    with pytest.raises(ValueError, match="lo <= hi"):
+        SamplingArguments(guidance_interval=[0.8, 0.2])
 
 
 def test_refuses_a_model_for_other_latents(script, tmp_path, store):

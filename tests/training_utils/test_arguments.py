@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
-from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse, resolved, save_resolved
+from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
+from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+from diffusers_eqvae.training_utils.arguments import (
+    DataArguments,
+    RunArguments,
+    parse,
+    read_model_config,
+    resolved,
+    save_resolved,
+)
 
 
 @dataclass
@@ -57,6 +66,34 @@ def test_unknown_and_abbreviated_flags_end_the_program(flag, capsys):
     with pytest.raises(SystemExit):
         parse(RunArguments, argv=["--output_dir", "a", flag, "1"])
     assert "nearest flag is --learning_rate" in capsys.readouterr().err
+
+
+def test_a_preset_after_a_flag_is_told_to_come_first(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(RunArguments, argv=["--output_dir", "a", preset(tmp_path, seed=1)])
+    assert "preset must come first" in capsys.readouterr().err
+
+
+def test_help_of_a_switch_off_says_so_without_a_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(RunArguments, argv=["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Turn --use_ema off. --" in text
+    assert parse(RunArguments, argv=["--output_dir", "a"])[0].use_ema
+    assert not parse(RunArguments, argv=["--output_dir", "a", "--no_use_ema"])[0].use_ema
+
+
+@pytest.mark.parametrize(
+    ("model_class", "wrong", "right"),
+    [(SiTTransformer2DModel, "num_layer", "num_layers"), (AutoencoderKLEQ, "latent_chanels", "latent_channels")],
+)
+def test_unknown_keys_of_a_model_config_are_refused(tmp_path, model_class, wrong, right):
+    path = tmp_path / "model.json"
+    path.write_text(f'{{"_class_name": "X", "{right}": 4}}')
+    assert read_model_config(path, model_class) == {right: 4}
+    path.write_text(f'{{"{wrong}": 4}}')
+    with pytest.raises(ValueError, match=f"{wrong}.*nearest of {model_class.__name__} is '{right}'"):
+        read_model_config(path, model_class)
 
 
 @pytest.mark.parametrize(

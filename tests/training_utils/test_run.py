@@ -154,6 +154,28 @@ def test_epochs_become_steps_and_logs_hold_means(make_run, make_model, numbers):
     assert {"loss", "learning_rate", "images_per_second", "ema_distance/model"} <= metrics(run)[-1].keys()
 
 
+def test_a_run_resumed_at_a_validation_step_writes_its_figures_once(make_run, make_model, numbers):
+    """Also where it was killed between the checkpoint and the validation."""
+
+    def validated(run):
+        wrapped = run.add("model", make_model())
+        for batch in run.steps(run.loader(numbers())):
+            if run.due(2):
+                run.log_figures({"validation/psnr": 20.0})
+            run.backward(wrapped(batch["x"]).square().mean())
+        return [line["step"] for line in metrics(run) if "validation/psnr" in line]
+
+    run = make_run(checkpointing_steps=2, checkpoints_total_limit=None)
+    assert validated(run) == [2, 4]
+    whole = [line["step"] for line in metrics(run)]
+    for checkpoint in ("step-00000004", "step-00000002"):
+        resumed = make_run(resume_from_checkpoint=checkpoint, checkpointing_steps=2, checkpoints_total_limit=None)
+        assert validated(resumed) == [2, 4] and [line["step"] for line in metrics(resumed)] == whole
+    path = run.output_dir / "metrics.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if "validation" not in line))
+    assert validated(make_run(resume_from_checkpoint="step-00000004")) == [4]
+
+
 def test_pictures_become_a_grid(make_run, make_model, numbers):
     from PIL import Image
 

@@ -47,8 +47,8 @@ class DemoArguments:
     )
     resolution: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
     autoencoder_steps: int = field(default=450, metadata={"help": "Steps of the small autoencoder from scratch."})
-    finetuning_steps: int = field(default=300, metadata={"help": "Steps of each fine-tuned copy."})
-    transformer_steps: int = field(default=500, metadata={"help": "Steps of each transformer."})
+    finetuning_steps: int = field(default=500, metadata={"help": "Steps of each fine-tuned copy."})
+    transformer_steps: int = field(default=600, metadata={"help": "Steps of each transformer."})
     num_inference_steps: int = field(default=25, metadata={"help": "Heun steps of the sampler."})
     guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance."})
     guidance_interval: list[float] = field(
@@ -127,7 +127,6 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
         "resolution": arguments.resolution,
         "perceptual_weight": 0,
         "disc_weight": 0,
-        "reduction": "mean",
         "train_batch_size": 8,
         "ema_decay": 0.99,
         "lr_scheduler": "cosine",
@@ -177,11 +176,12 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
                 "training/train_transformer.py",
                 model=output_dir / "transformer.json",
                 latents_dir=output_dir / f"latents_{branch}",
-                train_batch_size=32,
+                train_batch_size=16,
                 max_train_steps=arguments.transformer_steps,
-                learning_rate=1e-3,
+                learning_rate=1.5e-3,
                 lr_scheduler="cosine",
-                lr_warmup_steps=30,
+                lr_warmup_steps=50,
+                sigma_distribution="logit_normal",
                 ema_decay=0.99,
                 checkpointing_steps=0,
                 validation_steps=0,
@@ -190,8 +190,8 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
             ),
         ]
     sampling: dict[str, Any] = {
-        "num_samples": 28,
-        "batch_size": 28,
+        "num_samples": 30,
+        "batch_size": 30,
         "label_policy": "balanced",
         "scheduler": "ode-heun",
         "num_inference_steps": arguments.num_inference_steps,
@@ -226,8 +226,8 @@ def _pictures(arguments: DemoArguments, output_dir: Path) -> tuple[dict[str, str
     if arguments.dataset:
         return {"dataset_name": arguments.dataset}, {}
     pictures = output_dir / "pictures"
-    side_px = 2 * arguments.resolution
-    for name, per_class, seed in (("train", 40, 0), ("held_out", 3, 1)):
+    side_px = arguments.resolution * 3 // 2
+    for name, per_class, seed in (("train", 40, 0), ("held_out", 4, 1)):
         if not (pictures / name).is_dir():
             write_photographs(pictures / name, per_class=per_class, side_px=side_px, seed=seed)
     return {"train_data_dir": str(pictures / "train")}, {"validation_data_dir": str(pictures / "held_out")}

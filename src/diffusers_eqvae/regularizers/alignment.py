@@ -108,5 +108,8 @@ class AlignmentRegularizer(Regularizer):
             self._told_about_grids = True
         return F.interpolate(patch, size=grid, mode="bilinear", align_corners=False, antialias=True)
 
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.teacher]
+
     def save_components(self, directory: Path) -> None:
         self.network.save_pretrained(directory / ALIGNMENT_SUBFOLDER)

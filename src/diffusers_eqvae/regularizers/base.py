@@ -70,5 +70,9 @@ class Regularizer(nn.Module):
         """A scalar to add to the loss, of raw latents (B, C, h, w) and the pixels they encode; None for nothing."""
         return None
 
+    def frozen_modules(self) -> list[nn.Module]:
+        """Networks that help without learning and are no submodules; a run counts them in its memory."""
+        return []
+
     def save_components(self, directory: Path) -> None:
         """Writes networks worth keeping beside the finished autoencoder."""

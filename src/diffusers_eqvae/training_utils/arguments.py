@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -181,6 +182,9 @@ def parse(
     )
     parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
     parser.epilog = "A YAML preset may come first; its keys are the flags' names, and flags given after it win."
+    for action in parser._actions:  # the --no_X that HfArgumentParser adds would repeat X's help and the wrong default
+        if action.option_strings[0].startswith("--no_") and action.nargs == 0:
+            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
     argv = list(sys.argv[1:] if argv is None else argv)
     known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
     if argv and Path(argv[0]).suffix in YAML_SUFFIXES:
@@ -188,6 +192,9 @@ def parse(
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    misplaced = [word for word in unknown if Path(word).suffix in YAML_SUFFIXES]
+    if misplaced:
+        parser.error(f"the preset must come first, before every flag; {misplaced[0]} does not")
     if unknown:
         parser.error(f"unknown argument {unknown[0]}; the nearest flag is --{_nearest(unknown[0].lstrip('-'), known)}")
     return tuple(parsed)
@@ -214,6 +221,29 @@ def _preset_as_flags(path: Path, known: Sequence[str]) -> list[str]:
         if value is not None:
             flags += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return flags
+
+
+def read_model_config(path: str | Path, model_class: type) -> dict[str, Any]:
+    """The init arguments of `model_class` in a JSON file; what diffusers notes beside them (_class_name) is left out.
+
+    Raises:
+        ValueError: a file that is absent or holds no mapping; a key that the class does not have (the nearest is
+            named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"The model config {path} does not exist; it is a JSON file with init arguments.")
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"A model config must map init arguments to values; {path} holds a {type(content).__name__}.")
+    known = [name for name in inspect.signature(model_class).parameters if name not in ("args", "kwargs")]
+    config = {key: value for key, value in content.items() if not key.startswith("_")}
+    for key in config:
+        if key not in known:
+            raise ValueError(
+                f"Unknown key {key!r} in {path}; the nearest of {model_class.__name__} is {_nearest(key, known)!r}."
+            )
+    return config
 
 
 def resolved(*arguments: Any) -> dict[str, Any]:

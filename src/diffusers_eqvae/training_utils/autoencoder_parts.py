@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from ..models.autoencoder_kl_aligned import AutoencoderKLAligned
 from ..models.autoencoder_kl_eq import AutoencoderKLEQ
 from ..models.discriminator import PatchDiscriminator
 from ..regularizers import REGULARIZERS, Regularizer
-from .arguments import DataArguments
+from .arguments import DataArguments, read_model_config
 from .autoencoder_arguments import (
     AutoencoderArguments,
     AutoencoderEvaluationArguments,
@@ -48,7 +46,7 @@ def build_autoencoder(
     padding: dict[str, Any] = {"padding_mode": arguments.padding_mode} if arguments.padding_mode else {}
     family = AutoencoderKLAligned if aligned else AutoencoderKLEQ
     if arguments.model_config:
-        vae = family.from_config(json.loads(Path(arguments.model_config).read_text()), **padding)
+        vae = family.from_config(read_model_config(arguments.model_config, family), **padding)
     else:
         vae = _load_pretrained(arguments, family, padding)
     if gradient_checkpointing:

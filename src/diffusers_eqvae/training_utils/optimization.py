@@ -63,11 +63,16 @@ class ExponentialAverage:
     @torch.no_grad()
     def update(self, module: nn.Module, nonfinite: Tensor) -> None:
         """One step of the recursion, or none at all where `nonfinite` (0-dim, 0 or 1) is 1; decided on the device."""
-        weight = (1 - self.decay) * (1 - nonfinite)
-        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
-        pairs = [(averaged, current) for averaged, current in pairs if averaged is not current]
-        averages, currents = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        torch._foreach_lerp_(averages, currents, [weight] * len(pairs))
+        trained = [
+            (averaged, current)
+            for averaged, current in zip(self.module.parameters(), module.parameters(), strict=True)
+            if averaged is not current
+        ]
+        averages: list[Tensor] = [averaged for averaged, _ in trained]
+        currents: list[Tensor] = [current for _, current in trained]
+        steps = torch._foreach_sub(currents, averages)
+        torch._foreach_mul_(steps, (1 - self.decay) * (1 - nonfinite))
+        torch._foreach_add_(averages, steps)
         for averaged, current in zip(self.module.buffers(), module.buffers(), strict=True):
             averaged.copy_(torch.where(nonfinite.bool(), averaged, current))
 

@@ -72,11 +72,11 @@ class Tracking:
     ) -> None:
         self._output_dir, self._accelerator = output_dir, accelerator
         self._is_main = accelerator.is_main_process
-        self._last_time, self._last_step = time.perf_counter(), step
+        self._last_time, self._last_step, self._first_step = time.perf_counter(), step, step
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", disable=not self._is_main)
         if not self._is_main:
             return
-        _drop_lines_after(output_dir / METRICS_FILE, step)
+        self._written_before = _drop_lines_after(output_dir / METRICS_FILE, step)
         if report_to != "none":
             simple = {key: value for key, value in arguments.items() if isinstance(value, (bool, int, float, str))}
             accelerator.init_trackers(name, config=simple)
@@ -99,6 +99,8 @@ class Tracking:
         """Appends one line to metrics.jsonl and tells the tracker; NaN and infinity become null in the file."""
         if not self._is_main:
             return
+        if step == self._first_step and {"step", *values} in self._written_before:
+            return  # a run resumed at a validation step measures once more what it measured before it stopped
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with (self._output_dir / METRICS_FILE).open("a") as handle:
             handle.write(json.dumps({"step": step, **finite}) + "\n")
@@ -138,19 +140,25 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     return grid.reshape(rows * height, columns * width, channels)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keeps the lines up to `step` of an interrupted run, so that its curves continue instead of overlapping."""
+def _drop_lines_after(path: Path, step: int) -> list[set[str]]:
+    """Keeps the lines up to `step` of an interrupted run, so that its curves continue instead of overlapping.
+
+    Returns:
+        The keys of each line of `step` itself. A run that starts at step 0 keeps no line.
+    """
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, present = [], []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             logger.warning("Dropping a half-written line of %s.", path)
             continue
-        if record["step"] <= step:
+        if 0 < step >= record["step"]:
             kept.append(line + "\n")
+            present += [set(record)] if record["step"] == step else []
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(kept))
     os.replace(aside, path)
+    return present

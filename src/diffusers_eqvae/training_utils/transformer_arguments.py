@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..guidance import validate_interval
 from ..models.transformer_sit import SIT_PRESETS
 
 FLOW_PRESETS = tuple(name for name in SIT_PRESETS if name.startswith("SiT"))
@@ -83,3 +84,13 @@ class SamplingArguments:
     def __post_init__(self) -> None:
         if len(self.guidance_interval) != 2:
             raise ValueError(f"--guidance_interval takes two numbers, LOW and HIGH; got {self.guidance_interval}.")
+        validate_interval(self.guidance_interval)
+        if self.num_inference_steps < 1:
+            raise ValueError(f"--num_inference_steps must be at least 1; got {self.num_inference_steps}.")
+        if self.num_validation_images < 1:
+            raise ValueError(
+                f"--num_validation_images must be at least 1; got {self.num_validation_images}. Use "
+                "--validation_steps 0 for no pictures."
+            )
+        if min(self.validation_labels, default=0) < 0:
+            raise ValueError(f"--validation_labels are class numbers from 0 on; got {self.validation_labels}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ..latents import LatentNormalization, vae_fingerprint
 from ..models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
-from .arguments import DataArguments
+from .arguments import DataArguments, read_model_config
 from .run import TrainingRun
 from .transformer_arguments import FLOW_PRESETS, FlowArguments, SamplingArguments, TransformerArguments
 
@@ -144,11 +143,9 @@ def build_transformer(
         _refuse_mismatch(path, dict(model.config), fitting)
         model.register_to_config(latent_fingerprint=fitting["latent_fingerprint"])
     elif path.is_file():
-        config = json.loads(path.read_text())
+        config = read_model_config(path, SiTTransformer2DModel)
         _refuse_mismatch(path, config, fitting)
-        model = SiTTransformer2DModel(
-            **{**options, **{key: value for key, value in config.items() if not key.startswith("_")}, **fitting}
-        )
+        model = SiTTransformer2DModel(**{**options, **config, **fitting})
     elif arguments.model in SIT_PRESETS and arguments.model not in FLOW_PRESETS:
         raise ValueError(
             f"{arguments.model} predicts noise, which --objective flow does not train; "
@@ -159,6 +156,15 @@ def build_transformer(
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
+
+
+def check_guidance(model: SiTTransformer2DModel, sampling: SamplingArguments) -> None:
+    """Raises ValueError where validation would guide a model that learns no null class."""
+    if sampling.guidance_scale != 1.0 and model.config.class_dropout_prob == 0.0:
+        raise ValueError(
+            f"--guidance_scale {sampling.guidance_scale} needs a model that learns to do without labels, but its "
+            "class_dropout_prob is 0; raise --class_dropout_prob, or use --guidance_scale 1."
+        )
 
 
 def _refuse_mismatch(path: Path, config: dict[str, Any], fitting: dict[str, Any]) -> None:
