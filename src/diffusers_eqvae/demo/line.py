@@ -127,6 +127,9 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
         "resolution": arguments.resolution,
         "perceptual_weight": 0,
         "disc_weight": 0,
+        # A short run of a young autoencoder: more plain steps than the paper's, so that reconstruction keeps up.
+        "p_equivariance": 0.35,
+        "p_low_resolution": 0.1,
         "train_batch_size": 8,
         "ema_decay": 0.99,
         "lr_scheduler": "cosine",
