@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 
 from .tiny_latents import write_store
+from .trajectories import assert_equal, last_checkpoint, run_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train_transformer.py"
 TINY = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
@@ -39,37 +38,8 @@ def flags(store: Path, output: Path, **options) -> list[str]:
 
 def train(store: Path, output: Path, **options) -> dict:
     """Runs the script in this process and gives back its last checkpoint."""
-    specification = importlib.util.spec_from_file_location("train_transformer", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    try:
-        script.main(flags(store, output, **options))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    return last_checkpoint(output)
-
-
-def last_checkpoint(output: Path) -> dict:
-    newest = sorted((output / "checkpoints").glob("step-*[0-9]"))[-1]
-    return torch.load(newest / "transformer.pt", weights_only=True)
-
-
-def assert_equal(first, second, path="state"):
-    """Bit for bit, through nested dicts and lists."""
-    assert type(first) is type(second), path
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), f"{path} differs by {(first - second).abs().max()}"
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), path
-        for key in first:
-            assert_equal(first[key], second[key], f"{path}.{key}")
-    elif isinstance(first, list):
-        assert len(first) == len(second), path
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            assert_equal(*pair, f"{path}[{index}]")
-    else:
-        assert first == second, path
+    run_script(SCRIPT, flags(store, output, **options))
+    return last_checkpoint(output, "transformer")
 
 
 def assert_close(first: dict, second: dict, tolerance: float):
@@ -134,7 +104,7 @@ script.main(sys.argv[1:])
     ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_equal(ranks[0], ranks[1])
     one = train(store, tmp_path / "one", train_batch_size=8)
-    assert_close(last_checkpoint(tmp_path / "two"), one, 1e-6)
+    assert_close(last_checkpoint(tmp_path / "two", "transformer"), one, 1e-6)
 
 
 def test_accumulating_two_micro_batches_is_one_twice_as_large(tmp_path, store):
