@@ -14,19 +14,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from harness import Step, median_seconds, save_result
 from torch import nn
 
 from diffusers_eqvae.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
@@ -34,14 +29,13 @@ from diffusers_eqvae.models.transformer_sit import SIT_PRESETS, SiTTransformer2D
 NUM_CLASSES = 1000
 ROWS = ("forward", "forward_backward", "training_step")
 SHARED_OPTIONS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
-Step = Callable[[], object]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="SiT-S/2", choices=[name for name in SIT_PRESETS if name.startswith("SiT")])
-    add("--sample_size", type=int, default=32, help="side of the latents in cells")
+    add("--sample_sizes", type=int, nargs="+", default=[32, 16], help="sides of the latents in cells")
     add("--batch_size", type=int, default=4)
     add("--repetitions", type=int, default=9, help="timed runs of every row; the median is reported")
     add("--device", default="cpu")
@@ -53,8 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def reference_model(checkout: Path, arguments: argparse.Namespace) -> nn.Module | None:
+def reference_model(arguments: argparse.Namespace, sample_size: int) -> nn.Module | None:
     """The SiT of a local checkout's models.py, or None with the reason on stderr."""
+    checkout = arguments.reference
     try:
         spec = importlib.util.spec_from_file_location("reference_models", checkout / "models.py")
         module = importlib.util.module_from_spec(spec)
@@ -62,14 +57,14 @@ def reference_model(checkout: Path, arguments: argparse.Namespace) -> nn.Module 
     except (ImportError, OSError, AttributeError) as error:
         print(f"Reference left out: {checkout / 'models.py'} does not load ({error}).", file=sys.stderr)
         return None
-    return module.SiT_models[arguments.model](input_size=arguments.sample_size, num_classes=NUM_CLASSES)
+    return module.SiT_models[arguments.model](input_size=sample_size, num_classes=NUM_CLASSES)
 
 
-def build_variants(arguments: argparse.Namespace) -> dict[str, tuple[nn.Module, Callable]]:
+def build_variants(arguments: argparse.Namespace, sample_size: int) -> dict[str, tuple[nn.Module, Callable]]:
     """Name -> (module that owns the parameters, function of (latents, timestep, labels) that gives a tensor)."""
     preset = {name: value for name, value in SIT_PRESETS[arguments.model].items() if name in SHARED_OPTIONS}
-    ours = SiTTransformer2DModel.from_preset(arguments.model, sample_size=arguments.sample_size)
-    theirs = DiTTransformer2DModel(**preset, sample_size=arguments.sample_size, num_embeds_ada_norm=NUM_CLASSES)
+    ours = SiTTransformer2DModel.from_preset(arguments.model, sample_size=sample_size)
+    theirs = DiTTransformer2DModel(**preset, sample_size=sample_size, num_embeds_ada_norm=NUM_CLASSES)
     variants = {
         "diffusers": (theirs, lambda x, t, y: theirs(x, t, y, return_dict=False)[0]),
         "ours": (ours, lambda x, t, y: ours(x, t, y, return_dict=False)[0]),
@@ -77,14 +72,16 @@ def build_variants(arguments: argparse.Namespace) -> dict[str, tuple[nn.Module, 
     if arguments.compile:
         compiled = torch.compile(ours, fullgraph=True)
         variants["ours_compiled"] = (ours, lambda x, t, y: compiled(x, t, y, return_dict=False)[0])
-    if arguments.reference and (reference := reference_model(arguments.reference, arguments)):
+    if arguments.reference and (reference := reference_model(arguments, sample_size)):
         variants["reference"] = (reference, lambda x, t, y: reference(x, t / 1000, y))
     return {name: (module.to(arguments.device).train(), function) for name, (module, function) in variants.items()}
 
 
-def build_steps(arguments: argparse.Namespace, module: nn.Module, function: Callable) -> dict[str, Step]:
+def build_steps(
+    arguments: argparse.Namespace, sample_size: int, module: nn.Module, function: Callable
+) -> dict[str, Step]:
     """Row -> what is timed."""
-    size = (arguments.batch_size, 4, arguments.sample_size, arguments.sample_size)
+    size = (arguments.batch_size, 4, sample_size, sample_size)
     latents, target = torch.randn((2, *size), device=arguments.device)
     timestep, labels = torch.randint(0, 1000, (2, arguments.batch_size), device=arguments.device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -109,52 +106,41 @@ def build_steps(arguments: argparse.Namespace, module: nn.Module, function: Call
     return dict(zip(ROWS, (torch.no_grad()(predict), forward_backward, training_step), strict=True))
 
 
-def seconds(step: Step, device: str) -> float:
-    if not device.startswith("cuda"):
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    step()
-    events[1].record()
-    events[1].synchronize()
-    return events[0].elapsed_time(events[1]) / 1000
-
-
-def measure(steps: dict[str, dict[str, Step]], arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Row -> variant -> median seconds, the variants taking turns; the first three turns are warm-up."""
-    medians = {}
-    for row in ROWS:
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(arguments.repetitions + 3):
-            for name, rows in steps.items():
-                times[name].append(seconds(rows[row], arguments.device))
-        medians[row] = {name: statistics.median(values[3:]) for name, values in times.items()}
-    return medians
+def measure(arguments: argparse.Namespace, sample_size: int) -> dict[str, dict[str, float]]:
+    """Row -> variant -> median seconds."""
+    variants = build_variants(arguments, sample_size)
+    steps = {name: build_steps(arguments, sample_size, *variant) for name, variant in variants.items()}
+    return {
+        row: median_seconds(
+            {name: rows[row] for name, rows in steps.items()},
+            device=arguments.device,
+            repetitions=arguments.repetitions,
+        )
+        for row in ROWS
+    }
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
-    variants = build_variants(arguments)
-    steps = {name: build_steps(arguments, *variant) for name, variant in variants.items()}
-    medians = measure(steps, arguments)
+    medians = {
+        f"{row}, {size}x{size} latents": values
+        for size in arguments.sample_sizes
+        for row, values in measure(arguments, size).items()
+    }
     ratios = {row: {name: v / values["diffusers"] for name, v in values.items()} for row, values in medians.items()}
-    print(f"{'':18}" + "".join(f"{name + ' (ms, ratio)':>26}" for name in variants))
-    for row in ROWS:
-        print(f"{row:18}" + "".join(f"{1000 * medians[row][n]:17.1f} {ratios[row][n]:7.3f}x" for n in variants))
-    if arguments.output:
-        result = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "arguments": {name: str(value) for name, value in vars(arguments).items()},
-            "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
-            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-            "median_seconds": medians,
-            "ratio_to_diffusers": ratios,
-        }
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    names = list(next(iter(medians.values())))
+    print(f"{'':36}" + "".join(f"{name + ' (ms, ratio)':>28}" for name in names))
+    for row in medians:
+        print(f"{row:36}" + "".join(f"{1000 * medians[row][n]:19.1f} {ratios[row][n]:7.3f}x" for n in names))
+    save_result(
+        arguments.output,
+        device=arguments.device,
+        arguments=vars(arguments),
+        median_seconds=medians,
+        ratio_to_diffusers=ratios,
+    )
 
 
 if __name__ == "__main__":
