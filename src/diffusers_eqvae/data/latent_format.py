@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -170,12 +171,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name all at once and survives a power cut."""
+def publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` fill a temporary file, which appears under its name all at once and survives a power cut."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
+    write(temporary)
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)

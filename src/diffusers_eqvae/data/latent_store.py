@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -124,7 +125,7 @@ class LatentStoreWriter:
             "skipped": list(skipped),
         }
         metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True)}
-        publish(self.path / shard_name(shard), save(tensors, metadata=metadata))
+        publish(self.path / shard_name(shard), partial(save_file, tensors, metadata=metadata))
 
     def statistics(self) -> LatentStatistics:
         """Statistics of all shards, merged in their order, so equal to the last bit however they were written."""
@@ -168,7 +169,8 @@ class LatentStoreWriter:
                 for shard in range(self.settings.num_shards)
             ],
         }
-        publish(self.path / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        content = json.dumps(manifest, indent=2) + "\n"
+        publish(self.path / MANIFEST, lambda file: file.write_text(content))
         return manifest
 
     def _headers(self) -> list[ShardHeader]:
