@@ -1,0 +1,149 @@
+"""Measures what latents know about classes or depths: a few annotated pictures are carried over to the others.
+
+    python training/evaluate_perception.py --vae runs/eq-vae --images PICTURES --targets MASKS \
+        --num_annotated 5 --output perception.json
+
+Nothing is trained: each cell of a latent takes the label, or the depth, of the most similar annotated cells. Beside it
+stand two answers that never look at the picture: the mean of all annotated cells (for classes: the most frequent one),
+and the mean at each place. With --alignment_network the features are those that it predicts, and --head applies a
+published linear head to them instead. Writes figures as JSON and an overview as PNG beside it.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import diffusers_eqvae
+from diffusers_eqvae.autoencoders import encode
+from diffusers_eqvae.latents import vae_fingerprint
+from diffusers_eqvae.models.alignment_network import AlignmentNetwork, AlignmentOutput
+from diffusers_eqvae.perception.features import latent_features
+from diffusers_eqvae.perception.tasks import (
+    DepthTask,
+    Method,
+    SegmentationTask,
+    paired_files,
+    read_pixels,
+    transfer_methods,
+)
+from diffusers_eqvae.pictures import grid
+from diffusers_eqvae.training_utils.arguments import parse
+from diffusers_eqvae.training_utils.transformer_parts import load_autoencoder
+
+
+@dataclass
+class PerceptionArguments:
+    """What to measure on which pictures, and where the figures go."""
+
+    vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
+    images: str = field(metadata={"help": "Folder of pictures, taken as ADM centre crops."})
+    targets: str = field(metadata={"help": "Folder of annotations: 8-bit masks, or 16-bit depths in mm (0: invalid)."})
+    output: str = field(metadata={"help": "JSON file to write; the overview gets the same name with .png."})
+    task: Literal["segmentation", "depth"] = field(default="segmentation", metadata={"help": "What targets hold."})
+    num_annotated: int = field(default=5, metadata={"help": "Pictures whose annotations may be used; 0 with --head."})
+    num_tested: int | None = field(
+        default=None, metadata={"help": "Measure on the last so many pictures; unset: on all that are not annotated."}
+    )
+    order: Literal["random", "name"] = field(
+        default="random",
+        metadata={"help": "Which come first, the annotated ones: by --seed or by name (for frames of a film)."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the random order."})
+    resolution: int = field(default=256, metadata={"help": "Side in pixels of the centre crops."})
+    alignment_network: str | None = field(default=None, metadata={"help": "Directory of the alignment network."})
+    head: str | None = field(default=None, metadata={"help": "File of DINOv2's linear head for this task."})
+    max_depth: float = field(default=10.0, metadata={"help": "Metres of the depth head's last bin; KITTI: 80."})
+    neighbours: int = field(default=5, metadata={"help": "Annotated cells that a cell is compared with."})
+    window: int | None = field(
+        default=None, metadata={"help": "Cells around a cell that its feature holds; unset: 5x5 latents, 1 feature."}
+    )
+    ignore_index: int = field(default=255, metadata={"help": "Label of pixels without a class."})
+    num_classes: int | None = field(default=None, metadata={"help": "Unset: the highest label and 1."})
+    median_scaling: bool = field(default=False, metadata={"help": "Compare depths up to a factor per picture."})
+    batch_size: int = field(default=8, metadata={"help": "Pictures per forward."})
+    num_shown: int = field(default=4, metadata={"help": "Rows of the overview."})
+    device: str = field(default="cpu", metadata={"help": "Where to compute: cpu, cuda, cuda:1 ..."})
+
+    def __post_init__(self) -> None:
+        if self.head is not None and (self.alignment_network is None or (self.window or 1) != 1):
+            raise ValueError("--head reads single features of a teacher: give --alignment_network and no --window.")
+        if (self.head is None and self.num_annotated < 1) or self.num_annotated < 0:
+            raise ValueError(f"--num_annotated must be positive without --head; got {self.num_annotated}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    pairs = paired_files(arguments.images, arguments.targets)
+    if arguments.order == "random":
+        pairs = [pairs[index] for index in np.random.default_rng(arguments.seed).permutation(len(pairs))]
+    annotated, others = pairs[: arguments.num_annotated], pairs[arguments.num_annotated :]
+    num_tested = len(others) if arguments.num_tested is None else arguments.num_tested
+    if not 0 < num_tested <= len(others):
+        raise ValueError(f"--num_tested must be 1..{len(others)}, the {len(pairs)} pictures less the annotated ones.")
+
+    task: SegmentationTask | DepthTask
+    if arguments.task == "depth":
+        task = DepthTask(median_scaling=arguments.median_scaling, max_depth=arguments.max_depth)
+    else:
+        masks = [target for _, target in pairs]
+        task = SegmentationTask.of_files(masks, arguments.num_classes, ignore_index=arguments.ignore_index)
+    vae, network = load_autoencoder(arguments.vae).requires_grad_(False).to(arguments.device), None
+    fingerprint = vae_fingerprint(vae)
+    if arguments.alignment_network is not None:
+        network = AlignmentNetwork.from_pretrained(arguments.alignment_network).eval().to(arguments.device)
+    window = arguments.window or (5 if network is None else 1)
+
+    def batches(chosen: list[tuple[Path, Path]]) -> Iterator[tuple[torch.Tensor, AlignmentOutput, torch.Tensor]]:
+        """Pixels, features and annotations."""
+        for start in tqdm(range(0, len(chosen), arguments.batch_size), unit="batch"):
+            images, targets = zip(*chosen[start : start + arguments.batch_size], strict=True)
+            pixels = read_pixels(images, arguments.resolution)
+            latents = encode(vae, pixels.to(arguments.device)).mode()
+            yield pixels, latent_features(latents, network, window=window), task.read(targets, arguments.resolution)
+
+    methods: dict[str, Method] = {}
+    if arguments.head is not None:
+        head, methods["head"] = task.head(arguments.head)
+        head.to(arguments.device)
+    if annotated:
+        known = [
+            (seen.patch, task.cell_targets(truth, seen.patch.shape[-2:])) for _, seen, truth in batches(annotated)
+        ]
+        features, targets = (torch.cat(parts) for parts in zip(*known, strict=True))
+        methods |= transfer_methods(features, targets.to(features), neighbours=arguments.neighbours)
+
+    rows: list[list[torch.Tensor]] = []
+    for pixels, seen, truth in batches(others[-num_tested:]):
+        answers = {name: task.answer(method(seen), truth.shape[-2:]) for name, method in methods.items()}
+        for name, answer in answers.items():
+            task.score(name, answer, truth)
+        for index in range(min(len(pixels), arguments.num_shown - len(rows))):
+            rows.append([pixels[index], *task.draw([answer[index] for answer in answers.values()], truth[index])])
+    content = {
+        "evaluator": f"diffusers_eqvae {diffusers_eqvae.__version__}",
+        "libraries": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "vae": {"name": arguments.vae, "class": type(vae).__name__, "fingerprint": fingerprint},
+        "arguments": asdict(arguments),
+        "window": window,
+        "annotated": [image.name for image, _ in annotated],
+        "tested": [image.name for image, _ in others[-num_tested:]],
+        "figures": task.figures(),
+    }
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=2) + "\n")
+    if rows:
+        grid(rows, ("picture", "truth", *methods)).save(output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
