@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         if not finished:
             versions = {module.__name__: module.__version__ for module in (diffusers_eqvae, diffusers, torch)}
             facts = {"model": arguments.model, "device": str(accelerator.device), "versions": versions}
+            facts |= sampling.revisions(pipeline)
             sampling.finish(output_dir, blocks, settings=settings, facts=facts)
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
         sampling.image_grid(samples[:GRID_SAMPLES]).save(output_dir / "grid.png")

@@ -1,32 +1,35 @@
-"""Measures an autoencoder on exactly N centre-cropped pictures of a data set and writes the figures as JSON.
+"""Measures an autoencoder on exactly N centre-cropped pictures of a data set and writes a result card (JSON).
 
     accelerate launch training/evaluate_autoencoder.py --vae runs/eq-vae --train_data_dir PICTURES \
         --resolution 256 --num_images 5000 --output eq-vae.json
+    accelerate launch training/evaluate_autoencoder.py --vae runs/eq-vae --train_data_dir PICTURES \
+        --rfid --weights weights-inception-2015-12-05-6726825d.pth --output eq-vae.json
 
-PSNR, SSIM, LPIPS (where its weights are given), equivariance errors and what transforming latents costs, intrinsic
-dimension, spectrum and channel statistics of the latents. Neither the number of processes nor the batch size changes
-which pictures, noises or sums are used.
+PSNR, SSIM, LPIPS (where its weights are given), rFID (with --rfid), equivariance errors and what transforming latents
+costs, intrinsic dimension, spectrum and channel statistics of the latents, all from one reconstruction per picture.
+`eqvae compare` reads the cards. The number of processes changes no bit, the batch size changes last digits.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import diffusers
-import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import diffusers_eqvae
-from diffusers_eqvae.autoencoders import downsampling_factor, latent_channels
-from diffusers_eqvae.data.images import ImageSource, adm_center_crop, load_image_dataset, to_pixels
+from diffusers_eqvae.data.images import load_image_dataset
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.losses.perceptual import LPIPS
-from diffusers_eqvae.metrics.autoencoder import picture_figures, summarize
+from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, split_summary, summarize
+from diffusers_eqvae.metrics.features import hash_tensors, load_extractor
+from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_reconstruction, network_facts
+from diffusers_eqvae.metrics.inputs import PictureSet
+from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
+from diffusers_eqvae.metrics.revisions import model_revision
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse
 from diffusers_eqvae.training_utils.transformer_parts import load_autoencoder
 
@@ -44,11 +47,11 @@ class EvaluateArguments:
     """What to measure, and where the figures go."""
 
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
-    output: str = field(metadata={"help": "JSON file to write."})
+    output: str = field(metadata={"help": "The card, a JSON file."})
     num_images: int | None = field(
         default=None, metadata={"help": "Measure on the first so many pictures; unset measures on all."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Pictures per forward."})
+    batch_size: int = field(default=16, metadata={"help": "Pictures per forward; changes last digits."})
     sample_posterior: bool = field(
         default=False, metadata={"help": "Reconstruct a sample of the posterior instead of its mean."}
     )
@@ -59,83 +62,79 @@ class EvaluateArguments:
         default=None, metadata={"help": "Its ImageNet weights; LPIPS is measured if these are given."}
     )
     lpips_linear_weights: str | None = field(default=None, metadata={"help": "Its linear heads, v0.1."})
+    rfid: bool = field(default=False, metadata={"help": "Measure rFID, by the network of --evaluator."})
+    evaluator: Literal["inception", "dinov2", "squeezenet", "cifar_resnet"] = field(
+        default="inception", metadata={"help": "inception gives rfid; the others name themselves in the number."}
+    )
+    weights: str | None = field(
+        default=None, metadata={"help": "File of that network's weights; for dinov2 a directory or Hub name."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and not self.rfid:
+            raise ValueError("--weights are those of rFID's network: add --rfid, or leave them out.")
 
 
-def read_pixels(source: ImageSource, index: int, resolution: int) -> torch.Tensor:
-    image, _, used = source.read(index)
-    if used != index:
-        raise ValueError(f"{source.name(index)} cannot be read, and a measurement replaces no picture; remove it.")
-    return to_pixels(adm_center_crop(image, resolution))
+def open_data(data: PictureArguments, limit: int | None) -> PictureSet:
+    source = load_image_dataset(
+        data.dataset_name,
+        data.dataset_config_name,
+        data.train_data_dir,
+        split=data.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        cache_dir=data.cache_dir,
+    )
+    name = Path(data.train_data_dir or str(data.dataset_name)).name
+    return PictureSet(source, name=name, resolution=data.resolution, limit=limit)
 
 
-def noise_of(index: int, seed: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Depends on the seed and the picture's place in the data set alone."""
-    state = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(state))
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, data = parse(EvaluateArguments, PictureArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     state = PartialState()
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
-    fingerprint = vae_fingerprint(vae)
+    facts = {"model": arguments.vae, "model_class": type(vae).__name__, "weights": vae_fingerprint(vae)}
+    facts |= {"vae_revision": model_revision(vae), "dtype": "float32"}
+    facts |= {"seed": arguments.seed} if arguments.sample_posterior else {}
     with state.main_process_first():
-        source = load_image_dataset(
-            data.dataset_name,
-            data.dataset_config_name,
-            data.train_data_dir,
-            split=data.split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            cache_dir=data.cache_dir,
-        )
-    count = len(source) if arguments.num_images is None else arguments.num_images
-    if not 0 < count <= len(source):
-        raise ValueError(f"--num_images must be 1..{len(source)}, the pictures there are; got {count}.")
-    factor = downsampling_factor(vae)
-    if data.resolution % factor:
-        raise ValueError(f"--resolution must be a multiple of the stride {factor}; got {data.resolution}.")
-    shape = (latent_channels(vae), data.resolution // factor, data.resolution // factor)
+        pictures = open_data(data, arguments.num_images)
 
-    vae.to(state.device)
-    perceptual = None
+    perceptual, extractor = None, None
     if arguments.lpips_backbone_weights is not None:
-        weights = {"backbone_weights": arguments.lpips_backbone_weights}
-        perceptual = LPIPS.from_pretrained(
-            arguments.lpips_net, **weights, linear_weights=arguments.lpips_linear_weights
-        ).to(state.device)
+        files = {"backbone_weights": arguments.lpips_backbone_weights}
+        files["linear_weights"] = arguments.lpips_linear_weights
+        perceptual = LPIPS.from_pretrained(arguments.lpips_net, **files).to(state.device)
+    if arguments.rfid:
+        extractor = load_extractor(arguments.evaluator, arguments.weights).to(state.device)
 
-    # Rows are gathered with their index and joined in order, so that every sum runs in one order on any machine.
-    own, rows = list(range(count))[state.process_index :: state.num_processes], []
-    batches = [own[start : start + arguments.batch_size] for start in range(0, len(own), arguments.batch_size)]
-    for batch in tqdm(batches, unit="batch", disable=not state.is_main_process):
-        pixels = torch.stack([read_pixels(source, index, data.resolution) for index in batch]).to(state.device)
-        noise = None
-        if arguments.sample_posterior:
-            noise = torch.stack([noise_of(index, arguments.seed, shape) for index in batch]).to(state.device)
-        figures = picture_figures(vae, pixels, perceptual=perceptual, noise=noise)
-        rows += [(index, {name: values[k] for name, values in figures.items()}) for k, index in enumerate(batch)]
-    rows = [row for _, row in sorted(gather_object(rows), key=lambda pair: pair[0])]
+    noise_seed = arguments.seed if arguments.sample_posterior else None
+    own = AutoencoderPass(vae.to(state.device), perceptual=perceptual, extractor=extractor, noise_seed=noise_seed)
+    ranks = {"rank": state.process_index, "world_size": state.num_processes}
+    for block in tqdm(pictures.blocks(arguments.batch_size, **ranks), disable=not state.is_main_process):
+        own.add(pictures.read(block), first_index=block.start)
+    measured = own.join(gather_object)
+
     if state.is_main_process:
-        joined = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        content = {
-            "evaluator": f"diffusers_eqvae {diffusers_eqvae.__version__}",
-            "libraries": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-            "vae": {"name": arguments.vae, "class": type(vae).__name__, "fingerprint": fingerprint},
-            "data": Path(data.train_data_dir or data.dataset_name).name,
-            "split": data.split,
-            "crop": f"ADM centre crop of {data.resolution} px",
-            "posterior": f"sample, seed {arguments.seed}" if arguments.sample_posterior else "mean",
-            "dtype": "float32",
-            "lpips": arguments.lpips_net if perceptual is not None else None,
-            "ssim": "Gaussian window of 11 px, sigma 1.5, range 2",
-            "figures": summarize(joined, max_points=arguments.max_points),
-        }
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n")
+        metrics, details = split_summary(summarize(measured.figures, max_points=arguments.max_points))
+        protocol = {"data_hash": measured.hash, "num_images": len(pictures), "resize_rule": pictures.resize_rule}
+        protocol |= {"posterior": "sample" if arguments.sample_posterior else "mean", "definitions": DEFINITIONS}
+        protocol["intrinsic_dimension_points"] = details["intrinsic_dimension_points"]
+        if perceptual is not None:
+            protocol |= {"lpips_net": arguments.lpips_net, "lpips_weights_hash": hash_tensors(perceptual)}
+        result = GenerationResult({})
+        if extractor is not None:
+            result = evaluate_reconstruction(measured.reconstructions, measured.pictures, extractor=extractor)
+            protocol |= {**network_facts(extractor), "uint8_rule": UINT8_RULE}
+        provenance = {"data": pictures.name, "split": data.split}
+        provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
+        card = ResultCard(
+            {**metrics, **result.metrics}, protocol, facts, result.marks, provenance, "reconstruction", details
+        )
+        card.save(arguments.output)
     state.wait_for_everyone()
     state.destroy_process_group()
+    return card if state.is_main_process else None
 
 
 if __name__ == "__main__":

@@ -21,21 +21,13 @@ from accelerate.utils import gather_object
 
 import diffusers_eqvae
 from diffusers_eqvae.data.images import load_image_dataset
-from diffusers_eqvae.metrics.features import FeatureExtractor, InceptionFID, dinov2_features, squeezenet_features
-from diffusers_eqvae.metrics.generation import (
-    PROTOCOL_VERSION,
-    Collected,
-    Processes,
-    collect,
-    evaluate_generation,
-    load_reference,
-)
+from diffusers_eqvae.metrics.collecting import Collected, Processes, collect
+from diffusers_eqvae.metrics.features import load_extractor
+from diffusers_eqvae.metrics.generation import evaluate_generation, load_reference, network_facts
 from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
-from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware, sampling_facts
+from diffusers_eqvae.metrics.result_card import ResultCard, hardware, sampling_facts
 from diffusers_eqvae.pipelines.generated import GeneratedPictures
 from diffusers_eqvae.training_utils.arguments import parse
-
-EXTRACTORS = {"inception": InceptionFID.from_file, "dinov2": dinov2_features, "squeezenet": squeezenet_features}
 
 
 @dataclass
@@ -49,7 +41,7 @@ class EvaluationArguments:
     reference_split: str | None = field(
         default=None, metadata={"help": "Read --reference as a dataset, and this split of it (needs --resolution)."}
     )
-    evaluator: Literal["inception", "dinov2", "squeezenet"] = field(
+    evaluator: Literal["inception", "dinov2", "squeezenet", "cifar_resnet"] = field(
         default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
     )
     weights: str | None = field(
@@ -76,6 +68,9 @@ class PipelineArguments:
     guidance_interval: list[float] = field(
         default_factory=lambda: [0.0, 1.0], metadata={"help": "LO HI in sigma (1 = noise) where guidance acts."}
     )
+    guided_channels: int | None = field(
+        default=None, metadata={"help": "Guide the first n latent channels only; all when absent."}
+    )
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
 
 
@@ -94,8 +89,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, options = parse(EvaluationArguments, PipelineArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     state, path, resolution = PartialState(timeout=timedelta(days=7)), Path(arguments.samples), arguments.resolution
-    given = [arguments.weights] if arguments.weights or arguments.evaluator != "dinov2" else []
-    extractor: FeatureExtractor = EXTRACTORS[arguments.evaluator](*given).to(state.device)
+    extractor = load_extractor(arguments.evaluator, arguments.weights).to(state.device)
     processes = Processes(state.process_index, state.num_processes, gather_object)
     reference = arguments.reference
     if arguments.reference_split is not None:
@@ -105,11 +99,11 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     if (path / "model_index.json").is_file():
         made = generated(arguments, options, state)
         samples = Collected.join(gather_object([collect(extractor, made)]))
-        facts, label_policy, resize_rule = {**made.facts, "model": str(path)}, options.label_policy, "none"
+        facts, rules, resize_rule = {**made.facts, "model": str(path)}, made.rules, "none"
     else:
         pictures = open_pictures(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
         samples = processes.measure(extractor, pictures, batch_size=arguments.batch_size)
-        (facts, label_policy), resize_rule = sampling_facts(path), pictures.resize_rule
+        (facts, rules), resize_rule = sampling_facts(path), pictures.resize_rule
     target = load_reference(
         reference, extractor, batch_size=arguments.batch_size, resolution=resolution, processes=processes
     )
@@ -118,9 +112,8 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     if arguments.save_reference:
         target.save(arguments.save_reference)
     result = evaluate_generation(samples, target, extractor=extractor)
-    protocol = {"evaluator": extractor.name, "evaluator_version": PROTOCOL_VERSION, "input_rule": extractor.input_rule}
-    protocol |= {"weights_hash": extractor.weights_hash, "reference_hash": target.hash, "label_policy": label_policy}
-    protocol |= {"num_samples": len(samples.digests), "uint8_rule": UINT8_RULE, "resize_rule": resize_rule}
+    protocol = {**network_facts(extractor), **rules, "reference_hash": target.hash, "resize_rule": resize_rule}
+    protocol["num_samples"] = len(samples.digests)
     provenance = {"reference": target.name, "samples_hash": samples.hash}
     provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
     card = ResultCard(result.metrics, protocol, facts, result.marks, provenance)

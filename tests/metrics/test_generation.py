@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_eqvae.metrics.collecting import Collected, Collector, Processes, collect, to_levels
 from diffusers_eqvae.metrics.features import FeatureExtractor, ModuleFeatures, hash_tensors
 from diffusers_eqvae.metrics.frechet import frechet_distance, inception_score
 from diffusers_eqvae.metrics.generation import (
-    Collected,
-    Processes,
     Reference,
-    collect,
     evaluate_generation,
+    evaluate_reconstruction,
     feature_statistics,
     load_reference,
 )
@@ -85,16 +84,18 @@ def test_numbers_do_not_depend_on_the_batch_size(batch_size):
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_numbers_do_not_depend_on_the_processes(world_size):
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_not_one_bit_depends_on_the_processes(world_size):
+    """Nine processes share seven batches: two have nothing to do."""
     extractor, pictures = TinyInception(), PictureSet(levels(50), name="samples")
-    shares = [collect(extractor, pictures.batches(8, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    stretches = [list(pictures.batches(8, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    shares = [collect(extractor, stretch) for stretch in stretches if stretch]
     together = Processes(0, world_size, lambda mine: shares).measure(extractor, pictures, batch_size=8)
     alone = Processes().measure(extractor, pictures, batch_size=8)
     assert together.hash == alone.hash and len(together.features) == 50
     reference = reference_of(extractor)
     numbers = [evaluate_generation(each, reference, extractor=extractor).metrics for each in (together, alone)]
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+    assert numbers[0] == numbers[1]
 
 
 def test_a_reference_survives_its_file(tmp_path):
@@ -117,7 +118,8 @@ def test_adm_reference_files(tmp_path):
     collected = collect(extractor, [pictures])
     own = feature_statistics(collected.features)
     arrays = {"mu": own.mean, "sigma": own.covariance}
-    arrays |= {"mu_s": collected.spatial.mean, "sigma_s": collected.spatial.covariance}
+    spatial = feature_statistics(collected.spatial)
+    arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     arrays = {key: value.numpy() for key, value in arrays.items()}
     np.savez(tmp_path / "both.npz", arr_0=pictures, **arrays)
     np.savez(tmp_path / "numbers.npz", **arrays)
@@ -169,6 +171,40 @@ def test_repeated_samples_are_marked():
     repeated = np.concatenate([levels(30), levels(10)])
     result = evaluate_generation(collect(extractor, [repeated]), reference_of(extractor), extractor=extractor)
     assert result.marks["kid"] == "only 30 of 40 samples are unique" and set(result.marks) == ALL
+
+
+def test_reconstructions_are_measured_against_their_pictures(caplog):
+    extractor, pictures = TinyInception(), levels(50)
+    blurred = pictures // 2 + 64
+    collected = [Collector(extractor) for _ in range(2)]
+    for start in range(0, 50, 8):
+        for collector, array in zip(collected, (blurred, pictures), strict=True):
+            collector.add(array[start : start + 8])
+    ours, reference = (collector.collected() for collector in collected)
+    result = evaluate_reconstruction(ours, reference, extractor=extractor)
+    assert set(result.metrics) == {"rfid", "rsfid"} and not result.marks
+    as_samples = evaluate_generation(
+        ours, load_reference(PictureSet(pictures, name="x"), extractor), extractor=extractor
+    )
+    assert result.metrics["rfid"] == pytest.approx(as_samples.metrics["fid"], rel=1e-5)
+    itself = evaluate_reconstruction(reference, reference, extractor=extractor)
+    assert itself.metrics == pytest.approx({"rfid": 0, "rsfid": 0}, abs=1e-9)
+    other = TinyInception(genuine=False)
+    doubled = collect(other, [np.concatenate([pictures, pictures])])
+    marked = evaluate_reconstruction(collect(other, [np.concatenate([blurred, blurred])]), doubled, extractor=other)
+    assert marked.marks == dict.fromkeys(("rfd_tiny", "rsfd_tiny"), "only 50 of 100 pictures are unique")
+    assert "rfd_tiny" in caplog.text
+
+
+def test_levels_follow_the_uint8_rule():
+    pixels = torch.tensor([-2.0, -1.0, -1 / 255, 0.0, 0.999, 1.0, 3.0]).repeat(1, 3, 1, 1)
+    expected = [0, 0, 127, 128, 255, 255, 255]
+    assert to_levels(pixels)[0, 0, :, 0].tolist() == expected
+    every = torch.arange(256).byte().view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    assert np.array_equal(to_levels(every / 127.5 - 1), every.permute(0, 2, 3, 1).numpy())
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be finite"):
+            to_levels(torch.full((1, 3, 4, 4), bad))
 
 
 def test_bad_batches_are_refused():

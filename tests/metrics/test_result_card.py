@@ -7,7 +7,16 @@ import json
 import pytest
 
 from diffusers_eqvae import cli
-from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, ResultCard, compare_cards, hardware, sampling_facts
+from diffusers_eqvae.metrics.result_card import (
+    CONCERNS,
+    PROTOCOL,
+    RECONSTRUCTION_PROTOCOL,
+    SETTINGS,
+    ResultCard,
+    compare_cards,
+    hardware,
+    sampling_facts,
+)
 
 
 def card(**changes) -> ResultCard:
@@ -35,8 +44,13 @@ def test_files_that_are_no_cards_are_refused(tmp_path):
     path.write_text(json.dumps({"format": 99, "metrics": {}, "protocol": {}}))
     with pytest.raises(ValueError, match="another format"):
         ResultCard.load(path)
+    path.write_text(json.dumps({"format": 1, "metrics": {}, "protocol": {}, "colour": 1}))
+    with pytest.raises(ValueError, match="holds colour"):
+        ResultCard.load(path)
     with pytest.raises(ValueError, match="got colour"):
         ResultCard({}, {"colour": 1})
+    with pytest.raises(ValueError, match="got 'psnr'"):
+        ResultCard({}, {}, task="psnr")
 
 
 def test_settings_may_differ_and_are_listed():
@@ -54,6 +68,26 @@ def test_every_part_of_the_protocol_forbids_to_compare(key):
     assert sentence == f"{key} differs (some {key}, other): {PROTOCOL[key]}"
     (sentence,) = compare_cards(["a", "b", "c"], [card(), card(**{key: None}), card()]).incomparable
     assert sentence.startswith(f"{key} is not stated by b: ")
+
+
+def reconstruction(*, metrics=("psnr", "lpips", "rfid", "intrinsic_dimension"), **changes) -> ResultCard:
+    protocol = {key: f"some {key}" for key in RECONSTRUCTION_PROTOCOL} | changes
+    return ResultCard(dict.fromkeys(metrics, 1.0), protocol, task="reconstruction")
+
+
+@pytest.mark.parametrize("key", list(RECONSTRUCTION_PROTOCOL))
+def test_every_part_of_a_reconstructions_protocol_forbids_to_compare(key):
+    (sentence,) = compare_cards(["a", "b"], [reconstruction(), reconstruction(**{key: "other"})]).incomparable
+    assert sentence == f"{key} differs (some {key}, other): {RECONSTRUCTION_PROTOCOL[key]}"
+    # What a network or a number of points is about concerns nobody who has no such number.
+    psnr = [reconstruction(), reconstruction(metrics=("psnr",), **{key: None})]
+    assert bool(compare_cards(["a", "b"], psnr).incomparable) == (key not in CONCERNS["reconstruction"])
+
+
+def test_a_reconstruction_is_not_compared_with_a_sample():
+    found = compare_cards(["a", "b"], [reconstruction(metrics=("fid",)), card()])
+    (sentence,) = found.incomparable
+    assert sentence.startswith("task differs (reconstruction, generation): ")
 
 
 def test_marks_and_missing_numbers_are_shown():
@@ -85,15 +119,22 @@ def test_what_sampling_json_says(tmp_path):
         "model": str(tmp_path / "model"),
     }
     (tmp_path / "png").mkdir()
+    record |= {"uint8_rule": "truncated", "vae_revision": "commit 1", "transformer_revision": "weights 2"}
     (tmp_path / "sampling.json").write_text(json.dumps(record))
-    facts, policy = sampling_facts(tmp_path / "samples.npz")
-    assert policy == "balanced" and facts["scheduler"] == {"saved": {"solver": "heun"}}
+    facts, rules = sampling_facts(tmp_path / "samples.npz")
+    assert rules == {"label_policy": "balanced", "uint8_rule": "truncated"}
+    assert (facts["vae_revision"], facts["transformer_revision"]) == ("commit 1", "weights 2")
+    assert facts["scheduler"] == {"saved": {"solver": "heun"}}
     assert facts["seed"] == 7 and facts["nfe"] == 87.0 and facts["weights"] == "abc" and "ema" not in facts
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "resolved_arguments.json").write_text('{"use_ema": true}')
     assert sampling_facts(tmp_path / "png")[0]["ema"] is True
     card(**facts)
-    assert sampling_facts(tmp_path / "model" / "others.npz") == ({}, None)
+    # Nothing is known of files that sampling.json does not describe, even beside it.
+    (tmp_path / "pictures").mkdir()
+    nothing = ({}, {"label_policy": None, "uint8_rule": None})
+    for stranger in ("others.npz", "pictures", "model/samples.npz"):
+        assert sampling_facts(tmp_path / stranger) == nothing
 
 
 def test_the_command_prints_and_judges(tmp_path, capsys):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
+from diffusers_eqvae import cli
+from diffusers_eqvae.autoencoders import decode, encode
 from diffusers_eqvae.data.images import adm_center_crop, to_pixels
 from diffusers_eqvae.metrics.autoencoder import measure_autoencoder
+from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
+from diffusers_eqvae.metrics.collecting import collect, to_levels
+from diffusers_eqvae.metrics.features import ModuleFeatures, cifar_resnet_features
+from diffusers_eqvae.metrics.generation import evaluate_reconstruction
+from diffusers_eqvae.metrics.result_card import PROTOCOL, ResultCard
 
 COUNT = 13
 
@@ -51,19 +57,22 @@ def test_figures_are_those_of_the_library(repository, vae, pictures, tmp_path, t
     images = [Image.open(path).convert("RGB") for path in sorted(pictures.iterdir())]
     pixels = torch.stack([to_pixels(adm_center_crop(image, 32)) for image in images])
     expected = measure_autoencoder(tiny_autoencoder_kl, [pixels])
-    measured = content["figures"]
-    assert measured["num_images"] == COUNT and set(measured) == set(expected)
+    measured = content["metrics"] | content["details"]
+    assert set(measured) == set(expected) and measured["num_images"] == COUNT
     for name, value in expected.items():
         if isinstance(value, float):
             assert measured[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    assert content["posterior"] == "mean" and content["lpips"] is None and content["data"] == "pictures"
+    assert len(measured["channels"]["mean"]) == 4 and measured["spectrum"]["power"]
+    protocol = content["protocol"]
+    assert protocol["posterior"] == "mean" and protocol["num_images"] == COUNT and "lpips_net" not in protocol
+    assert content["provenance"]["data"] == "pictures" and content["settings"]["model_class"] == "AutoencoderKL"
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(repository, vae, pictures, tmp_path):
     def psnr(*more: str) -> float:
         content = run(repository, vae, pictures, tmp_path / "x.json", "--sample_posterior", "--num_images", "7", *more)
-        assert content["figures"]["num_images"] == 7 and content["posterior"].startswith("sample")
-        return content["figures"]["psnr"]
+        assert content["protocol"]["num_images"] == 7 and content["protocol"]["posterior"] == "sample"
+        return content["metrics"]["psnr"]
 
     reference = psnr("--batch_size", "7")
     assert psnr("--batch_size", "2") == pytest.approx(reference, abs=1e-5)
@@ -72,24 +81,79 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(repository, vae, pictur
 
 def test_what_cannot_be_measured_is_refused(repository, vae, pictures, tmp_path):
     for more, message in (
-        (["--num_images", "14"], r"1\.\.13"),
-        (["--resolution", "30"], "multiple of the stride 4"),
+        (["--num_images", "14"], "holds 13 pictures; 14 are to be measured"),
+        (["--resolution", "30"], "multiples of 4"),
+        (["--weights", "x.pth"], "add --rfid"),
     ):
         with pytest.raises(ValueError, match=message):
             run(repository, vae, pictures, tmp_path / "x.json", *more)
     broken = sorted(pictures.iterdir())[4]
     broken.write_bytes(broken.read_bytes()[:900])
-    with pytest.raises(ValueError, match=f"{broken.name} cannot be read"):
+    with pytest.raises(ValueError, match=f"{broken.name} of pictures cannot be read"):
         run(repository, vae, pictures, tmp_path / "x.json")
 
 
-def test_two_processes_measure_what_one_does(repository, vae, pictures, tmp_path):
-    one = run(repository, vae, pictures, tmp_path / "one.json", "--batch_size", "1", "--sample_posterior")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--vae", str(vae), "--train_data_dir", str(pictures), "--output", str(tmp_path / "two.json")]
-    command = [*launcher, str(script(repository)), *flags, "--resolution", "32", "--batch_size", "1"]
-    done = subprocess.run(
-        [*command, "--sample_posterior"], capture_output=True, text=True, timeout=500, env=os.environ.copy()
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "two.json").read_text())["figures"] == one["figures"]
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet.pth"
+    torch.save({key.removeprefix("features."): value for key, value in CifarResNet(1).state_dict().items()}, path)
+    return path
+
+
+def test_rfid_comes_from_the_same_pass(repository, vae, pictures, resnet, tmp_path, monkeypatch):
+    """Three batches, two forwards of the network each, and not one more of the autoencoder."""
+    calls = Counter()
+    for owner, name in ((ModuleFeatures, "extract"), (AutoencoderKL, "encode"), (AutoencoderKL, "decode")):
+        real = getattr(owner, name)
+
+        def counted(self, *arguments, real=real, name=name):
+            calls[name] += 1
+            return real(self, *arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+    plain = run(repository, vae, pictures, tmp_path / "plain.json", "--batch_size", "5")
+    without, calls_without = plain["metrics"], calls.copy()
+    flags = ["--rfid", "--evaluator", "cifar_resnet", "--weights", str(resnet), "--batch_size", "5"]
+    content = run(repository, vae, pictures, tmp_path / "rfid.json", *flags)
+    assert calls["extract"] == 2 * 3 and calls_without["extract"] == 0
+    assert all(calls[name] == 2 * calls_without[name] for name in ("encode", "decode"))
+    measured = content["metrics"].pop("rfd_cifar10_resnet8")
+    assert content["metrics"] == without
+    extractor = cifar_resnet_features(resnet)
+    images = [adm_center_crop(Image.open(path).convert("RGB"), 32) for path in sorted(pictures.iterdir())]
+    levels = np.stack([np.asarray(image) for image in images])
+    model = AutoencoderKL.from_pretrained(vae).eval()
+    with torch.no_grad():
+        decoded = decode(model, encode(model, torch.stack([to_pixels(image) for image in images])).mode())
+    parts = [collect(extractor, [each]) for each in (to_levels(decoded), levels)]
+    expected = evaluate_reconstruction(*parts, extractor=extractor)
+    assert measured == pytest.approx(expected.metrics["rfd_cifar10_resnet8"], rel=1e-3) and measured > 0
+    assert "13 samples for 64 dimensions" in content["marks"]["rfd_cifar10_resnet8"]
+    assert content["protocol"]["data_hash"] == parts[1].hash and content["protocol"]["evaluator"] == "cifar10_resnet8"
+
+
+def test_cards_are_compared_by_what_they_share(repository, vae, pictures, resnet, tmp_path, capsys):
+    """rFID's network matters only where both have an rFID; another posterior or data set always does."""
+    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
+    run(repository, vae, pictures, a)
+    run(repository, vae, pictures, b, "--rfid", "--evaluator", "cifar_resnet", "--weights", str(resnet))
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    assert "psnr" in capsys.readouterr().out
+    run(repository, vae, pictures, c, "--sample_posterior", "--num_images", "12")
+    assert cli.main(["compare", str(a), str(c)]) == 1
+    text = capsys.readouterr().out
+    assert "posterior differs (mean, sample)" in text and "data_hash differs" in text and "evaluator" not in text
+    generation = ResultCard({"psnr": 1.0}, dict.fromkeys(PROTOCOL, "x"))
+    generation.save(c)
+    assert cli.main(["compare", str(a), str(c)]) == 1
+    assert "task differs (reconstruction, generation)" in capsys.readouterr().out
+
+
+def test_nan_is_no_picture(repository, vae, pictures, tmp_path):
+    model = AutoencoderKL.from_pretrained(vae)
+    model.decoder.conv_out.bias.data[0] = float("nan")
+    model.save_pretrained(vae)
+    with pytest.raises(ValueError, match="must be finite"):
+        run(repository, vae, pictures, tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from diffusers_eqvae import cli
-from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, ResultCard
+from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, UINT8_RULE, ResultCard
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 
@@ -63,7 +63,13 @@ def words(material, **changes):
 
 def test_npz_against_a_folder_and_saved_statistics(script, material, tmp_path, capsys):
     (tmp_path / "sampling.json").write_text(
-        json.dumps({"settings": {"seed": 3, "label_policy": "random", "guidance_scale": 1.8}, "nfe": 87.0})
+        json.dumps(
+            {
+                "settings": {"seed": 3, "label_policy": "random", "guidance_scale": 1.8},
+                "nfe": 87.0,
+                "uint8_rule": UINT8_RULE,
+            }
+        )
     )
     np.savez(tmp_path / "samples.npz", levels(9, 0))
     options = {"samples": tmp_path / "samples.npz", "save_reference": tmp_path / "statistics.npz"}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..autoencoders import decode, encode
+from ..autoencoders import decode, downsampling_factor, encode, latent_channels
+from .collecting import Collected, Collector, hash_digests, picture_digests, require_finite, to_levels
 from .equivariance import equivariance_figures
+from .features import FeatureExtractor
 from .intrinsic_dimension import MIN_POINTS, intrinsic_dimension
 from .reconstruction import psnr, ssim
 from .spectrum import HIGH_FREQUENCY, high_frequency_share, radial_power_spectrum
@@ -17,11 +21,20 @@ from .statistics import channel_statistics
 
 # What `picture_figures` keeps beside its numbers per picture.
 LATENTS, SPECTRUM = "latents", "spectrum"
+# What the figures mean, as a result card states it; changes when the same pictures would give other numbers.
+DEFINITIONS = "1 (PSNR and SSIM clamped to [-1, 1] with range 2; SSIM in a Gaussian window of 11 px, sigma 1.5)"
+# What `summarize` gives beside figures.
+_DETAILS = ("num_images", "intrinsic_dimension_points", "spectrum", "high_frequency_above", "channels")
 
 
 @torch.no_grad()
 def picture_figures(
-    vae: nn.Module, pixels: Tensor, *, perceptual: nn.Module | None = None, noise: Tensor | None = None
+    vae: nn.Module,
+    pixels: Tensor,
+    *,
+    perceptual: nn.Module | None = None,
+    noise: Tensor | None = None,
+    reconstructions: Collector | None = None,
 ) -> dict[str, Tensor]:
     """Figures of every picture of (B, 3, H, W) in [-1, 1], on the CPU: name -> (B,), two with more axes.
 
@@ -30,14 +43,22 @@ def picture_figures(
         perceptual: LPIPS, or whatever maps (reconstruction, pixels) to (B,); its figure is called `lpips`.
         noise: (B, C, h, w): reconstruct the posterior sample mean + std * noise; None reconstructs the mean. All
             figures but psnr, ssim and lpips are of the mean.
+        reconstructions: given them as uint8 pictures, for a Fréchet distance.
 
     Returns:
         `psnr` in dB, `ssim`, `lpips`, the figures of `equivariance_figures`, `high_frequency`; `spectrum` (B, K) and
         `latents` (B, C, h, w), the raw posterior mean.
+
+    Raises:
+        ValueError: a reconstruction with NaN or infinity.
     """
     posterior = encode(vae, pixels)
     latents = posterior.mode()
-    reconstruction = decode(vae, latents if noise is None else posterior.sample(noise)).clamp(-1, 1)
+    decoded = decode(vae, latents if noise is None else posterior.sample(noise))
+    require_finite(decoded)
+    if reconstructions is not None:
+        reconstructions.add(to_levels(decoded))
+    reconstruction = decoded.clamp(-1, 1)
     figures = {"psnr": psnr(reconstruction, pixels), "ssim": ssim(reconstruction, pixels)}
     if perceptual is not None:
         figures["lpips"] = perceptual(reconstruction, pixels)
@@ -89,6 +110,12 @@ def summarize(figures: dict[str, Tensor], *, max_points: int = 10_000) -> dict[s
     return summary
 
 
+def split_summary(summary: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of `summarize` that are there, and everything else: `metrics` and `details` of a result card."""
+    numbers = {name: value for name, value in summary.items() if name not in _DETAILS and value is not None}
+    return numbers, {name: summary[name] for name in _DETAILS}
+
+
 def measure_autoencoder(
     vae: nn.Module, batches: Iterable[Tensor], *, perceptual: nn.Module | None = None
 ) -> dict[str, Any]:
@@ -100,3 +127,106 @@ def measure_autoencoder(
     if not rows:
         raise ValueError("An autoencoder needs at least one picture to be measured on; got none.")
     return summarize({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+
+
+def picture_noise(index: int, seed: int, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise that depends on the seed and the picture's place in its set alone."""
+    state = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(state))
+
+
+@dataclass
+class AutoencoderMeasurement:
+    """What a pass over a picture set leaves, in the order of the pictures.
+
+    Attributes:
+        figures: as `picture_figures` gives them, for all pictures; `summarize` makes means of them.
+        digests: one hash per picture.
+        pictures, reconstructions: features of both, where a feature network was given.
+    """
+
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    digests: list[bytes] = field(default_factory=list)
+    pictures: Collected | None = None
+    reconstructions: Collected | None = None
+
+    @property
+    def hash(self) -> str:
+        """Of all pictures, pixel by pixel, in order."""
+        return hash_digests(self.digests)
+
+
+class AutoencoderPass:
+    """Measures an autoencoder picture by picture: one reconstruction each serves all figures and both feature sets.
+
+    Args:
+        vae: any diffusers autoencoder in eval mode, on the device where it is to run.
+        perceptual: as in `picture_figures`.
+        extractor: network whose features of pictures and reconstructions are kept, for rFID.
+        noise_seed: reconstruct samples of the posterior with noise from this seed; None reconstructs its mean.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        *,
+        perceptual: nn.Module | None = None,
+        extractor: FeatureExtractor | None = None,
+        noise_seed: int | None = None,
+    ) -> None:
+        self.vae = vae
+        self.perceptual = perceptual
+        self.noise_seed = noise_seed
+        self.pictures = None if extractor is None else Collector(extractor)
+        self.reconstructions = None if extractor is None else Collector(extractor)
+        self._rows: list[dict[str, Tensor]] = []
+        self._digests: list[bytes] = []
+
+    def add(self, levels: np.ndarray, *, first_index: int) -> None:
+        """Adds pictures uint8 (B, H, W, 3), the first of which has this index in its set.
+
+        Raises:
+            ValueError: a side that is no multiple of the autoencoder's stride, and what `picture_figures` refuses.
+        """
+        device = next(self.vae.parameters()).device
+        pixels = torch.from_numpy(np.array(levels, order="C")).permute(0, 3, 1, 2).to(device).contiguous() / 127.5 - 1
+        noise = None
+        if self.noise_seed is not None:
+            factor = downsampling_factor(self.vae)
+            shape = (latent_channels(self.vae), pixels.shape[-2] // factor, pixels.shape[-1] // factor)
+            indices = range(first_index, first_index + len(pixels))
+            noise = torch.stack([picture_noise(index, self.noise_seed, shape) for index in indices]).to(device)
+        if self.pictures is not None:
+            self.pictures.add(levels)
+        self._digests += picture_digests(levels)
+        self._rows.append(
+            picture_figures(
+                self.vae, pixels, perceptual=self.perceptual, noise=noise, reconstructions=self.reconstructions
+            )
+        )
+
+    def join(self, gather: Callable[[list[Any]], list[Any]] = list) -> AutoencoderMeasurement:
+        """What all processes have measured, in the order of their ranks; `gather` joins everybody's lists.
+
+        Raises:
+            ValueError: no process has measured a picture.
+        """
+        own = []
+        if self._rows:
+            figures = {name: torch.cat([row[name] for row in self._rows]) for name in self._rows[0]}
+            collected = [None if each is None else each.collected() for each in (self.pictures, self.reconstructions)]
+            own = [AutoencoderMeasurement(figures, self._digests, *collected)]
+        parts = gather(own)
+        if not parts:
+            raise ValueError("An autoencoder needs at least one picture to be measured on; got none.")
+
+        def joined(name: str) -> Collected | None:
+            found = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            return Collected.join(found) if found else None
+
+        return AutoencoderMeasurement(
+            {name: torch.cat([part.figures[name] for part in parts]) for name in parts[0].figures},
+            [digest for part in parts for digest in part.digests],
+            joined("pictures"),
+            joined("reconstructions"),
+        )

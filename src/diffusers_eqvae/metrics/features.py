@@ -20,11 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cifar_resnet import cifar_resnet_from_state
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-# sha256 of that file begins with what its name ends with.
+SQUEEZENET_URL = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
+CIFAR_RESNET_URL = (
+    "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet56-4bfd9763.th"
+)
+# sha256 of Inception's file begins with what its name ends with.
 INCEPTION_SHA256 = "6726825d"
 SPATIAL_CHANNELS = 7
 
@@ -169,6 +175,7 @@ class ModuleFeatures(FeatureExtractor):
         mean, std: of the normalisation of [0, 1].
         weights_hash: default: a hash of the module's tensors.
         select: takes the features out of what the module returns.
+        classifier: gives logits (B, K) of the features.
 
     Raises:
         ValueError: a name that could be taken for FID's own network.
@@ -187,6 +194,7 @@ class ModuleFeatures(FeatureExtractor):
         std: tuple[float, float, float] = IMAGENET_STD,
         weights_hash: str | None = None,
         select: Callable[[Any], Tensor] | None = None,
+        classifier: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.suffix = re.sub(r"\W+", "_", name).strip("_").lower()
@@ -196,6 +204,7 @@ class ModuleFeatures(FeatureExtractor):
         self.module = module
         self.image_size = image_size
         self.select = select
+        self.classifier = classifier
         self.weights_hash = weights_hash or hash_tensors(module)
         resize = "as they are" if image_size is None else f"antialiased bicubic to {image_size} px"
         self.input_rule = f"{resize}, mean {mean}, std {std}"
@@ -206,8 +215,8 @@ class ModuleFeatures(FeatureExtractor):
 
     def extract(self, pictures: Tensor) -> dict[str, Tensor]:
         images = pictures.float() / 255
-        if self.image_size is not None:
-            size = (self.image_size, self.image_size)
+        size = images.shape[-2:] if self.image_size is None else (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         output = self.module((images - self.mean) / self.std)
         features = output if self.select is None else self.select(output)
@@ -218,7 +227,7 @@ class ModuleFeatures(FeatureExtractor):
                 f"{self.name} must give (B, D) or (B, D, h, w) for B = {len(pictures)} pictures; got "
                 f"{tuple(features.shape)}."
             )
-        return {"features": features}
+        return {"features": features} | ({} if self.classifier is None else {"logits": self.classifier(features)})
 
 
 def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: int = 224) -> ModuleFeatures:
@@ -228,11 +237,18 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
 
     Raises:
         ValueError: another kind of model, or an `image_size` its patches do not tile.
-        OSError: where the model is neither there, nor cached, nor to be had from the Hub (transformers' message).
+        FileNotFoundError: the model is neither there, nor cached, nor to be had from the Hub; says how to get it.
     """
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+    try:
+        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"DINOv2's weights were not found at {name_or_path}, which must be a directory with config.json and "
+            "model.safetensors or a Hub name. Fetch them with `hf download facebook/dinov2-large --local-dir "
+            "dinov2-large` and give that directory (--weights dinov2-large)."
+        ) from error
     config: Any = model.config
     if config.model_type not in ("dinov2", "dinov2_with_registers"):
         raise ValueError(f"FD-DINOv2 needs a DINOv2 model; {name_or_path} is of type {config.model_type!r}.")
@@ -255,16 +271,65 @@ def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
     Raises:
         FileNotFoundError: no such file; says how to get it.
     """
-    if path is None or not Path(path).is_file():
-        raise FileNotFoundError(
-            f"SqueezeNet's weights were not found at {path}. Fetch them with `curl -LO "
-            "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth` and give their path (--weights)."
-        )
+    path = _existing(path, "SqueezeNet's weights", SQUEEZENET_URL)
     from torchvision.models import squeezenet1_1
 
     network = squeezenet1_1(weights=None)
     network.load_state_dict(read_weights(path))
     return ModuleFeatures(network.features, name="squeezenet1_1", image_size=224, weights_hash=hash_file(path))
+
+
+def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
+    """The averaged last feature map (64) of a ResNet for CIFAR-10, and its logits: for pictures of 32 px.
+
+    Larger pictures are resized to 32 px. The depth is read from the file and stands in every number's name
+    (`fd_cifar10_resnet56`), and so does that of its Inception score over ten classes.
+
+    Args:
+        path: weights as in akamaster/pytorch_resnet_cifar10 (BSD-2), their keys with or without `module.`; a file
+            that holds them under `state_dict`, or .safetensors.
+
+    Raises:
+        FileNotFoundError: no such file; says how to get it.
+        ValueError: weights of another network.
+    """
+    path = _existing(path, "A CIFAR-10 ResNet's weights", CIFAR_RESNET_URL)
+    state: Any = read_weights(path)
+    network = cifar_resnet_from_state(state.get("state_dict", state), source=path)
+    name = f"cifar10_resnet{network.depth}"
+    return ModuleFeatures(
+        network.features, name=name, image_size=32, weights_hash=hash_file(path), classifier=network.linear
+    )
+
+
+EVALUATORS: dict[str, Callable[..., FeatureExtractor]] = {
+    "inception": InceptionFID.from_file,
+    "dinov2": dinov2_features,
+    "squeezenet": squeezenet_features,
+    "cifar_resnet": cifar_resnet_features,
+}
+
+
+def load_extractor(evaluator: str, weights: str | os.PathLike[str] | None = None) -> FeatureExtractor:
+    """One of `EVALUATORS` with the weights of a file; for dinov2 a directory or Hub name, facebook/dinov2-large unset.
+
+    Raises:
+        ValueError: an unknown name, or a file of another network.
+        FileNotFoundError: no such weights; names the file and how to get it.
+    """
+    if evaluator not in EVALUATORS:
+        raise ValueError(f"The feature networks are {', '.join(EVALUATORS)}; got {evaluator!r}.")
+    default = evaluator == "dinov2" and weights is None
+    return EVALUATORS[evaluator](*([] if default else [weights]))
+
+
+def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
+    if path is None or not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{what} were not found at {path}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO "
+            f"{url}` and give its path (--weights)."
+        )
+    return Path(path)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

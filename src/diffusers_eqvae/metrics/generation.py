@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..data.npz import open_npz_array
+from .collecting import ALONE, Collected, Processes
 from .features import FeatureExtractor
 from .frechet import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
-from .inputs import PictureSet, archive_keys, check_array, open_pictures
+from .inputs import PictureSet, archive_keys, open_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -31,93 +32,6 @@ NEIGHBOURS = 3
 SPLIT_SIZE = 5000
 # Of the reference, for precision, recall and KID.
 REFERENCE_FEATURES = 10_000
-
-
-@dataclass
-class Collected:
-    """What one pass over pictures leaves, in the order of the pictures.
-
-    Attributes:
-        features: (N, D) float32.
-        logits: (N, K), or None where the network has none.
-        spatial: statistics of the spatial features, or None.
-        digests: one hash per picture.
-    """
-
-    features: Tensor
-    logits: Tensor | None
-    spatial: FeatureStatistics | None
-    digests: list[bytes]
-
-    @property
-    def hash(self) -> str:
-        """16 hex digits of all pictures, pixel by pixel, in order; no batch size or process count enters."""
-        return hashlib.sha256(b"".join(self.digests)).hexdigest()[:16]
-
-    @property
-    def unique(self) -> int:
-        """Pictures that differ from all others."""
-        return len(set(self.digests))
-
-    @staticmethod
-    def join(parts: Sequence[Collected]) -> Collected:
-        """The parts of several processes, in the order of their ranks."""
-        spatial = None
-        if parts[0].spatial is not None:
-            spatial = FeatureStatistics(parts[0].spatial.dimension)
-            for part in parts:
-                if part.spatial is not None:
-                    spatial.merge(part.spatial)
-        logits = [part.logits for part in parts if part.logits is not None]
-        return Collected(
-            torch.cat([part.features for part in parts]),
-            torch.cat(logits) if logits else None,
-            spatial,
-            [digest for part in parts for digest in part.digests],
-        )
-
-
-def collect(extractor: FeatureExtractor, batches: Iterable[np.ndarray]) -> Collected:
-    """One forward per batch of uint8 pictures (B, H, W, 3); everything that the metrics need.
-
-    Raises:
-        ValueError: no pictures, or batches of another shape or dtype.
-    """
-    features: list[Tensor] = []
-    logits: list[Tensor] = []
-    spatial: FeatureStatistics | None = None
-    digests: list[bytes] = []
-    for batch in batches:
-        check_array(batch, "a batch")
-        levels = np.ascontiguousarray(batch)
-        digests += [hashlib.sha256(f"{each.shape}".encode() + each.tobytes()).digest() for each in levels]
-        outputs = extractor(torch.from_numpy(levels.copy()).permute(0, 3, 1, 2))
-        features.append(outputs["features"].cpu())
-        if "logits" in outputs:
-            logits.append(outputs["logits"].cpu())
-        if "spatial" in outputs:
-            spatial = spatial or FeatureStatistics(outputs["spatial"].shape[1])
-            spatial.update(outputs["spatial"])
-    if not features:
-        raise ValueError("At least one picture is needed; got none.")
-    return Collected(torch.cat(features), torch.cat(logits) if logits else None, spatial, digests)
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Who shares the work: this rank measures its stretch, `gather` gives everybody's parts in the order of ranks."""
-
-    rank: int = 0
-    world_size: int = 1
-    gather: Callable[[list[Any]], list[Any]] = list
-
-    def measure(self, extractor: FeatureExtractor, pictures: PictureSet, *, batch_size: int) -> Collected:
-        """One pass over all pictures, by all processes; the same result on each of them."""
-        batches = pictures.batches(batch_size, rank=self.rank, world_size=self.world_size)
-        return Collected.join(self.gather([collect(extractor, batches)]))
-
-
-ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -146,7 +60,7 @@ class Reference:
     @classmethod
     def from_collected(cls, collected: Collected, *, name: str, weights_hash: str) -> Reference:
         statistics = feature_statistics(collected.features)
-        spatial = collected.spatial
+        spatial = None if collected.spatial is None else feature_statistics(collected.spatial)
         return cls(
             name,
             collected.hash,
@@ -190,6 +104,16 @@ class Reference:
             raise ValueError(f"{path} lacks mu and sigma; write it again.")
         numbers = (mean, covariance, spatial_mean, spatial_covariance, features)
         return cls(name, digest, weights_hash, None if count < 0 else count, *numbers)
+
+
+def network_facts(extractor: FeatureExtractor) -> dict[str, str]:
+    """What a result card's protocol says about the feature network."""
+    return {
+        "evaluator": extractor.name,
+        "evaluator_version": PROTOCOL_VERSION,
+        "weights_hash": extractor.weights_hash,
+        "input_rule": extractor.input_rule,
+    }
 
 
 def feature_statistics(features: Tensor) -> FeatureStatistics:
@@ -296,22 +220,8 @@ def evaluate_generation(
     Raises:
         ValueError: a reference of another network.
     """
-    if reference.weights_hash != extractor.weights_hash or len(reference.mean) != samples.features.shape[1]:
-        raise ValueError(
-            f"The reference {reference.name} has {len(reference.mean)} dimensions of weights "
-            f"{reference.weights_hash}; the samples have {samples.features.shape[1]} of {extractor.weights_hash}. "
-            "Compute both with one network."
-        )
-    name, metrics, marks = extractor.metric_name, {}, {}
-    own = feature_statistics(samples.features)
-    metrics[name("fid")] = frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
-    dimensions = {name("fid"): own.dimension}
-    if samples.spatial is not None and reference.spatial_mean is not None and reference.spatial_covariance is not None:
-        spatial = samples.spatial
-        metrics[name("sfid")] = frechet_distance(
-            spatial.mean, spatial.covariance, reference.spatial_mean, reference.spatial_covariance
-        )
-        dimensions[name("sfid")] = spatial.dimension
+    metrics, marks = _frechet_distances(samples, reference, extractor)
+    name = extractor.metric_name
     if samples.logits is not None:
         score, deviation = inception_score(samples.logits, split_size=SPLIT_SIZE)
         metrics |= {name("inception_score"): score, name("inception_score_std"): deviation}
@@ -321,14 +231,56 @@ def evaluate_generation(
         generator = torch.Generator().manual_seed(kid_seed)
         kid, deviation = kernel_distance(samples.features, reference.features, generator=generator)
         metrics |= {name("kid"): kid, name("kid_std"): deviation}
+    return _marked(metrics, marks, samples, "samples")
 
-    counts = [("samples", own.count)] + ([] if reference.count is None else [("reference pictures", reference.count)])
-    for metric, dimension in dimensions.items():
-        reasons = [f"{count} {what} for {dimension} dimensions" for what, count in counts if count <= dimension]
-        if reasons:
-            marks[metric] = "too few pictures: " + ", ".join(reasons)
-    if samples.unique < own.count:
-        marks |= {metric: f"only {samples.unique} of {own.count} samples are unique" for metric in metrics}
+
+def evaluate_reconstruction(
+    reconstructions: Collected, pictures: Collected, *, extractor: FeatureExtractor
+) -> GenerationResult:
+    """rfid and, where the network has spatial features, rsfid: Fréchet distances of reconstructions to their pictures.
+
+    Both sets are the same N pictures, cropped once. Names and marks are those of `evaluate_generation` with an r
+    before them (rfid; rfd_NAME of another network than FID's Inception).
+    """
+    reference = Reference.from_collected(pictures, name="pictures", weights_hash=extractor.weights_hash)
+    metrics, marks = _frechet_distances(reconstructions, reference, extractor)
+    metrics = {f"r{name}": value for name, value in metrics.items()}
+    return _marked(metrics, {f"r{name}": reason for name, reason in marks.items()}, pictures, "pictures")
+
+
+def _frechet_distances(
+    samples: Collected, reference: Reference, extractor: FeatureExtractor
+) -> tuple[dict[str, float], dict[str, str]]:
+    """fid and sfid by name, and what is to be said against them."""
+    if reference.weights_hash != extractor.weights_hash or len(reference.mean) != samples.features.shape[1]:
+        raise ValueError(
+            f"The reference {reference.name} has {len(reference.mean)} dimensions of weights "
+            f"{reference.weights_hash}; the samples have {samples.features.shape[1]} of {extractor.weights_hash}. "
+            "Compute both with one network."
+        )
+    pairs = {"fid": (samples.features, reference.mean, reference.covariance)}
+    if samples.spatial is not None and reference.spatial_mean is not None and reference.spatial_covariance is not None:
+        pairs["sfid"] = (samples.spatial, reference.spatial_mean, reference.spatial_covariance)
+    counts = [(len(samples.features), "samples")]
+    counts += [] if reference.count is None else [(reference.count, "reference pictures")]
+    metrics: dict[str, float] = {}
+    marks: dict[str, str] = {}
+    for metric, (features, mean, covariance) in pairs.items():
+        own, name = feature_statistics(features), extractor.metric_name(metric)
+        metrics[name] = frechet_distance(own.mean, own.covariance, mean, covariance)
+        too_few = [
+            f"{count} {what} for {own.dimension} dimensions" for count, what in counts if count <= own.dimension
+        ]
+        if too_few:
+            marks[name] = "too few pictures: " + ", ".join(too_few)
+    return metrics, marks
+
+
+def _marked(metrics: dict[str, float], marks: dict[str, str], pictures: Collected, what: str) -> GenerationResult:
+    """The result, with a mark and a warning where pictures repeat."""
+    count = len(pictures.digests)
+    if pictures.unique < count:
+        marks = marks | {metric: f"only {pictures.unique} of {count} {what} are unique" for metric in metrics}
     for metric, reason in marks.items():
         logger.warning("%s = %.4g is not comparable: %s.", metric, metrics[metric], reason)
     return GenerationResult(metrics, marks)

@@ -65,24 +65,30 @@ class PictureSet:
             return "none"
         return f"ADM centre crop to {self.resolution} px"
 
-    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
-        """uint8 (B, H, W, 3) of this rank: a consecutive stretch, so that all ranks in turn give the set in order.
+    def blocks(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[range]:
+        """Indices of this rank's batches: consecutive, so that all ranks in turn give the set in order.
+
+        The set is cut into the same batches for any number of processes; where there are fewer batches than
+        processes, some processes have none.
 
         Raises:
-            ValueError: more processes than pictures, or a batch size below 1.
+            ValueError: a batch size below 1.
         """
-        if world_size > self.count or batch_size < 1:
-            raise ValueError(
-                f"{self.count} pictures need as many processes or fewer, and batches of at least one; got "
-                f"{world_size} processes and batches of {batch_size}."
-            )
-        start, stop = rank * self.count // world_size, (rank + 1) * self.count // world_size
-        for first in range(start, stop, batch_size):
-            indices = range(first, min(first + batch_size, stop))
-            if isinstance(self.pictures, np.ndarray):
-                yield np.asarray(self.pictures[indices.start : indices.stop])
-            else:
-                yield np.stack([self._read(index) for index in indices])
+        if batch_size < 1:
+            raise ValueError(f"Batches must hold at least one picture; got batch_size {batch_size}.")
+        starts = range(0, self.count, batch_size)
+        mine = starts[rank * len(starts) // world_size : (rank + 1) * len(starts) // world_size]
+        return [range(start, min(start + batch_size, self.count)) for start in mine]
+
+    def read(self, block: range) -> np.ndarray:
+        """The pictures of a block of consecutive indices, uint8 (B, H, W, 3)."""
+        if isinstance(self.pictures, np.ndarray):
+            return np.asarray(self.pictures[block.start : block.stop])
+        return np.stack([self._read(index) for index in block])
+
+    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
+        """`read` of each of `blocks`."""
+        return map(self.read, self.blocks(batch_size, rank=rank, world_size=world_size))
 
     def _read(self, index: int) -> np.ndarray:
         if isinstance(self.pictures, ImageSource):

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,34 @@ PROTOCOL = {
     "uint8_rule": "another rounding shifts all levels",
     "resize_rule": "resized and cropped pictures have other spectra",
 }
+# The same for figures of an autoencoder, which compare a reconstruction with its own picture.
+RECONSTRUCTION_PROTOCOL = {
+    "data_hash": "figures of other pictures are other figures",
+    "num_images": "figures of other pictures are other figures",
+    "resize_rule": "resized and cropped pictures have other spectra",
+    "posterior": "a sample of the posterior reconstructs worse than its mean",
+    "definitions": "another definition of a figure gives other numbers",
+    "intrinsic_dimension_points": "the intrinsic dimension grows with the number of points",
+    "lpips_net": "distances by different networks have different units",
+    "lpips_weights_hash": "distances by different weights have different units",
+    **{key: PROTOCOL[key] for key in ("evaluator", "evaluator_version", "weights_hash", "input_rule", "uint8_rule")},
+}
+PROTOCOLS = {"generation": PROTOCOL, "reconstruction": RECONSTRUCTION_PROTOCOL}
+# Facts that matter only where all cards have a number whose name begins like this.
+_RFID = ("rfid", "rfd_", "rsfid", "rsfd_")
+CONCERNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "generation": {},
+    "reconstruction": {
+        "intrinsic_dimension_points": ("intrinsic_dimension",),
+        "lpips_net": ("lpips",),
+        "lpips_weights_hash": ("lpips",),
+        **dict.fromkeys(("evaluator", "evaluator_version", "weights_hash", "input_rule", "uint8_rule"), _RFID),
+    },
+}
 # What an experiment varies; compared numbers may differ in these, and the table shows where.
 SETTINGS = (
     "model",
+    "model_class",
     "weights",
     "vae_revision",
     "transformer_revision",
@@ -52,9 +77,11 @@ class ResultCard:
     Attributes:
         metrics: number by name.
         marks: reason by name, for numbers not to be trusted.
-        protocol: the facts in `PROTOCOL`; what is not stated is unknown.
-        settings: the facts in `SETTINGS`, of the sampler.
+        protocol: the facts in `PROTOCOLS[task]`; what is not stated is unknown.
+        settings: the facts in `SETTINGS`, of the model and its sampler.
         provenance: name of the reference, hash of the samples, hardware, versions, date.
+        task: "generation" or "reconstruction".
+        details: what is measured beside numbers, such as spectra.
     """
 
     metrics: dict[str, float]
@@ -62,10 +89,14 @@ class ResultCard:
     settings: dict[str, Any] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    task: str = "generation"
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.task not in PROTOCOLS:
+            raise ValueError(f"A card's task is one of {', '.join(PROTOCOLS)}; got {self.task!r}.")
         for name, given, known in (
-            ("protocol", self.protocol, tuple(PROTOCOL)),
+            ("protocol", self.protocol, tuple(PROTOCOLS[self.task])),
             ("settings", self.settings, SETTINGS),
         ):
             unknown = sorted(set(given) - set(known))
@@ -91,6 +122,9 @@ class ResultCard:
             raise ValueError(f"{path} is no result card: it must hold metrics and protocol.")
         if content.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is a card of another format than {FORMAT}; read it with the version it names.")
+        unknown = sorted(set(content) - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise ValueError(f"{path} holds {', '.join(unknown)}, which no card of format {FORMAT} has.")
         return cls(**content)
 
 
@@ -105,20 +139,19 @@ def hardware(**versions: str) -> dict[str, Any]:
     }
 
 
-def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
-    """What the `sampling.json` beside an .npz (or in a folder) says: settings of a card, and the label policy.
+def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `pipelines/sample.py` wrote down beside its samples: settings of a card, and label policy and uint8 rule.
 
-    A folder png/ below the directory of a set has it one level up. Without the file nothing is known: ({}, None).
-    Whether the weights are an average is read from the run's `resolved_arguments.json`, where the model is a local
-    directory.
+    It is read for the set it describes, which is samples.npz in the folder of sampling.json, its folder png/ or that
+    folder itself. Of any other file nothing is known: {} and None for both rules. Whether the weights are an average
+    is read from the run's `resolved_arguments.json`, where the model is a local directory.
     """
     samples = Path(samples)
-    folders = [samples, samples.parent] if samples.is_dir() else [samples.parent]
-    record = next((folder / "sampling.json" for folder in folders if (folder / "sampling.json").is_file()), None)
-    if record is None:
-        return {}, None
-    content = json.loads(record.read_text())
-    known = content.get("settings", {}) | {key: content[key] for key in ("model", "nfe") if key in content}
+    folder = samples if samples.is_dir() and samples.name != "png" else samples.parent
+    record = folder / "sampling.json"
+    described = samples.is_dir() or samples.name == "samples.npz"
+    content = json.loads(record.read_text()) if described and record.is_file() else {}
+    known = content.get("settings", {}) | {key: value for key, value in content.items() if key != "settings"}
     facts = {key: known[key] for key in SETTINGS if key in known}
     if facts.get("scheduler") == "saved":
         # Which one that was; its own options are in the file of the set.
@@ -126,7 +159,7 @@ def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], str
     resolved = Path(str(facts.get("model"))) / "resolved_arguments.json"
     if resolved.is_file():
         facts["ema"] = json.loads(resolved.read_text()).get("use_ema")
-    return facts, known.get("label_policy")
+    return facts, {key: known.get(key) for key in ("label_policy", "uint8_rule")}
 
 
 @dataclass(frozen=True)
@@ -145,7 +178,8 @@ class Comparison:
 def compare_cards(names: Sequence[str], cards: Sequence[ResultCard]) -> Comparison:
     """Lines up two or more cards.
 
-    Differences in `PROTOCOL`, and facts of it that a card does not state, forbid to compare. A marked number has an
+    Cards of different tasks, differences in their `PROTOCOLS`, and facts of it that a card does not state forbid to
+    compare; of a network's facts that is said only where all cards have a number by it. A marked number has an
     asterisk. Differences in settings are what an experiment is about; they are listed and forbid nothing.
 
     Raises:
@@ -169,21 +203,29 @@ def compare_cards(names: Sequence[str], cards: Sequence[ResultCard]) -> Comparis
 
 
 def _differences(cards: Sequence[ResultCard]) -> list[tuple[str, list[Any]]]:
-    facts: list[Mapping[str, Any]] = [{**card.protocol, **card.settings} for card in cards]
-    columns = [(key, [each.get(key) for each in facts]) for key in (*PROTOCOL, *SETTINGS)]
+    facts: list[Mapping[str, Any]] = [{**card.protocol, **card.settings, "task": card.task} for card in cards]
+    keys = dict.fromkeys(["task", *(key for card in cards for key in PROTOCOLS[card.task]), *SETTINGS])
+    columns = [(key, [each.get(key) for each in facts]) for key in keys]
     return [(key, values) for key, values in columns if any(value != values[0] for value in values)]
 
 
 def _incomparable(names: Sequence[str], cards: Sequence[ResultCard]) -> list[str]:
+    tasks = [card.task for card in cards]
+    if len(set(tasks)) > 1:
+        reason = "a reconstruction is measured against its own picture, a sample against a distribution"
+        return [f"task differs ({', '.join(tasks)}): {reason}"]
     sentences = []
-    for key, reason in PROTOCOL.items():
+    shared = set.intersection(*(set(card.metrics) for card in cards))
+    for key, reason in PROTOCOLS[tasks[0]].items():
+        concerns = CONCERNS[tasks[0]].get(key)
+        if concerns is not None and not any(metric.startswith(concerns) for metric in shared):
+            continue
         values = [card.protocol.get(key) for card in cards]
         silent = [name for name, value in zip(names, values, strict=True) if value is None]
         if silent:
             sentences.append(f"{key} is not stated by {', '.join(silent)}: {reason}")
         elif any(value != values[0] for value in values):
             sentences.append(f"{key} differs ({', '.join(map(_shown, values))}): {reason}")
-    shared = set.intersection(*(set(card.metrics) for card in cards))
     if not shared:
         sentences.append("no number stands on all cards")
     return sentences

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from .sampling import plan_blocks, sample_generators, sample_labels, weights_digest
+from ..metrics.result_card import UINT8_RULE
+from .sampling import plan_blocks, revisions, sample_generators, sample_labels, weights_digest
 
 
 class GeneratedPictures:
@@ -22,10 +24,12 @@ class GeneratedPictures:
         options: passed to the pipeline (guidance_scale, guidance_interval, num_inference_steps ...).
 
     Raises:
-        ValueError: fewer batches than processes.
+        ValueError: fewer batches than processes; while they are read: latents that are not finite, which 8 bits
+            would turn into a picture like any other.
 
     Attributes:
         facts: settings of the sampler for a result card; `nfe` is there once a batch has been made.
+        rules: label policy and uint8 rule, for its protocol.
     """
 
     def __init__(
@@ -52,18 +56,28 @@ class GeneratedPictures:
                 "processes. Take smaller batches or fewer processes."
             )
         self.blocks = blocks[rank * len(blocks) // world_size : (rank + 1) * len(blocks) // world_size]
+        self.rules = {"label_policy": label_policy, "uint8_rule": UINT8_RULE}
         config = pipeline.scheduler.config
         self.facts: dict[str, Any] = {
             **options,
             "seed": seed,
             "scheduler": {key: value for key, value in config.items() if not key.startswith("_")},
             "weights": weights_digest(pipeline.transformer, pipeline.vae),
+            **revisions(pipeline),
             "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
         }
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for block in self.blocks:
             labels = sample_labels(self.class_ids, block, seed=self.seed, policy=self.label_policy)
-            output = self.pipeline(labels, generator=sample_generators(self.seed, block), **self.options)
+            generators = sample_generators(self.seed, block)
+            output = self.pipeline(labels, generator=generators, callback_on_step_end=_require_finite, **self.options)
             self.facts["nfe"] = output.nfe
             yield np.stack([np.asarray(image) for image in output.images])
+
+
+def _require_finite(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Looks at the latents of the last step only: looking makes the host wait for the device."""
+    if step == len(pipeline.scheduler.timesteps) - 1 and not tensors["latents"].isfinite().all():
+        raise ValueError("Sampling gave NaN or infinity. Check the transformer's weights and dtype.")
+    return tensors

@@ -25,6 +25,8 @@ from PIL import Image
 from torch import nn
 
 from ..data.npz import map_npz_array
+from ..metrics.result_card import UINT8_RULE
+from ..metrics.revisions import model_revision
 
 LABEL_POLICIES = ("random", "balanced")
 PARTS_DIR = "parts"
@@ -191,12 +193,12 @@ def write_pngs(samples: np.ndarray, directory: str | Path) -> None:
 def finish(
     output_dir: str | Path, blocks: Sequence[range], *, settings: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """Writes samples.npz, then sampling.json (settings, facts, nfe, seconds), then removes the parts.
+    """Writes samples.npz, then sampling.json (settings, facts, uint8_rule, nfe, seconds), then removes the parts.
 
     sampling.json marks the set as finished. Killed in between, the next call begins again with what is there.
     """
     measured = merge_parts(output_dir, blocks)
-    write_json(Path(output_dir) / SETTINGS_FILE, {"settings": settings, **measured, **facts})
+    write_json(Path(output_dir) / SETTINGS_FILE, {"settings": settings, "uint8_rule": UINT8_RULE, **measured, **facts})
     shutil.rmtree(Path(output_dir) / PARTS_DIR)
 
 
@@ -222,6 +224,12 @@ def weights_digest(*modules: nn.Module) -> str:
             head = tensor.detach().flatten()[:1024].float().cpu().numpy()
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + head.tobytes())
     return digest.hexdigest()[:16]
+
+
+def revisions(pipeline: Any) -> dict[str, str]:
+    """Commit or weights' hash of the two models of a pipeline, under the names of a result card."""
+    parts = ("vae", "transformer")
+    return {f"{part}_revision": model_revision(getattr(pipeline, part)) for part in parts}
 
 
 def _temporary(path: Path) -> Path:

@@ -1,0 +1,147 @@
+"""One pass of a feature network over uint8 pictures, by one or several processes: what every metric is computed from.
+
+Pictures are cut into blocks of one batch each, and a process takes a stretch of whole blocks: each forward is the same
+whoever runs it, so the number of processes changes no bit. Another batch size changes the order of sums inside the
+networks, and with it figures in their last digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.images import to_uint8
+from .features import FeatureExtractor
+from .inputs import PictureSet, check_array
+
+
+@dataclass
+class Collected:
+    """What one pass over pictures leaves, in the order of the pictures.
+
+    Attributes:
+        features: (N, D) float32.
+        logits: (N, K), or None where the network has none.
+        spatial: (N, S), or None.
+        digests: one hash per picture.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+    spatial: Tensor | None
+    digests: list[bytes]
+
+    @property
+    def hash(self) -> str:
+        """Of all pictures, pixel by pixel, in order; no batch size or process count enters."""
+        return hash_digests(self.digests)
+
+    @property
+    def unique(self) -> int:
+        """Pictures that differ from all others."""
+        return len(set(self.digests))
+
+    @staticmethod
+    def join(parts: Sequence[Collected]) -> Collected:
+        """The parts of several processes, in the order of their ranks."""
+        logits = [part.logits for part in parts if part.logits is not None]
+        spatial = [part.spatial for part in parts if part.spatial is not None]
+        return Collected(
+            torch.cat([part.features for part in parts]),
+            torch.cat(logits) if logits else None,
+            torch.cat(spatial) if spatial else None,
+            [digest for part in parts for digest in part.digests],
+        )
+
+
+class Collector:
+    """Runs pictures through a network batch by batch, one forward each, and keeps everything that the metrics need."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self.extractor = extractor
+        self._parts: list[Collected] = []
+
+    def add(self, levels: np.ndarray) -> None:
+        """Adds pictures uint8 (B, H, W, 3); raises ValueError for another shape or dtype."""
+        check_array(levels, "a batch")
+        pictures = torch.from_numpy(np.array(levels, order="C")).permute(0, 3, 1, 2)
+        outputs = {name: value.cpu() for name, value in self.extractor(pictures).items()}
+        self._parts.append(
+            Collected(outputs["features"], outputs.get("logits"), outputs.get("spatial"), picture_digests(levels))
+        )
+
+    def collected(self) -> Collected:
+        """Everything so far; raises ValueError where there was nothing."""
+        if not self._parts:
+            raise ValueError("At least one picture is needed; got none.")
+        self._parts = [Collected.join(self._parts)]
+        return self._parts[0]
+
+
+def collect(extractor: FeatureExtractor, batches: Iterable[np.ndarray]) -> Collected:
+    """`Collector` over all batches of uint8 pictures (B, H, W, 3).
+
+    Raises:
+        ValueError: no pictures, or batches of another shape or dtype.
+    """
+    collector = Collector(extractor)
+    for batch in batches:
+        collector.add(batch)
+    return collector.collected()
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who shares the work: this rank measures its stretch, `gather` joins everybody's lists in the order of ranks."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+
+    def measure(self, extractor: FeatureExtractor, pictures: PictureSet, *, batch_size: int) -> Collected:
+        """One pass over all pictures, by all processes; the same result on each of them."""
+        collector = Collector(extractor)
+        mine = pictures.blocks(batch_size, rank=self.rank, world_size=self.world_size)
+        for block in mine:
+            collector.add(pictures.read(block))
+        return Collected.join(self.gather([collector.collected()] if mine else []))
+
+
+ALONE = Processes()
+
+
+def to_levels(pixels: Tensor) -> np.ndarray:
+    """uint8 (B, H, W, 3) of pixels (B, 3, H, W), nominally in [-1, 1]: clamp(127.5 x + 128), truncated.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    require_finite(pixels)
+    return to_uint8(pixels.detach()).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def require_finite(pixels: Tensor) -> None:
+    """Raises ValueError for NaN and infinity, which 8 bits would turn into levels like any other."""
+    if not pixels.isfinite().all():
+        raise ValueError(
+            "Pictures must be finite; got NaN or infinity. Check the model and its dtype: float16 overflows in some "
+            "autoencoders, float32 and bfloat16 do not."
+        )
+
+
+def picture_digests(levels: np.ndarray) -> list[bytes]:
+    """A sha256 per picture of (B, H, W, 3), of its shape and pixels."""
+    return [
+        hashlib.sha256(f"{each.shape}".encode() + np.ascontiguousarray(each).tobytes()).digest() for each in levels
+    ]
+
+
+def hash_digests(digests: Sequence[bytes]) -> str:
+    """16 hex digits of a set of pictures in its order."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
