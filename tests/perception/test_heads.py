@@ -1,0 +1,191 @@
+"""DINOv2's linear heads: the published mathematics in float64 NumPy, the published keys, and the picture of it all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusers_eqvae import AlignmentNetwork, LatentNormalization
+from diffusers_eqvae.autoencoders import decode
+from diffusers_eqvae.perception import LinearDepthHead, LinearSegmentationHead, perception_picture, to_size
+
+SIZE, CLASSES, BINS = 6, 5, 256
+
+
+def segmentation_tensors() -> dict[str, torch.Tensor]:
+    """Keys and shapes of dinov2_vit*14_ade20k_linear_head.pth, small and random."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "decode_head.conv_seg.weight": torch.randn(CLASSES, SIZE, 1, 1, generator=generator),
+        "decode_head.conv_seg.bias": torch.randn(CLASSES, generator=generator),
+        "decode_head.bn.weight": torch.randn(SIZE, generator=generator),
+        "decode_head.bn.bias": torch.randn(SIZE, generator=generator),
+        "decode_head.bn.running_mean": torch.randn(SIZE, generator=generator),
+        "decode_head.bn.running_var": torch.rand(SIZE, generator=generator) + 0.5,
+        "decode_head.bn.num_batches_tracked": torch.tensor(7),
+    }
+
+
+def depth_tensors() -> dict[str, torch.Tensor]:
+    """Keys and shapes of dinov2_vit*14_nyu_linear_head.pth, small and random."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "decode_head.conv_depth.weight": torch.randn(BINS, 2 * SIZE, 1, 1, generator=generator),
+        "decode_head.conv_depth.bias": torch.randn(BINS, generator=generator),
+    }
+
+
+@pytest.fixture
+def features() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(2, SIZE, 3, 4, generator=generator), torch.randn(2, SIZE, generator=generator)
+
+
+def saved(tmp_path, tensors, *, wrapped: bool = True):
+    path = tmp_path / "head.pth"
+    torch.save({"meta": {"epoch": 1}, "state_dict": tensors} if wrapped else tensors, path)
+    return path
+
+
+def test_segmentation_is_batch_norm_and_a_matrix(tmp_path, features):
+    tensors = segmentation_tensors()
+    head = LinearSegmentationHead.from_file(saved(tmp_path, tensors)).train()
+    w, b, gamma, beta, mean, var = (t.double().numpy() for t in list(tensors.values())[:6])
+    f = features[0].double().numpy()
+    shape = (1, SIZE, 1, 1)
+    normed = (f - mean.reshape(shape)) / np.sqrt(var.reshape(shape) + 1e-5) * gamma.reshape(shape)
+    expected = np.einsum("kd,bdhw->bkhw", w[:, :, 0, 0], normed + beta.reshape(shape)) + b.reshape(1, -1, 1, 1)
+    assert np.allclose(head(features[0]), expected, atol=1e-5)
+    assert torch.equal(head.bn.running_mean, tensors["decode_head.bn.running_mean"])  # train() moved no statistics
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def upsampled(maps: np.ndarray) -> np.ndarray:
+    """Bilinear x 4 without aligned corners, as a matrix per axis, in float64."""
+
+    def matrix(n: int) -> np.ndarray:
+        places = np.clip((np.arange(4 * n) + 0.5) / 4 - 0.5, 0, n - 1)
+        low = np.minimum(places.astype(int), n - 1)
+        rows = np.zeros((4 * n, n))
+        rows[np.arange(4 * n), low] += 1 - (places - low)
+        rows[np.arange(4 * n), np.minimum(low + 1, n - 1)] += places - low
+        return rows
+
+    return np.einsum("yh,bdhw,xw->bdyx", matrix(maps.shape[2]), maps, matrix(maps.shape[3]))
+
+
+def test_depth_is_the_mean_of_bins_over_cell_and_cls(tmp_path, features):
+    tensors = depth_tensors()
+    head = LinearDepthHead.from_file(saved(tmp_path, tensors))
+    weight, bias = (tensor.double().numpy() for tensor in tensors.values())
+    patch, cls = (tensor.double().numpy() for tensor in features)
+    joined = np.concatenate([patch, np.broadcast_to(cls[:, :, None, None], patch.shape)], 1)
+    # The published order: features are enlarged first, then classified.
+    logits = np.einsum("kd,bdhw->bkhw", weight[:, :, 0, 0], upsampled(joined)) + bias.reshape(1, -1, 1, 1)
+    share = np.maximum(logits, 0) + 0.1
+    expected = (share / share.sum(1, keepdims=True) * np.linspace(0.001, 10, BINS).reshape(1, -1, 1, 1)).sum(1)
+    depth = head(*features)
+    assert depth.shape == (2, 1, 12, 16)
+    assert np.allclose(depth[:, 0], expected, atol=1e-5)
+
+
+def test_equal_logits_give_the_middle_of_the_bins():
+    head = LinearDepthHead(SIZE, max_depth=80.0)
+    torch.nn.init.zeros_(head.conv_depth.weight)
+    for level in (-3.0, 0.0, 5.0):
+        torch.nn.init.constant_(head.conv_depth.bias, level)
+        depth = head(torch.randn(1, SIZE, 2, 2), torch.randn(1, SIZE))
+        assert torch.allclose(depth, torch.tensor(80.001 / 2), atol=1e-4)
+
+
+def test_a_higher_bin_is_farther_and_the_cls_counts(features):
+    head = LinearDepthHead(SIZE)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    depths = []
+    for chosen in (0, 100, 255):
+        head.conv_depth.bias.zero_()[chosen] = 1e5
+        depths.append(head(*features).mean().item())
+    assert depths == pytest.approx([0.001, 0.001 + 100 / 255 * 9.999, 10.0], abs=5e-3)
+    head.conv_depth.bias.zero_()
+    head.conv_depth.weight[255, SIZE] = 1e6  # reads the CLS' first channel
+    far = head(features[0], torch.ones_like(features[1]))
+    assert far.min() > 9.9 and head(features[0], -torch.ones_like(features[1])).max() < 5.1
+
+
+def test_heads_turn_with_the_features(tmp_path, features):
+    patch, cls = features
+    turned = torch.rot90(patch, 1, (2, 3))
+    segmentation = LinearSegmentationHead.from_file(saved(tmp_path, segmentation_tensors()))
+    depth = LinearDepthHead.from_file(saved(tmp_path, depth_tensors()))
+    size = (12, 16)
+    classes = to_size(segmentation(patch), size).argmax(1)
+    assert torch.equal(to_size(segmentation(turned), size[::-1]).argmax(1), torch.rot90(classes, 1, (1, 2)))
+    assert torch.allclose(depth(turned, cls), torch.rot90(depth(patch, cls), 1, (2, 3)), atol=1e-5)
+
+
+def test_keys_are_read_with_and_without_prefix_from_both_formats(tmp_path, features):
+    tensors = segmentation_tensors()
+    bare = {name.removeprefix("decode_head."): value for name, value in tensors.items()}
+    save_file(bare, tmp_path / "head.safetensors")
+    expected = LinearSegmentationHead.from_file(saved(tmp_path, tensors))(features[0])
+    for path in (saved(tmp_path, bare, wrapped=False), tmp_path / "head.safetensors"):
+        assert torch.equal(LinearSegmentationHead.from_file(path)(features[0]), expected)
+
+
+class Surprise:
+    """What weights_only refuses to build."""
+
+
+def test_files_that_are_no_linear_head_are_refused(tmp_path):
+    segmentation, depth = segmentation_tensors(), depth_tensors()
+    without_bias = {name: value for name, value in segmentation.items() if not name.endswith("conv_seg.bias")}
+    odd = {"conv_depth.weight": torch.ones(8, 5, 1, 1), "conv_depth.bias": torch.ones(8)}
+    for load, tensors, message in (
+        (LinearSegmentationHead.from_file, depth, "must hold decode_head.conv_seg.weight"),
+        (LinearDepthHead.from_file, segmentation, "must hold decode_head.conv_depth.weight"),
+        (LinearSegmentationHead.from_file, without_bias, "conv_seg.bias"),
+        (LinearSegmentationHead.from_file, segmentation | {"backbone.x": torch.ones(1)}, "backbone.x"),
+        (LinearDepthHead.from_file, odd, "even number of channels"),
+        (LinearDepthHead.from_file, {"x": Surprise()}, "more than tensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(saved(tmp_path, tensors))
+    with pytest.raises(FileNotFoundError, match="no head"):
+        LinearDepthHead.from_file(tmp_path / "absent.pth")
+    cut = saved(tmp_path, depth)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut short"):
+        LinearDepthHead.from_file(cut)
+
+
+def test_features_of_another_teacher_are_refused(features):
+    with pytest.raises(ValueError, match="one teacher"):
+        LinearSegmentationHead(SIZE + 1, CLASSES)(features[0])
+    with pytest.raises(ValueError, match="global_feature=True"):
+        LinearDepthHead(SIZE)(features[0], None)
+    with pytest.raises(ValueError, match="min_depth < max_depth"):
+        LinearDepthHead(SIZE, max_depth=0.0)
+
+
+def test_the_picture_shows_samples_and_what_their_latents_say(tmp_path, tiny_autoencoder_kl):
+    torch.manual_seed(0)
+    network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=SIZE)
+    heads = {
+        "segmentation_head": LinearSegmentationHead.from_file(saved(tmp_path, segmentation_tensors())),
+        "depth_head": LinearDepthHead.from_file(saved(tmp_path, depth_tensors())),
+    }
+    latents = torch.randn(2, 4, 4, 4)
+    drawn = perception_picture(tiny_autoencoder_kl, latents, alignment_network=network, num_clusters=3, **heads)
+    assert drawn.size == (5 * 20 - 4, 16 + 2 * 20 - 4)
+    plain = perception_picture(tiny_autoencoder_kl, latents, num_clusters=3)
+    assert plain.size == (3 * 20 - 4, 16 + 2 * 20 - 4)
+    raw = LatentNormalization.from_vae(tiny_autoencoder_kl).denormalize(latents)
+    given = perception_picture(
+        tiny_autoencoder_kl, latents, num_clusters=3, pixels=decode(tiny_autoencoder_kl, raw).detach()
+    )
+    assert np.array_equal(np.asarray(given), np.asarray(plain))
+    with pytest.raises(ValueError, match="give the alignment_network"):
+        perception_picture(tiny_autoencoder_kl, latents, **heads)

@@ -1,0 +1,175 @@
+"""Annotations carried over by nearest cells: exact where the answer is known, and equivariant."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_eqvae.data.images import adm_center_crop
+from diffusers_eqvae.perception import CellTransfer, cell_labels, cell_values, label_targets, to_size
+from diffusers_eqvae.perception.show import draw_depth, draw_labels, label_colours
+from diffusers_eqvae.perception.tasks import (
+    DepthTask,
+    SegmentationTask,
+    nearest_center_crop,
+    paired_files,
+    read_annotations,
+)
+from diffusers_eqvae.perception.transfer import target_means
+
+VOID = 255
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.randint(0, 5, (2, 4, 4), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_cell_takes_its_most_frequent_label():
+    mask = torch.tensor([[[1, 1, 3, VOID], [1, 0, 3, VOID], [VOID, VOID, 4, 4], [VOID, 2, 2, 2]]])
+    assert cell_labels(mask, (2, 2)).tolist() == [[[1, 3], [VOID, 2]]]  # ties: 3 before void, 2 before 4
+    assert cell_labels(mask, (4, 4)).tolist() == mask.tolist()
+    assert cell_labels(mask.to(torch.uint8), (2, 2)).tolist() == [[[1, 3], [VOID, 2]]]
+
+
+def test_majority_turns_with_the_mask():
+    mask = torch.randint(0, 3, (1, 12, 8), generator=torch.Generator().manual_seed(0))
+    turned = cell_labels(torch.rot90(mask, 1, (1, 2)), (2, 3))
+    assert torch.equal(turned, torch.rot90(cell_labels(mask, (3, 2)), 1, (1, 2)))
+
+
+def test_values_of_a_cell_are_the_mean_of_the_valid_ones():
+    values = torch.tensor([[[1.0, 3.0, 9.0, 9.0], [5.0, torch.nan, 9.0, 9.0]]])
+    targets = cell_values(values, torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0]]]).bool(), (1, 2))
+    assert targets[0, 0, 0, 0] == 3.0 and targets[0, 0, 0, 1].isnan()
+
+
+def test_transfer_from_a_picture_onto_itself_is_perfect(features, labels):
+    targets = label_targets(labels, 5)
+    transferred = CellTransfer(features, targets, neighbours=1)(features)
+    assert torch.equal(transferred, targets)
+    depth = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(CellTransfer(features, depth, neighbours=1)(features), depth)
+
+
+def test_transfer_turns_with_the_features(features, labels):
+    transfer = CellTransfer(features, label_targets(labels, 5), neighbours=3)
+    new = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(transfer(torch.rot90(new, 1, (2, 3))), torch.rot90(transfer(new), 1, (2, 3)), atol=1e-6)
+
+
+def test_transfer_is_the_softmax_of_cosines(features, labels):
+    new = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(3))
+    bank = features.double().movedim(1, -1).reshape(-1, 8).numpy()
+    query = (new.double().movedim(1, -1).reshape(-1, 8).numpy() - bank.mean(0)) / bank.std(0)
+    bank = (bank - bank.mean(0)) / bank.std(0)
+    cosine = query @ bank.T / np.linalg.norm(query, axis=1)[:, None] / np.linalg.norm(bank, axis=1)
+    expected = []
+    for row in cosine:
+        nearest = np.argsort(-row)[:4]
+        weight = np.exp(row[nearest] / 0.07)
+        expected.append(weight @ np.eye(5)[labels.flatten()[nearest]] / weight.sum())
+    transferred = CellTransfer(features, label_targets(labels, 5), neighbours=4)(new)
+    assert np.allclose(transferred[0].reshape(5, -1).T, expected, atol=1e-5)
+
+
+def test_shares_sum_to_one_and_void_cells_teach_nothing(features, labels):
+    labels[0, :2] = VOID
+    targets = label_targets(labels, 5)
+    shares = CellTransfer(features, targets)(features)
+    assert torch.allclose(shares.sum(1), torch.ones(2, 4, 4)) and shares.isfinite().all()
+    kept = CellTransfer(features[1:], targets[1:])
+    moved = features.clone()
+    moved[0] = torch.nan
+    targets[0] = torch.nan
+    assert torch.equal(CellTransfer(moved, targets)(features), kept(features))
+
+
+def test_transfer_in_chunks_is_transfer(features, labels, monkeypatch):
+    transfer = CellTransfer(features, label_targets(labels, 5))
+    whole = transfer(features)
+    monkeypatch.setattr("diffusers_eqvae.perception.transfer._CHUNK", 100)
+    assert torch.allclose(transfer(features), whole, atol=1e-6)
+
+
+def test_means_look_at_no_picture():
+    labels = torch.tensor([[[0, 1], [VOID, 2]], [[0, 1], [VOID, 1]], [[0, 2], [VOID, 1]]])
+    targets = label_targets(labels, 3)
+    assert target_means(targets, per_position=True).argmax(0).tolist() == [[0, 1], [1, 1]]  # void: the mode
+    assert target_means(targets)[:, 0, 0].tolist() == pytest.approx([3 / 9, 4 / 9, 2 / 9])
+
+
+def test_what_does_not_belong_together_is_refused(features, labels):
+    targets = label_targets(labels, 5)
+    for call, message in (
+        (lambda: CellTransfer(features, targets[:1]), "same pictures and cells"),
+        (lambda: CellTransfer(features, targets, neighbours=0), "At least one neighbour"),
+        (lambda: CellTransfer(features, targets * torch.nan), "No cell is annotated"),
+        (lambda: CellTransfer(features, targets)(features[:, :3]), "features of size 8"),
+        (lambda: label_targets(labels, 4), "Labels must be 0..3"),
+        (lambda: cell_labels(labels, (3, 3)), "do not tile"),
+        (lambda: cell_labels(labels.float(), (2, 2)), "integers"),
+        (lambda: cell_labels(labels - 1, (2, 2)), "negative"),
+        (lambda: cell_values(torch.ones(1, 2, 2), torch.ones(1, 2, 3).bool(), (1, 1)), "mask must both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("size", [(64, 48), (37, 90), (20, 33)])
+def test_annotations_are_cropped_as_pictures_are(size):
+    """A disc drawn as a picture and as a mask covers the same pixels after both crops."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    mask = (np.hypot(y - size[1] / 2, x - size[0] / 2 - 3) < min(size) / 3).astype(np.uint8)
+    picture = np.asarray(adm_center_crop(Image.fromarray(mask * 255).convert("RGB"), 20))[..., 0]
+    cropped = nearest_center_crop(mask, 20)
+    assert cropped.shape == (20, 20) and set(np.unique(cropped)) == {0, 1}
+    assert ((picture > 127) == (cropped == 1)).mean() > 0.97
+
+
+def test_annotations_are_integers_of_one_channel_with_a_picture_each(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match="0 pictures"):
+        paired_files(tmp_path / "images", tmp_path / "masks")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.jpg")
+    with pytest.raises(ValueError, match="1 of them without: a"):
+        paired_files(tmp_path / "images", tmp_path / "masks")
+    path = tmp_path / "masks" / "a.png"
+    Image.fromarray(np.full((8, 8), 1500, np.uint16)).save(path)
+    assert paired_files(tmp_path / "images", tmp_path / "masks") == [(tmp_path / "images" / "a.jpg", path)]
+    assert torch.equal(read_annotations([path], 8), torch.full((1, 8, 8), 1500))
+    assert torch.equal(DepthTask().read([path], 8), torch.full((1, 8, 8), 1.5))
+    Image.new("L", (8, 8), VOID).save(path)
+    with pytest.raises(ValueError, match="16 bits"):
+        DepthTask().read([path], 8)
+    with pytest.raises(ValueError, match="ignored label"):
+        SegmentationTask.of_files([path])
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(ValueError, match="one channel"):
+        read_annotations([path], 8)
+
+
+def test_labels_are_enlarged_along_straight_edges():
+    labels = torch.tensor([[[0, 1], [0, 1]]])
+    enlarged = to_size(label_targets(labels, 2), (8, 8)).argmax(1)
+    assert torch.equal(enlarged, labels.repeat_interleave(4, 1).repeat_interleave(4, 2))
+
+
+def test_colours_belong_to_labels_and_near_is_white():
+    assert len({tuple(colour) for colour in label_colours(150).tolist()}) == 150
+    assert torch.equal(label_colours(150)[:4], label_colours(4))
+    drawn = draw_labels(torch.tensor([[0, 2, VOID]]), ignore_index=VOID)
+    assert drawn.shape == (3, 1, 3) and torch.equal(drawn[:, 0, 1], label_colours(3)[2])
+    assert drawn[:, 0, 2].unique().numel() == 1
+    depth = draw_depth(torch.tensor([[1.0, 3.0, 9.0, torch.nan]]), (1.0, 3.0))
+    assert depth[:, 0, :3].tolist() == [[1.0, -1.0, -1.0]] * 3 and depth[2, 0, 3] > depth[0, 0, 3]
+    with pytest.raises(ValueError, match="increasing"):
+        draw_depth(torch.ones(1, 1), (1.0, 1.0))

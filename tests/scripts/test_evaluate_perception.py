@@ -1,0 +1,141 @@
+"""training/evaluate_perception.py: the same figures as the library, for classes, depths, networks and heads."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_eqvae import AlignmentNetwork
+from diffusers_eqvae.autoencoders import encode
+from diffusers_eqvae.metrics.perception import SegmentationConfusion
+from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
+from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
+
+COUNT, SIDE, VOID = 7, 32, 9
+METHODS = {"nearest_cells", "mean_at_each_place", "mean_of_all_cells"}
+
+
+@pytest.fixture
+def folders(tmp_path, tiny_autoencoder_kl) -> Path:
+    """Pictures of two flat halves, which are the classes 0 and 1 at 1.5 m and 3 m, with a void corner."""
+    for name in ("images", "masks", "depths"):
+        (tmp_path / name).mkdir()
+    for index in range(COUNT):
+        generator = np.random.default_rng(index)
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        mask[:, 4 * generator.integers(1, 7) :] = 1
+        levels = np.where(mask[..., None] == 1, [220, 30, 30], [20, 60, 230]) + generator.integers(
+            0, 20, (SIDE, SIDE, 3)
+        )
+        depth = np.where(mask == 1, 3000, 1500).astype(np.uint16)
+        mask[:4, :4], depth[:4, :4] = VOID, 0
+        Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "images" / f"{index}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{index}.png")
+        Image.fromarray(depth).save(tmp_path / "depths" / f"{index}.png")
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
+    return tmp_path
+
+
+@pytest.fixture
+def network(folders) -> Path:
+    torch.manual_seed(0)
+    AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6).save_pretrained(folders / "network")
+    return folders / "network"
+
+
+def flags(folders: Path, targets: str, *more: str) -> list[str]:
+    words = ["--vae", folders / "vae", "--images", folders / "images", "--targets", folders / targets]
+    words += ["--output", folders / "out" / "figures.json", "--resolution", SIDE, "--num_annotated", 3, *more]
+    return [str(word) for word in words]
+
+
+def run(repository: Path, folders: Path, targets: str, *more: str) -> dict:
+    runpy.run_path(str(repository / "training" / "evaluate_perception.py"))["main"](flags(folders, targets, *more))
+    return json.loads((folders / "out" / "figures.json").read_text())
+
+
+def test_classes_are_carried_over_as_the_library_does(repository, folders, tiny_autoencoder_kl):
+    more = ("--ignore_index", str(VOID), "--order", "name", "--window", "1")
+    content = run(repository, folders, "masks", *more, "--batch_size", "2")
+    assert content["annotated"] == ["0.png", "1.png", "2.png"] and len(content["tested"]) == 4
+    assert set(content["figures"]) == METHODS
+
+    paths = [[folders / name / f"{index}.png" for index in range(COUNT)] for name in ("images", "masks")]
+    with torch.no_grad():
+        features = latent_features(encode(tiny_autoencoder_kl, read_pixels(paths[0], SIDE)).mode()).patch
+    truth = read_annotations(paths[1], SIDE)
+    targets = label_targets(cell_labels(truth[:3], (8, 8), ignore_index=VOID), 2, ignore_index=VOID)
+    confusion = SegmentationConfusion(2, ignore_index=VOID)
+    answer = CellTransfer(features[:3], targets)(features[3:])
+    confusion.update(to_size(answer, (SIDE, SIDE)).argmax(1), truth[3:])
+    measured = content["figures"]["nearest_cells"]
+    assert measured["mean_iou"] == pytest.approx(confusion.mean_iou(), abs=1e-3)
+    assert measured["accuracy"] > content["figures"]["mean_of_all_cells"]["accuracy"]
+    overview = Image.open(folders / "out" / "figures.png")
+    assert overview.size == (5 * (SIDE + 4) - 4, 16 + 4 * (SIDE + 4) - 4)
+
+
+def test_depths_are_carried_over(repository, folders):
+    content = run(repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "1")
+    figures = content["figures"]
+    assert set(figures) == METHODS and len(content["tested"]) == 2
+    assert set(content["tested"]).isdisjoint(content["annotated"])
+    assert figures["nearest_cells"]["rmse"] < figures["mean_of_all_cells"]["rmse"]
+    other = run(repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "2")
+    assert other["annotated"] != content["annotated"]
+
+
+def test_heads_read_the_features_of_a_network(repository, folders, network):
+    generator = torch.Generator().manual_seed(0)
+    head = {
+        "decode_head.conv_depth.weight": torch.randn(256, 12, 1, 1, generator=generator),
+        "decode_head.conv_depth.bias": torch.zeros(256),
+    }
+    torch.save({"state_dict": head}, folders / "depth.pth")
+    with_network = ("--alignment_network", str(network), "--num_annotated", "0")
+    content = run(
+        repository, folders, "depths", "--task", "depth", *with_network, "--head", str(folders / "depth.pth")
+    )
+    assert set(content["figures"]) == {"head"} and len(content["tested"]) == COUNT
+    assert content["window"] == 1
+
+    classes = {
+        "conv_seg.weight": torch.randn(3, 6, 1, 1, generator=generator),
+        "conv_seg.bias": torch.zeros(3),
+        **{f"bn.{name}": torch.ones(6) for name in ("weight", "bias", "running_mean", "running_var")},
+    }
+    torch.save(classes, folders / "classes.pth")
+    more = ("--ignore_index", str(VOID), "--alignment_network", str(network), "--head", str(folders / "classes.pth"))
+    with pytest.raises(ValueError, match="knows 3 classes, the masks hold 2"):
+        run(repository, folders, "masks", *more)
+    content = run(repository, folders, "masks", *more, "--num_classes", "3")
+    assert set(content["figures"]) == {"head", *METHODS}
+
+
+def test_what_cannot_be_measured_is_refused(repository, folders):
+    for more, message in (
+        (["--head", "x.pth"], "give --alignment_network"),
+        (["--num_annotated", "0"], "must be positive without --head"),
+        (["--num_annotated", "7"], r"--num_tested must be 1\.\.0"),
+        (["--num_tested", "5"], r"--num_tested must be 1\.\.4"),
+        (["--num_classes", "2"], "Labels must be 0..1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(repository, folders, "masks", *more)
+
+
+def test_the_real_command_line(repository, folders):
+    command = [sys.executable, str(repository / "training" / "evaluate_perception.py")]
+    words = flags(folders, "masks", "--ignore_index", str(VOID))
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, env=os.environ.copy())
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folders / "out" / "figures.json").read_text())["arguments"]["ignore_index"] == VOID
