@@ -111,13 +111,28 @@ def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoen
     pipeline = ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler(), id2label=id2label)
     pipeline.save_pretrained(tmp_path / "model")
     options = {"samples": tmp_path / "model", "num_samples": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
-    card = script.main(words(material, batch_size=2, label_policy="balanced", **options))
+    card = script.main(words(material, batch_size=2, label_policy="balanced", guided_channels=3, **options))
     assert (tmp_path / "model.squeezenet.json").is_file() and set(card.metrics) == NUMBERS
     assert card.protocol["label_policy"] == "balanced" and card.protocol["num_samples"] == 5
     assert card.settings["nfe"] == 4 and card.settings["weights"] and card.settings["dtype"] == "float32"
+    assert card.settings["guided_channels"] == 3 and card.protocol["uint8_rule"] == UINT8_RULE
+    for part in ("vae", "transformer"):
+        assert card.settings[f"{part}_revision"].startswith("weights ")
     assert not any("unique" in mark for mark in card.marks.values())
+    everywhere = script.main(words(material, batch_size=2, label_policy="balanced", **options))
+    assert everywhere.provenance["samples_hash"] != card.provenance["samples_hash"]
+    next(pipeline.transformer.parameters()).data.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        script.main(words(material, **{**options, "samples": tmp_path / "broken"}))
     with pytest.raises(ValueError, match="needs --num_samples"):
         script.main(words(material, samples=tmp_path / "model"))
+
+
+def test_of_a_foreign_npz_no_rule_is_claimed(script, material, tmp_path):
+    np.savez(tmp_path / "theirs.npz", levels(9, 0))
+    card = script.main(words(material, samples=tmp_path / "theirs.npz"))
+    assert card.protocol["uint8_rule"] is None and card.protocol["label_policy"] is None and not card.settings
 
 
 def test_a_dataset_as_reference_needs_a_size(script, material, tmp_path):
