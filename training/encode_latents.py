@@ -19,12 +19,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
+from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_picture
-from diffusers_eqvae.data.images import load_image_dataset
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
 from diffusers_eqvae.latents import LatentNormalization, vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse
-from diffusers_eqvae.training_utils.transformer_parts import load_autoencoder
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -76,15 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     with state.main_process_first():
-        source = load_image_dataset(
-            data.dataset_name,
-            data.dataset_config_name,
-            data.train_data_dir,
-            split=data.split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            cache_dir=data.cache_dir,
-        )
+        source = data.load()
     settings = store_settings(
         vae,
         source,
@@ -95,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=arguments.batch_size,
         mixed_precision=arguments.mixed_precision,
         description={
-            "dataset": Path(data.train_data_dir or data.dataset_name).name,
+            "dataset": data.name,
             "config": data.dataset_config_name,
             "split": data.split,
             "image_column": data.image_column,

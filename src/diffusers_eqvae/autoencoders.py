@@ -7,9 +7,13 @@ both through the functions here and never asks which it holds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from diffusers import AutoModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 # AutoencoderKL, AutoencoderTiny or whatever else has encode, decode, encoder, decoder and config: diffusers has no
@@ -68,6 +72,43 @@ class Posterior:
             return self.mean.new_zeros(self.mean.shape[0])
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+
+
+def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Autoencoder:
+    """Any diffusers autoencoder in float32 and eval mode.
+
+    Args:
+        name: a directory or Hub name of an autoencoder, or of a pipeline with one in vae/.
+        subfolder: where it lies inside `name`; see `autoencoder_location` for the default.
+        revision: of the Hub repository.
+
+    Raises:
+        ValueError: `name` is a model of another kind.
+        OSError: nothing is found there (diffusers says what it looked for).
+    """
+    location = autoencoder_location(name, subfolder=subfolder, revision=revision)
+    model = AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location)
+    if not (hasattr(model, "encode") and hasattr(model, "decode")):
+        raise ValueError(f"{name} is a {type(model).__name__}, not an autoencoder; name one, or its pipeline.")
+    return model.eval()
+
+
+def autoencoder_location(name: str, *, subfolder: str | None = None, revision: str | None = None) -> dict[str, str]:
+    """The `subfolder` and `revision` that `from_pretrained(name)` needs: vae/ where `name` is a pipeline."""
+    if subfolder is None and _is_pipeline(name, revision):
+        subfolder = "vae"
+    location = {"subfolder": subfolder, "revision": revision}
+    return {key: value for key, value in location.items() if value is not None}
+
+
+def _is_pipeline(name: str, revision: str | None) -> bool:
+    if Path(name).is_dir():
+        return (Path(name) / "model_index.json").is_file()
+    try:
+        hf_hub_download(name, "model_index.json", revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return False  # whatever is wrong with the name, loading the model says it better
+    return True
 
 
 def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:

@@ -57,6 +57,13 @@ def load_autoencoder(source, revision=None):
     return {"weights": digest(vae), "latents_mean": vae.config.latents_mean, "without_package": without_package}
 
 
+def load_autoencoder_of_pipeline(source):
+    """This package's own loading, which finds a pipeline's autoencoder by itself."""
+    from diffusers_eqvae.autoencoders import load_autoencoder
+
+    return digest(load_autoencoder(source))
+
+
 def load_pipeline(source):
     import torch
     from diffusers import DiffusionPipeline

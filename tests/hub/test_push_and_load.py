@@ -92,6 +92,9 @@ def test_a_pipeline_loads_from_the_hub_and_offline(hub, owner, stranger, offline
     assert stranger.call("load_pipeline", source=f"{OWNER}/sit") == expected
     assert stranger.call("load_pipeline", source=f"{OWNER}/sit-mixin") == expected
     assert offline.call("load_pipeline", source=f"{OWNER}/sit") == expected
+    own = owner.call("load_autoencoder_of_pipeline", source=str(pipeline_run))
+    assert stranger.call("load_autoencoder_of_pipeline", source=f"{OWNER}/sit") == own
+    assert offline.call("load_autoencoder_of_pipeline", source=f"{OWNER}/sit") == own
 
 
 def test_push_to_hub_of_a_model_is_diffusers_own(hub, owner, stranger, autoencoder_run):

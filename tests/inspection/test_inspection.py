@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusers_eqvae import cli
 from diffusers_eqvae.inspection.card import COLUMNS, strips, table_rows
-from diffusers_eqvae.inspection.command import load_autoencoder, load_pictures
+from diffusers_eqvae.inspection.command import load_pictures
 from diffusers_eqvae.inspection.measuring import inspect_autoencoder, judge
 
 pytest.importorskip("matplotlib")
@@ -126,7 +126,7 @@ def test_wrong_arguments_end_with_a_sentence(more, message, tmp_path, pictures, 
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_are_evenly_spaced_and_none_is_replaced(pictures, tmp_path, tiny_autoencoder_kl, caplog):
+def test_pictures_are_evenly_spaced_and_none_is_replaced(pictures, caplog):
     assert torch.equal(
         load_pictures(pictures, resolution=16, num_images=2),
         load_pictures(pictures, resolution=16, num_images=12)[[0, 11]],
@@ -137,7 +137,3 @@ def test_pictures_are_evenly_spaced_and_none_is_replaced(pictures, tmp_path, tin
     broken.write_bytes(broken.read_bytes()[:900])
     with pytest.raises(ValueError, match=f"{broken.name} cannot be read"):
         load_pictures(pictures, resolution=16, num_images=12)
-    # A pipeline's folder is recognised by its index.
-    tiny_autoencoder_kl.save_pretrained(tmp_path / "pipeline" / "vae")
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    assert type(load_autoencoder(str(tmp_path / "pipeline"))).__name__ == "AutoencoderKL"

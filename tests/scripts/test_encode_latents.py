@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,17 @@ def test_bad_input_ends_before_anything_is_written(repository, vae, pictures, tm
     printed = capsys.readouterr().out
     assert "14 pictures, 3 shard(s)" in printed and "free at" in printed
     assert not (tmp_path / "store").exists()
+
+
+def test_pictures_that_changed_since_a_shard_was_written_are_noticed(repository, vae, pictures, tmp_path) -> None:
+    changed = tmp_path / "elsewhere" / pictures.name
+    shutil.copytree(pictures, changed)
+    run(repository, vae, pictures, tmp_path / "store")
+    run(repository, vae, changed, tmp_path / "store")  # the same pictures in another place
+    first = changed / "cat" / "0.png"
+    first.rename(first.with_stem("00"))
+    with pytest.raises(ValueError, match=r"other settings: source .*files_sha256"):
+        run(repository, vae, changed, tmp_path / "store")
 
 
 def test_disk_without_room_is_refused(repository, vae, pictures, tmp_path, monkeypatch) -> None:

@@ -50,6 +50,8 @@ def store_settings(
     described = dict(description or {})
     if source.labels is not None:
         described["labels_sha256"] = hashlib.sha256(source.labels.astype("<i8").tobytes()).hexdigest()
+    if (digest := source.files_digest()) is not None:
+        described["files_sha256"] = digest
     return StoreSettings(
         num_examples=len(source),
         shape=(latent_channels(vae) * (1 if deterministic else 2), side, side),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import struct
@@ -140,6 +141,16 @@ class ImageSource:
     def name(self, index: int) -> str:
         """The picture's file, or its row where the dataset keeps no file names."""
         return self._name(index, self.dataset[index][self.image_column])
+
+    def files_digest(self) -> str | None:
+        """sha256 of the names and sizes of the pictures' files, in order; None where the rows hold the pictures."""
+        if self.root is None or self.dataset[0][self.image_column].get("bytes") is not None:
+            return None
+        digest = hashlib.sha256()
+        for record in self.dataset[self.image_column]:
+            path = Path(record["path"])
+            digest.update(f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def get(self, index: int) -> tuple[Image.Image, int | None]:
         """The RGB picture and class id at `index`, or those of the next readable picture."""

@@ -40,7 +40,8 @@ class StoreSettings:
         labelled: whether shards hold labels.
         encoder: first half of `vae_fingerprint`.
         mixed_precision: "no" or "bf16", how the encoder computed.
-        source: which data (name, split, columns, a hash of the labels); free, compared for equality.
+        source: which data (name, split, columns, hashes of the labels and of the files' names and sizes); free,
+            compared for equality.
 
     Raises:
         ValueError: an argument outside its range.

@@ -7,27 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..autoencoders import load_autoencoder
 from ..data.images import adm_center_crop, load_image_dataset, to_pixels
 from ..losses.perceptual import LPIPS
 from .card import SHOWN_PICTURES, strips, write_html, write_json, write_png
 from .measuring import Inspection, inspect_autoencoder
 
 logger = logging.getLogger(__name__)
-
-
-def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> nn.Module:
-    """Any diffusers autoencoder, float32, in eval mode: a directory or Hub name of its own, or of a pipeline.
-
-    Without `subfolder`, a directory that holds a pipeline is searched in vae/.
-    """
-    if subfolder is None and (Path(name) / "model_index.json").is_file():
-        subfolder = "vae"
-    location = {"subfolder": subfolder, "revision": revision}
-    given = {key: value for key, value in location.items() if value is not None}
-    return AutoModel.from_pretrained(name, torch_dtype=torch.float32, **given).eval()
 
 
 def load_pictures(directory: str | Path, *, resolution: int, num_images: int) -> Tensor:

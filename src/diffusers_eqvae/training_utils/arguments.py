@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
+from ..data.images import ImageSource, load_image_dataset
+
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -150,6 +152,25 @@ class DataArguments:
             raise ValueError("Give either --dataset_name or --train_data_dir, not both.")
         if self.resolution <= 0:
             raise ValueError(f"--resolution must be positive; got {self.resolution}.")
+
+    @property
+    def name(self) -> str | None:
+        """What the data are called: the name on the Hub, or that of the local folder without its path."""
+        given = self.dataset_name or self.train_data_dir
+        return Path(given).resolve().name if given and Path(given).is_dir() else given
+
+    def load(self, *, require_labels: bool = False) -> ImageSource:
+        """The pictures; raises as `load_image_dataset` does."""
+        return load_image_dataset(
+            self.dataset_name,
+            self.dataset_config_name,
+            self.train_data_dir,
+            split=self.split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            require_labels=require_labels,
+            cache_dir=self.cache_dir,
+        )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -13,12 +13,12 @@ class AutoencoderArguments:
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Autoencoder to fine-tune: a directory or Hub name in diffusers layout (AutoencoderKL, "
-            "AutoencoderTiny or a subclass)."
+            "help": "Autoencoder to fine-tune (AutoencoderKL, AutoencoderTiny or a subclass), or a pipeline with one "
+            "in vae/: a directory or Hub name in diffusers layout."
         },
     )
     subfolder: str | None = field(
-        default=None, metadata={"help": "Folder of the autoencoder inside it, e.g. vae for a pipeline."}
+        default=None, metadata={"help": "Folder of the autoencoder inside it; unset, vae for a pipeline."}
     )
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the pretrained model."})
     model_config: str | None = field(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from ..autoencoders import downsampling_factor
+from ..autoencoders import autoencoder_location, downsampling_factor, load_autoencoder
 from ..data.images import PixelDataset, load_image_dataset
 from ..losses.perceptual import LPIPS
 from ..models.autoencoder_kl_aligned import AutoencoderKLAligned
@@ -38,17 +38,18 @@ def build_autoencoder(
     Raises:
         ValueError: not exactly one of the two sources; options that the family does not have.
     """
-    if (arguments.pretrained_model_name_or_path is None) == (arguments.model_config is None):
+    pretrained = arguments.pretrained_model_name_or_path
+    if (pretrained is None) == (arguments.model_config is None):
         raise ValueError(
             "Say where the autoencoder comes from with exactly one of --pretrained_model_name_or_path (fine-tune) and "
             "--model_config (train from scratch)."
         )
     padding: dict[str, Any] = {"padding_mode": arguments.padding_mode} if arguments.padding_mode else {}
     family = AutoencoderKLAligned if aligned else AutoencoderKLEQ
-    if arguments.model_config:
-        vae = family.from_config(read_model_config(arguments.model_config, family), **padding)
+    if pretrained is not None:
+        vae = _load_pretrained(pretrained, arguments, family, padding)
     else:
-        vae = _load_pretrained(arguments, family, padding)
+        vae = family.from_config(read_model_config(str(arguments.model_config), family), **padding)
     if gradient_checkpointing:
         _enable_gradient_checkpointing(vae)
     if arguments.channels_last:
@@ -57,17 +58,15 @@ def build_autoencoder(
 
 
 def _load_pretrained(
-    arguments: AutoencoderArguments, family: type[AutoencoderKLEQ], padding: dict[str, Any]
+    name: str, arguments: AutoencoderArguments, family: type[AutoencoderKLEQ], padding: dict[str, Any]
 ) -> ModelMixin:
-    name = arguments.pretrained_model_name_or_path
-    location = {"subfolder": arguments.subfolder, "revision": arguments.revision}
-    location = {key: value for key, value in location.items() if value is not None}
+    location = autoencoder_location(name, subfolder=arguments.subfolder, revision=arguments.revision)
     saved_class = family.load_config(name, **location).get("_class_name")
     if saved_class in KL_CLASSES:
         return family.from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
     if padding:
         raise ValueError(f"--padding_mode exists for AutoencoderKL; {name} is an {saved_class}. Leave it out.")
-    return AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location)
+    return load_autoencoder(name, **location)
 
 
 def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
@@ -94,15 +93,7 @@ def load_pictures(
             raise ValueError(
                 f"--{name} must be a multiple of the autoencoder's stride {downsampling_factor}; got {value}."
             )
-    source = load_image_dataset(
-        data.dataset_name,
-        data.dataset_config_name,
-        data.train_data_dir,
-        split=data.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        cache_dir=data.cache_dir,
-    )
+    source = data.load()
     pictures = PixelDataset(
         source, resolution=data.resolution, random_crop=not data.center_crop, random_flip=data.random_flip
     )

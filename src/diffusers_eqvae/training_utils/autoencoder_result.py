@@ -55,7 +55,7 @@ def autoencoder_facts(
     }
     return {
         "base_model": model.pretrained_model_name_or_path,
-        "dataset": data.dataset_name or data.train_data_dir,
+        "dataset": data.name,
         "resolution_px": data.resolution,
         "steps": run.step,
         "batch_size": run.global_batch_size,

@@ -10,12 +10,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from ..autoencoders import Posterior, downsampling_factor, encode, latent_channels
-from ..data.images import PixelDataset, load_image_dataset
+from ..autoencoders import Posterior, downsampling_factor, encode, latent_channels, load_autoencoder
+from ..data.images import PixelDataset
 from ..data.latent_store import LatentStore
 from ..hub import RunFacts, write_run_facts
 from ..latents import LatentNormalization, vae_fingerprint
@@ -99,26 +99,10 @@ def _from_pictures(arguments: TransformerArguments, data: DataArguments) -> Late
         raise ValueError(
             f"--resolution must be a multiple of the autoencoder's stride {factor}; got {data.resolution}."
         )
-    source = load_image_dataset(
-        data.dataset_name,
-        data.dataset_config_name,
-        data.train_data_dir,
-        split=data.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        require_labels=True,
-        cache_dir=data.cache_dir,
-    )
+    source = data.load(require_labels=True)
     dataset = PixelDataset(source, resolution=data.resolution, random_flip=data.random_flip)
     shape = (latent_channels(vae), data.resolution // factor, data.resolution // factor)
-    id2label, name = source.id2label, data.dataset_name or data.train_data_dir
-    return LatentData(dataset, vae, len(id2label), id2label, shape, name=name)
-
-
-def load_autoencoder(name: str) -> ModelMixin:
-    """Any diffusers autoencoder in float32: a directory or Hub name of its own, or a pipeline directory with vae/."""
-    subfolder = {"subfolder": "vae"} if (Path(name) / "model_index.json").is_file() else {}
-    return AutoModel.from_pretrained(name, torch_dtype=torch.float32, **subfolder).eval()
+    return LatentData(dataset, vae, len(source.id2label), source.id2label, shape, name=data.name)
 
 
 def build_transformer(
