@@ -79,8 +79,8 @@ def test_classes_are_carried_over_as_the_library_does(repository, folders, tiny_
     confusion.update(to_size(answer, (SIDE, SIDE)).argmax(1), truth[3:])
     measured = content["figures"]["nearest_cells"]
     assert measured["mean_iou"] == pytest.approx(confusion.mean_iou(), abs=1e-3)
-    overview = Image.open(folders / "out" / "figures.png")
-    assert overview.size == (5 * (SIDE + 4) - 4, 16 + 4 * (SIDE + 4) - 4)
+    with Image.open(folders / "out" / "figures.png") as overview:
+        assert overview.size == (5 * (SIDE + 4) - 4, 16 + 4 * (SIDE + 4) - 4)
 
 
 def test_depths_are_carried_over(repository, folders):
