@@ -126,6 +126,27 @@ def to_levels(pixels: Tensor) -> np.ndarray:
     return to_uint8(pixels.detach()).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def as_levels(pictures: Any, name: str) -> np.ndarray:
+    """uint8 (B, H, W, 3) of a batch that may also be floats (B, 3, H, W), nominally in [-1, 1]; arrays or tensors.
+
+    Raises:
+        ValueError: another shape or dtype, NaN or infinity, or floats that are levels (0 .. 255).
+    """
+    batch = pictures.detach() if isinstance(pictures, Tensor) else torch.from_numpy(np.asarray(pictures))
+    if batch.is_floating_point() and batch.ndim == 4 and batch.shape[1] == 3:
+        if len(batch) and batch.abs().max() > 100:
+            raise ValueError(
+                f"Float {name} are in [-1, 1] and levels are uint8; got floats up to {batch.abs().max().item():.4g}."
+            )
+        return to_levels(batch)
+    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
+        raise ValueError(
+            f"{name} must be uint8 (B, H, W, 3) or floats (B, 3, H, W) in [-1, 1]; got {batch.dtype} "
+            f"{tuple(batch.shape)}."
+        )
+    return batch.cpu().numpy()
+
+
 def require_finite(pixels: Tensor) -> None:
     """Raises ValueError for NaN and infinity, which 8 bits would turn into levels like any other."""
     if not pixels.isfinite().all():

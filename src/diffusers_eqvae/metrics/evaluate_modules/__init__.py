@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NAMES = ("equivariance_error", "latent_health")
+NAMES = ("equivariance_error", "latent_health", "rfid", "gfid")
 
 
 def module_path(name: str) -> str:

@@ -1,0 +1,126 @@
+"""rfid and gfid through `evaluate`, offline: what the functions give, whatever the batches, processes and dtype."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
+from diffusers_eqvae.metrics.collecting import collect
+from diffusers_eqvae.metrics.evaluate_modules import module_path
+from diffusers_eqvae.metrics.features import ModuleFeatures, cifar_resnet_features
+from diffusers_eqvae.metrics.generation import evaluate_generation, evaluate_reconstruction, load_reference
+
+evaluate = pytest.importorskip("evaluate")
+ADDED = {"num_samples", "evaluator", "weights_hash", "marks"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet.pth"
+    torch.save({key.removeprefix("features."): value for key, value in CifarResNet(1).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def load(tmp_path, weights):
+    def load_module(name, **options):
+        options = {"weights": str(weights), "cache_dir": str(tmp_path), **options}
+        return evaluate.load(module_path(name), options.pop("config", "cifar_resnet"), **options)
+
+    return load_module
+
+
+def levels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+
+
+def blurred(array: np.ndarray) -> np.ndarray:
+    return array // 2 + 64
+
+
+def test_rfid_in_batches_of_levels_or_of_pixels(load, weights):
+    pictures, metric = levels(70), load("rfid")
+    extractor = cifar_resnet_features(weights)
+    collected = [collect(extractor, np.split(each, [30, 50])) for each in (blurred(pictures), pictures)]
+    expected = evaluate_reconstruction(*collected, extractor=extractor)
+    for part in np.split(pictures, [30, 50]):
+        metric.add_batch(predictions=blurred(part), references=part)
+    result = metric.compute()
+    assert {name: result[name] for name in expected.metrics} == expected.metrics
+    assert set(result) == {"rfd_cifar10_resnet8"} | ADDED and not result["marks"]
+    assert result["num_samples"] == 70 and result["evaluator"] == "cifar10_resnet8"
+    # A training loop has pixels, and asks again after the next epoch.
+    pixels = [torch.from_numpy(each).permute(0, 3, 1, 2) / 127.5 - 1 for each in (blurred(pictures), pictures)]
+    for reconstruction, target in zip(pixels[0].split([30, 20, 20]), pixels[1].split([30, 20, 20]), strict=True):
+        metric.add_batch(predictions=reconstruction.requires_grad_(), references=target)
+    assert metric.compute() == result
+    assert metric.compute(predictions=pictures, references=pictures)["rfd_cifar10_resnet8"] == pytest.approx(
+        0, abs=1e-9
+    )
+
+
+def test_processes_join_their_pictures(load):
+    """`evaluate` lets processes wait for each other through locked files, so two threads stand for them."""
+    pictures, alone = levels(70), load("rfid")
+    parts = np.split(pictures, [40])
+    for part in parts:
+        alone.add_batch(predictions=blurred(part), references=part)
+
+    def run(rank: int):
+        metric = load("rfid", num_process=2, process_id=rank, experiment_id="two", timeout=30)
+        metric.add_batch(predictions=blurred(parts[rank]), references=parts[rank])
+        return metric.compute()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [alone.compute(), None]
+
+
+def test_gfid_gives_all_that_the_network_and_the_reference_allow(load, weights, tmp_path):
+    np.savez(tmp_path / "reference.npz", levels(80, 1))
+    metric = load("gfid", reference=str(tmp_path / "reference.npz"))
+    for part in np.split(levels(70), [30, 50]):
+        metric.add_batch(predictions=part)
+    result = metric.compute()
+    extractor = cifar_resnet_features(weights)
+    samples, reference = collect(extractor, np.split(levels(70), [30, 50])), tmp_path / "reference.npz"
+    expected = evaluate_generation(samples, load_reference(reference, extractor), extractor=extractor)
+    assert {name: result[name] for name in expected.metrics} == expected.metrics
+    assert set(result) == set(expected.metrics) | ADDED | {"reference", "reference_hash"}
+    assert result["reference"] == "reference.npz" and len(result["marks"]) == 0
+    few = metric.compute(predictions=np.concatenate([levels(20), levels(20)]))
+    assert "only 20 of 40" in few["marks"]["kd_cifar10_resnet8"] and few["num_samples"] == 40
+
+
+def test_a_network_of_ones_own(load):
+    network = ModuleFeatures(torch.nn.Conv2d(3, 4, 1), name="colours")
+    metric = load("rfid", weights=None, extractor=network)
+    assert metric.compute(predictions=blurred(levels(9)), references=levels(9))["rfd_colours"] > 0
+
+
+def test_what_is_no_batch_of_pictures_is_refused(load, tmp_path):
+    metric, good = load("rfid"), levels(4)
+    pixels = torch.zeros(4, 3, 8, 8)
+    for wrong, complaint in (
+        (pixels * float("nan"), "must be finite"),
+        (pixels + 255, "floats up to 255"),
+        (pixels.permute(0, 2, 3, 1), r"uint8 \(B, H, W, 3\) or floats"),
+        (good.astype(np.int64), "got torch.int64"),
+        (good[:3], "equally large"),
+        (None, "uint8|got"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=complaint):
+            metric.add_batch(predictions=wrong, references=good)
+    with pytest.raises(ValueError, match="takes predictions and references; got predictions"):
+        metric.add_batch(predictions=good)
+    with pytest.raises(ValueError, match="call add_batch first"):
+        metric.compute()
+    np.savez(tmp_path / "reference.npz", levels(8, 1))
+    with pytest.raises(ValueError, match="takes predictions; got predictions, references"):
+        load("gfid", reference=str(tmp_path / "reference.npz")).add_batch(predictions=good, references=good)
+    with pytest.raises(FileNotFoundError, match="curl -LO"):
+        load("rfid", config=None, weights=None)
