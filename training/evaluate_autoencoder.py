@@ -12,7 +12,6 @@ costs, intrinsic dimension, spectrum and channel statistics of the latents, all 
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import diffusers
@@ -21,7 +20,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import diffusers_eqvae
-from diffusers_eqvae.data.images import load_image_dataset
+from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, split_summary, summarize
@@ -31,7 +30,6 @@ from diffusers_eqvae.metrics.inputs import PictureSet
 from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
 from diffusers_eqvae.metrics.revisions import model_revision
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse
-from diffusers_eqvae.training_utils.transformer_parts import load_autoencoder
 
 
 @dataclass
@@ -75,20 +73,6 @@ class EvaluateArguments:
             raise ValueError("--weights are those of rFID's network: add --rfid, or leave them out.")
 
 
-def open_data(data: PictureArguments, limit: int | None) -> PictureSet:
-    source = load_image_dataset(
-        data.dataset_name,
-        data.dataset_config_name,
-        data.train_data_dir,
-        split=data.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        cache_dir=data.cache_dir,
-    )
-    name = Path(data.train_data_dir or str(data.dataset_name)).name
-    return PictureSet(source, name=name, resolution=data.resolution, limit=limit)
-
-
 def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, data = parse(EvaluateArguments, PictureArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -98,7 +82,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     facts |= {"vae_revision": model_revision(vae), "dtype": "float32"}
     facts |= {"seed": arguments.seed} if arguments.sample_posterior else {}
     with state.main_process_first():
-        pictures = open_data(data, arguments.num_images)
+        pictures = PictureSet(data.load(), name=data.name, resolution=data.resolution, limit=arguments.num_images)
 
     perceptual, extractor = None, None
     if arguments.lpips_backbone_weights is not None:
