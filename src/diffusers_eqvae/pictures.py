@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from .autoencoders import decode, downsampling_factor, encode
 from .equivariance import rotation, scaling
 
 CAPTIONS = ("picture", "reconstruction", "latent rotated 90°", "latent halved", "latent PCA")
+CAPTION_PX = 16
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -67,25 +71,26 @@ def comparison_rows(vae: nn.Module, pixels: Tensor) -> list[list[Tensor]]:
 
 def grid(rows: list[list[Tensor]], captions: tuple[str, ...] = (), *, gap_px: int = 4) -> Image.Image:
     """One picture of rows of equally large pixels (3, H, W), with an optional caption above each column."""
-    height, width = rows[0][0].shape[-2:]
-    top = 16 if captions else 0
-    canvas = Image.new(
-        "RGB",
-        (len(rows[0]) * (width + gap_px) - gap_px, top + len(rows) * (height + gap_px) - gap_px),
-        "white",
-    )
-    draw = ImageDraw.Draw(canvas)
+    columns, pictures = len(rows[0]), [to_image(pixels) for row in rows for pixels in row]
+    drawn = image_grid(pictures, columns, gap_px=gap_px)
+    if not captions:
+        return drawn
+    canvas = Image.new("RGB", (drawn.width, drawn.height + CAPTION_PX), "white")
+    canvas.paste(drawn, (0, CAPTION_PX))
     for column, caption in enumerate(captions):
-        draw.text((column * (width + gap_px) + 2, 2), caption, fill="black")
-    for y, row in enumerate(rows):
-        for x, pixels in enumerate(row):
-            canvas.paste(to_image(pixels), (x * (width + gap_px), top + y * (height + gap_px)))
+        ImageDraw.Draw(canvas).text((column * (pictures[0].width + gap_px) + 2, 2), caption, fill="black")
     return canvas
 
 
-def image_grid(images: list[Image.Image], columns: int, *, gap_px: int = 2) -> Image.Image:
-    """One picture of equally large images, row by row."""
-    pixels = [torch.from_numpy(np.asarray(i.convert("RGB")).copy()).permute(2, 0, 1) / 127.5 - 1 for i in images]
-    blank = torch.ones_like(pixels[0])
-    pixels += [blank] * (-len(pixels) % columns)
-    return grid([pixels[i : i + columns] for i in range(0, len(pixels), columns)], gap_px=gap_px)
+def image_grid(
+    images: Sequence[Image.Image | np.ndarray], columns: int | None = None, *, gap_px: int = 2
+) -> Image.Image:
+    """Equally large pictures (PIL, or uint8 (H, W, 3)) row by row on white; near-square where `columns` is absent."""
+    pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    width, height = (side + gap_px for side in pictures[0].size)
+    rows = math.ceil(len(pictures) / columns)
+    canvas = Image.new("RGB", (columns * width - gap_px, rows * height - gap_px), "white")
+    for position, picture in enumerate(pictures):
+        canvas.paste(picture, (position % columns * width, position // columns * height))
+    return canvas

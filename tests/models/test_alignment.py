@@ -12,6 +12,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 
 from diffusers_eqvae.losses.alignment import alignment_loss
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
+from diffusers_eqvae.models.autoencoder_kl_aligned import AutoencoderKLAligned
 from diffusers_eqvae.models.feature_teacher import FeatureTeacher
 from diffusers_eqvae.regularizers.alignment import AlignmentRegularizer
 
@@ -215,6 +216,9 @@ def test_built_from_arguments(teacher_directory, tiny_autoencoder_kl):
     config = regularizer.network.config
     assert (config.latent_channels, config.hidden_size, config.feature_size) == (4, 12, 8)
     assert regularizer.teacher.image_size == 14
+    vae = AutoencoderKLAligned.from_config(tiny_autoencoder_kl.config)
+    vae.set_alignment_network(regularizer.network)
+    assert AlignmentRegularizer.from_arguments(arguments, vae).network is regularizer.network
 
 
 def test_network_and_teacher_must_agree(teacher):

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from diffusers_eqvae.autoencoders import encode
+from diffusers_eqvae.autoencoders import encode, load_autoencoder
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.autoencoder_kl_aligned import AutoencoderKLAligned
 from diffusers_eqvae.models.autoencoder_kl_eq import PADDING_MODES, AutoencoderKLEQ
@@ -191,9 +191,7 @@ def test_alignment_network_is_saved_as_a_component_of_its_own(aligned, tmp_path,
         assert torch.equal(stock(pixels).sample, aligned(pixels).sample)
 
     loaded = AutoencoderKLAligned.from_pretrained(tmp_path)
-    assert loaded.alignment_network is None
-    network = loaded.load_alignment_network()
-    assert network is loaded.alignment_network
+    network = loaded.alignment_network
     latents = torch.randn(2, 4, 5, 6)
     assert torch.equal(loaded.predict_features(latents).patch, aligned.predict_features(latents).patch)
     assert torch.equal(loaded.predict_features(latents).cls, aligned.predict_features(latents).cls)
@@ -201,6 +199,16 @@ def test_alignment_network_is_saved_as_a_component_of_its_own(aligned, tmp_path,
         AlignmentNetwork.from_pretrained(tmp_path, subfolder="alignment_network")(latents).patch,
         network(latents).patch,
     )
+
+
+def test_alignment_network_stays_with_its_autoencoder_from_pipeline_to_pipeline(aligned, tmp_path):
+    aligned.save_pretrained(tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text("{}")
+    load_autoencoder(str(tmp_path)).save_pretrained(tmp_path / "again")
+    again, info = AutoencoderKLAligned.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not info["missing_keys"]
+    latents = torch.randn(1, 4, 2, 2)
+    assert torch.equal(again.predict_features(latents).patch, aligned.predict_features(latents).patch)
 
 
 @torch.no_grad()
@@ -225,5 +233,7 @@ def test_a_missing_or_foreign_alignment_network_is_a_readable_error(tmp_path):
     with pytest.raises(ValueError, match="16 latent channels"):
         vae.set_alignment_network(AlignmentNetwork(latent_channels=16, hidden_size=8, feature_size=6))
     vae.save_pretrained(tmp_path)
+    loaded = AutoencoderKLAligned.from_pretrained(tmp_path)
+    assert loaded.alignment_network is None
     with pytest.raises(FileNotFoundError, match="without an alignment network"):
-        AutoencoderKLAligned.from_pretrained(tmp_path).load_alignment_network()
+        loaded.load_alignment_network()

@@ -14,6 +14,7 @@ from diffusers_eqvae.training_utils.arguments import (
     read_model_config,
     resolved,
     save_resolved,
+    warn_without_effect,
 )
 
 
@@ -129,3 +130,11 @@ def test_every_flag_is_documented():
     for group in (RunArguments, DataArguments):
         for entry in fields(group):
             assert entry.metadata.get("help", "").rstrip(".").strip(), f"--{entry.name} has no help"
+
+
+def test_flags_without_effect_are_named_once_and_only_where_they_were_changed(caplog):
+    changed = DataArguments(random_flip=True, resolution=512)
+    warn_without_effect(changed, vars(changed), "the pictures are fixed")
+    assert caplog.messages == ["Without effect, since the pictures are fixed: --resolution, --random_flip."]
+    warn_without_effect(DataArguments(), vars(changed), "the pictures are fixed")
+    assert len(caplog.messages) == 1

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 
@@ -132,10 +133,20 @@ def test_a_failing_save_publishes_nothing(tmp_path):
     assert (tmp_path / "config.json").read_text() == "old"
 
 
+def test_files_inside_folders_are_flushed_too(tmp_path, monkeypatch):
+    (tmp_path / "transformer").mkdir()
+    for name in ("config.json", "transformer/weights"):
+        (tmp_path / name).write_text("x")
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    checkpoints.flush_to_disk(tmp_path)
+    assert len(flushed) == 2
+
+
 def test_the_marker_is_written_last(tmp_path, monkeypatch):
     """Whatever is flushed before the rename, the marker comes after all the data."""
     order = []
     monkeypatch.setattr(checkpoints, "flush_to_disk", lambda path: order.append(path.name))
     path = write(tmp_path, 5)
-    assert order == ["weights", "complete.json"]
+    assert order == ["step-00000005.tmp", "complete.json"]
     assert json.loads((path / "complete.json").read_text())["step"] == 5

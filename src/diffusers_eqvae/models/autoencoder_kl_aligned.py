@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,10 @@ from .alignment_network import AlignmentNetwork, AlignmentOutput
 from .autoencoder_kl_eq import AutoencoderKLEQ
 
 ALIGNMENT_SUBFOLDER = "alignment_network"
+logger = logging.getLogger(__name__)
+
+# Options of from_pretrained that say where both models are found.
+_SHARED_LOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 # Options of save_pretrained that hold for both models; the rest (push_to_hub and its own) concerns the root alone.
 _SHARED_SAVE_OPTIONS = ("safe_serialization", "max_shard_size")
 
@@ -22,8 +27,8 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
     """AutoencoderKLEQ whose latents predict a teacher's features (ReaLS, arXiv 2502.00359).
 
     The alignment network is a component of its own: it is not in this model's state dict, `save_pretrained` puts it
-    into `alignment_network/` of the same directory, and the directory's root stays an AutoencoderKL. Encoding and
-    decoding do not need it, so `from_pretrained` leaves it until `load_alignment_network` is called.
+    into `alignment_network/` of the same directory, and the directory's root stays an AutoencoderKL. `from_pretrained`
+    loads it too where there is one, so that it stays with the autoencoder wherever that is saved next.
 
     Example:
         >>> vae = AutoencoderKLAligned(norm_num_groups=4, block_out_channels=(8,))
@@ -34,6 +39,19 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
 
     # A tuple, because nn.Module would register a module and plain AutoencoderKL would find unexpected weights.
     _alignment_network: tuple[AlignmentNetwork, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As AutoencoderKL's, with the alignment network saved beside the weights; without one it is left unset."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        folder = "/".join(filter(None, (kwargs.get("subfolder"), ALIGNMENT_SUBFOLDER)))
+        where = {name: kwargs[name] for name in _SHARED_LOAD_OPTIONS if name in kwargs}
+        try:
+            model.load_alignment_network(pretrained_model_name_or_path, subfolder=folder, **where)
+        except OSError as error:
+            logger.info("%s is loaded without an alignment network: %s", pretrained_model_name_or_path, error)
+        return loaded
 
     @property
     def alignment_network(self) -> AlignmentNetwork | None:
@@ -58,16 +76,14 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
         pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
         *,
         subfolder: str = ALIGNMENT_SUBFOLDER,
-        revision: str | None = None,
-        token: str | bool | None = None,
+        **kwargs: Any,
     ) -> AlignmentNetwork:
         """Loads the network saved beside the weights, sets it, and returns it on this model's device and dtype.
 
         Args:
             pretrained_model_name_or_path: directory or Hub name; by default where this autoencoder was loaded from.
             subfolder: folder of the network inside it ("vae/alignment_network" in a pipeline's repository).
-            revision: Hub revision.
-            token: Hub token, as for `from_pretrained`.
+            kwargs: of `AlignmentNetwork.from_pretrained`, such as revision and token.
 
         Raises:
             ValueError: without a name, where this autoencoder was not loaded from anywhere.
@@ -81,9 +97,8 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
                 f"{source} holds no {subfolder}/: the autoencoder was saved without an alignment network. Name "
                 "another directory, or train one with --regularizers alignment."
             )
-        network = AlignmentNetwork.from_pretrained(
-            source, subfolder=subfolder, revision=revision, token=token, torch_dtype=self.dtype
-        ).to(self.device)
+        options = {"subfolder": subfolder, "torch_dtype": self.dtype, **kwargs}
+        network = AlignmentNetwork.from_pretrained(source, **options).to(self.device)
         self.set_alignment_network(network)
         return network
 

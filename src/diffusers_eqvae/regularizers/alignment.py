@@ -72,7 +72,8 @@ class AlignmentRegularizer(Regularizer):
         teacher = FeatureTeacher.from_pretrained(
             arguments.alignment_teacher, image_size=arguments.alignment_image_size
         )
-        network = AlignmentNetwork(
+        # An autoencoder that was aligned before goes on with the network that it was aligned by.
+        network = getattr(vae, "alignment_network", None) or AlignmentNetwork(
             latent_channels=latent_channels(vae),
             hidden_size=arguments.alignment_hidden_size,
             feature_size=teacher.feature_size,

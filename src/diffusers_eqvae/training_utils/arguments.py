@@ -4,15 +4,18 @@ import argparse
 import difflib
 import inspect
 import json
+import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from ..data.images import ImageSource, load_image_dataset
+
+logger = logging.getLogger(__name__)
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -171,6 +174,18 @@ class DataArguments:
             require_labels=require_labels,
             cache_dir=self.cache_dir,
         )
+
+
+def warn_without_effect(arguments: Any, names: Iterable[str], reason: str) -> None:
+    """Names in one warning those fields of a dataclass that were changed although `reason` leaves them no effect."""
+    defaults = {
+        entry.name: entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
+        for entry in fields(arguments)
+        if entry.default is not MISSING or entry.default_factory is not MISSING
+    }
+    changed = [f"--{name}" for name in names if getattr(arguments, name) != defaults[name]]
+    if changed:
+        logger.warning("Without effect, since %s: %s.", reason, ", ".join(changed))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -1,7 +1,7 @@
 """What `training/train_autoencoder.py` can be told about the model, the losses and the regularisers."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..regularizers import REGULARIZERS
 
@@ -114,6 +114,11 @@ class RegularizerArguments:
     alignment_image_size: int = field(
         default=448, metadata={"help": "Side in pixels of the pictures shown to the teacher."}
     )
+
+    def of(self, name: str) -> dict[str, Any]:
+        """The arguments that belong to one regulariser: equivariance's start with p_ or tau_, others with its name."""
+        prefixes = ("p_", "tau_") if name == "equivariance" else (f"{name}_",)
+        return {key: value for key, value in vars(self).items() if key.startswith(prefixes)}
 
 
 @dataclass

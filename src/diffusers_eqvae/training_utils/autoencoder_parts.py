@@ -15,7 +15,7 @@ from ..models.autoencoder_kl_aligned import AutoencoderKLAligned
 from ..models.autoencoder_kl_eq import AutoencoderKLEQ
 from ..models.discriminator import PatchDiscriminator
 from ..regularizers import REGULARIZERS, Regularizer
-from .arguments import DataArguments, read_model_config
+from .arguments import DataArguments, read_model_config, warn_without_effect
 from .autoencoder_arguments import (
     AutoencoderArguments,
     AutoencoderEvaluationArguments,
@@ -117,6 +117,8 @@ def build_regularizers(arguments: RegularizerArguments, vae: nn.Module) -> dict[
             f"--regularizers takes each of {', '.join(REGULARIZERS)} at most once, or none; got "
             f"{' '.join(arguments.regularizers)}."
         )
+    for name in REGULARIZERS.keys() - set(names):
+        warn_without_effect(arguments, arguments.of(name), f"--regularizers leaves out {name}")
     return {name: REGULARIZERS[name].from_arguments(arguments, vae) for name in names}
 
 
@@ -143,6 +145,8 @@ def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int) -
         ValueError: that side is below what the network's strides need.
     """
     if not arguments.perceptual_weight:
+        own = ("perceptual_net", "lpips_backbone_weights", "lpips_linear_weights")
+        warn_without_effect(arguments, own, "--perceptual_weight is 0")
         return None
     perceptual = LPIPS.from_pretrained(
         arguments.perceptual_net,
@@ -163,8 +167,12 @@ def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int
         ValueError: that side is below what the discriminator's strides need.
     """
     if not arguments.disc_weight:
+        own = [name for name in vars(arguments) if name.startswith("disc_") and name != "disc_weight"]
+        warn_without_effect(arguments, own, "--disc_weight is 0")
         return None
     if arguments.disc_pretrained:
+        own = ["disc_channels", "disc_num_layers", "disc_norm"]
+        warn_without_effect(arguments, own, "--disc_pretrained has its own")
         discriminator = PatchDiscriminator.from_pretrained(arguments.disc_pretrained).train()
     else:
         discriminator = PatchDiscriminator(
@@ -183,7 +191,17 @@ def _check_smallest(who: str, needed_px: int, smallest_px: int, remedy: str) -> 
 
 
 def smallest_picture_px(arguments: RegularizerArguments, vae: nn.Module, resolution: int) -> int:
-    """Shortest side of the smallest picture tau can produce: a quarter of the latent side, in pixels."""
+    """Shortest side of the smallest picture tau can produce: a quarter of the latent side, in pixels.
+
+    Raises:
+        ValueError: latents of a single cell, which tau cannot shrink.
+    """
+    if "equivariance" not in arguments.regularizers or arguments.tau_scale == "none":
+        return resolution
     factor = downsampling_factor(vae)
-    shrinks = "equivariance" in arguments.regularizers and arguments.tau_scale != "none"
-    return max(resolution // factor // 4, 1) * factor if shrinks else resolution
+    if resolution < 2 * factor:
+        raise ValueError(
+            f"tau's scale needs latents of at least 2 cells a side, and --resolution {resolution} gives 1 at stride "
+            f"{factor}; use --resolution {2 * factor} or more, or --tau_scale none."
+        )
+    return max(resolution // factor // 4, 1) * factor

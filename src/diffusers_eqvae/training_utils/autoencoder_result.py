@@ -64,14 +64,8 @@ def autoencoder_facts(
         "ema_decay": run.arguments.ema_decay if run.arguments.use_ema else None,
         "seed": run.arguments.seed,
         "losses": {name: weight for name, weight in weights.items() if weight},
-        "regularizers": {name: _settings(name, regularizing) for name in regularizing.regularizers if name != "none"},
+        "regularizers": {name: regularizing.of(name) for name in regularizing.regularizers if name != "none"},
     }
-
-
-def _settings(name: str, regularizing: RegularizerArguments) -> dict[str, Any]:
-    """The arguments that belong to one regulariser: equivariance's start with p_ or tau_, others with their name."""
-    prefixes = ("p_", "tau_") if name == "equivariance" else (f"{name}_",)
-    return {key: value for key, value in vars(regularizing).items() if key.startswith(prefixes)}
 
 
 def measure_normalization(vae: ModelMixin, pictures: PixelDataset, num_samples: int) -> LatentStatistics:

@@ -135,8 +135,7 @@ def write_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
-    for path in aside.rglob("*"):
-        flush_to_disk(path)
+    flush_to_disk(aside)
     (aside / MARKER).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
     flush_to_disk(aside / MARKER)
     replace(aside, target)
@@ -147,9 +146,11 @@ def write_checkpoint(
 
 
 def flush_to_disk(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+    """A file, or all files below a directory."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def replace(source: Path, target: Path) -> None:

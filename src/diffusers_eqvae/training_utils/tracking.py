@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..pictures import image_grid
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -117,7 +119,7 @@ class Tracking:
             raise TypeError(f"Pictures must be uint8 NHWC or PIL; got {array.dtype} of shape {array.shape}.")
         path = self._output_dir / "validation" / f"{step:08d}_{name}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image_grid(array)).save(path)
+        image_grid(list(array), gap_px=0).save(path)
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: array}, step=step, dataformats="NHWC")
@@ -127,17 +129,6 @@ class Tracking:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """uint8 (N, H, W, 3) as one picture with `columns` columns (default: a nearly square grid), black where empty."""
-    count, height, width, channels = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    padded = np.zeros((rows * columns, height, width, channels), np.uint8)
-    padded[:count] = images
-    grid = padded.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * height, columns * width, channels)
 
 
 def _drop_lines_after(path: Path, step: int) -> list[set[str]]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from ..guidance import validate_interval
 from ..models.transformer_sit import SIT_PRESETS
+from .arguments import warn_without_effect
 
 FLOW_PRESETS = tuple(name for name in SIT_PRESETS if name.startswith("SiT"))
 
@@ -64,6 +65,8 @@ class FlowArguments:
     def __post_init__(self) -> None:
         if self.sigma_std <= 0:
             raise ValueError(f"--sigma_std must be positive; got {self.sigma_std}.")
+        if self.sigma_distribution == "uniform":
+            warn_without_effect(self, ("sigma_mean", "sigma_std"), "--sigma_distribution is uniform")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ..latents import LatentNormalization, vae_fingerprint
 from ..models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
-from .arguments import DataArguments, read_model_config
+from .arguments import DataArguments, read_model_config, warn_without_effect
 from .run import TrainingRun
 from .transformer_arguments import FLOW_PRESETS, FlowArguments, SamplingArguments, TransformerArguments
 
@@ -69,7 +69,12 @@ def load_latents(arguments: TransformerArguments, data: DataArguments) -> Latent
     pictures_given = bool(data.dataset_name or data.train_data_dir)
     if pictures_given == bool(arguments.latents_dir):
         raise ValueError("Give either --latents_dir, or --vae with --train_data_dir or --dataset_name.")
-    latents = _from_pictures(arguments, data) if pictures_given else _from_store(arguments)
+    if pictures_given:
+        warn_without_effect(data, ["center_crop"], "generators are trained on centre crops always")
+        latents = _from_pictures(arguments, data)
+    else:
+        warn_without_effect(data, vars(data), "--latents_dir fixes the pictures")
+        latents = _from_store(arguments)
     if arguments.num_classes not in (None, latents.num_classes):
         raise ValueError(
             f"The data have {latents.num_classes} classes, but --num_classes says {arguments.num_classes}; "
@@ -123,6 +128,7 @@ def build_transformer(
     options = {"class_dropout_prob": arguments.class_dropout_prob, "qk_norm": arguments.qk_norm}
     path = Path(arguments.model)
     if path.is_dir():
+        warn_without_effect(arguments, options, f"the saved model {path} has its own")
         model = SiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
         _refuse_mismatch(path, dict(model.config), fitting)
         model.register_to_config(latent_fingerprint=fitting["latent_fingerprint"])
