@@ -15,6 +15,7 @@ from diffusers_eqvae.perception import (
     latent_features,
     pooled_features,
 )
+from diffusers_eqvae.perception.clusters import _lloyd
 from diffusers_eqvae.perception.features import to_rows
 from diffusers_eqvae.pictures import latent_pca
 
@@ -112,6 +113,26 @@ def test_kmeans_is_a_function_of_points_and_seed_and_ends_in_a_fixed_point():
     assert torch.equal(labels, torch.cdist(points, centres).argmin(1))
     for cluster in range(7):
         assert torch.allclose(centres[cluster], points[labels == cluster].mean(0), atol=1e-5)
+
+
+def spread_within(points: torch.Tensor, result: tuple[torch.Tensor, torch.Tensor]) -> float:
+    return (points - result[1][result[0]]).square().sum().item()
+
+
+def test_kmeans_keeps_the_best_of_its_starts():
+    points = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    single = [spread_within(points, kmeans(points, 8, seed=seed, restarts=1)) for seed in range(6)]
+    best = [spread_within(points, kmeans(points, 8, seed=seed, restarts=8)) for seed in range(6)]
+    assert all(several <= one for several, one in zip(best, single, strict=True))
+    assert sum(best) < sum(single)
+
+
+def test_a_cluster_without_points_moves_to_the_furthest():
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 0.0], [51.0, 0.0], [0.0, 90.0]])
+    starts = torch.tensor([[20.0, 10.0], [-900.0, 0.0], [-950.0, 0.0]])
+    _, labels, centres = _lloyd(points, starts, 100)
+    assert labels[4] not in labels[:4] and len(labels.unique()) == 3
+    assert sorted(centres[:, 0].tolist()) == [0.0, 0.5, 50.5]
 
 
 def test_kmeans_bears_equal_points_and_refuses_the_impossible():

@@ -7,9 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_eqvae import AlignmentNetwork, LatentNormalization
+from diffusers_eqvae import AlignmentNetwork, ClassConditionalPipeline, FlowMatchODEScheduler, LatentNormalization
 from diffusers_eqvae.autoencoders import decode
-from diffusers_eqvae.perception import LinearDepthHead, LinearSegmentationHead, perception_picture, to_size
+from diffusers_eqvae.perception import (
+    LinearDepthHead,
+    LinearSegmentationHead,
+    cluster_cells,
+    perception_picture,
+    to_size,
+)
+from diffusers_eqvae.perception.show import draw_labels
+from diffusers_eqvae.pictures import to_image
 
 SIZE, CLASSES, BINS = 6, 5, 256
 
@@ -189,3 +197,20 @@ def test_the_picture_shows_samples_and_what_their_latents_say(tmp_path, tiny_aut
     assert np.array_equal(np.asarray(given), np.asarray(plain))
     with pytest.raises(ValueError, match="give the alignment_network"):
         perception_picture(tiny_autoencoder_kl, latents, **heads)
+
+
+def test_samples_of_a_pipeline_are_drawn_from_their_latents(tiny_sit, tiny_autoencoder_kl):
+    LatentNormalization(mean=(1.0, -2.0, 0.5, 0.0), std=(0.5, 1.0, 2.0, 3.0)).apply_to(tiny_autoencoder_kl)
+    pipe = ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    latents = pipe([1], output_type="latent", generator=torch.Generator().manual_seed(0), **options).images
+    sample = pipe([1], generator=torch.Generator().manual_seed(0), **options).images[0]
+    drawn = perception_picture(pipe.vae, latents, num_clusters=2)
+    assert np.array_equal(np.asarray(drawn.crop((0, 16, 16, 32))), np.asarray(sample))
+
+    network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=SIZE)
+    clusters = cluster_cells(network(LatentNormalization.from_vae(pipe.vae).denormalize(latents)).patch.detach(), 2)
+    drawn = perception_picture(pipe.vae, latents, alignment_network=network, num_clusters=2)
+    expected = to_image(draw_labels(clusters)[0].repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert np.array_equal(np.asarray(drawn.crop((40, 16, 56, 32))), np.asarray(expected))

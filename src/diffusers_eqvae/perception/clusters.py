@@ -68,7 +68,7 @@ def _lloyd(points: Tensor, centres: Tensor, max_iterations: int) -> tuple[float,
         labels = nearest
         counts = torch.bincount(labels, minlength=len(centres))[:, None]
         sums = torch.zeros_like(centres).index_add_(0, labels, points)
-        centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+        centres = sums / counts.clamp_min(1)
         for empty in (counts[:, 0] == 0).nonzero().flatten().tolist():
             furthest = int(distance.argmax())
             centres[empty] = points[furthest]

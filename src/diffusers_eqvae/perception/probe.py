@@ -16,10 +16,10 @@ from .features import Standardization
 class LinearProbe:
     """Ridge regression onto one-hot classes, in closed form: deterministic, without a learning rate.
 
-        W = (X^T X + ridge N I)^-1 X^T (Y - y),  scores = x W + y
+        W = (X^T X + ridge N I)^-1 X^T Y,  scores = x W + y
 
-    with X the standardised features of the N examples, Y their one-hot classes and y the classes' frequencies, which
-    leaves the offset without penalty. Solved in float64.
+    with X the standardised features of the N examples, Y their one-hot classes and y the classes' frequencies: the
+    offset bears no penalty, and X is centred, so that it can be solved for apart. Computed in float64.
 
     Args:
         standardization: of the training features.
@@ -48,9 +48,8 @@ class LinearProbe:
         rows = features.double()
         standardization = Standardization.of(rows)
         x, y = standardization(rows), F.one_hot(labels.to(rows.device)).double()
-        frequency = y.mean(0)
         gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        return cls(standardization, torch.linalg.solve(gram, x.T @ (y - frequency)), frequency)
+        return cls(standardization, torch.linalg.solve(gram, x.T @ y), y.mean(0))
 
     def __call__(self, features: Tensor) -> Tensor:
         """Scores (M, K) float64 of features (M, D); the highest is the class."""
