@@ -1,4 +1,8 @@
-"""The stages of the demo: each is one command of the repository, printed before it runs, skipped when it has run."""
+"""The stages of the demo: each is one command of the repository, printed before it runs, skipped when it has run.
+
+Stages run on two CPU threads in all: one stage on both, or two lanes of stages side by side on one each. Figures
+depend on the number of threads in their last digits, and training amplifies those; so more cores are left alone.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm.auto import tqdm
 
@@ -21,6 +26,7 @@ from .photographs import write_photographs
 
 ROOT = Path(__file__).resolve().parents[3]
 DONE = "stage.json"
+THREADS = 2
 # 0.9 M parameters, 8 pixels per latent cell, 4 channels.
 AUTOENCODER = {
     "block_out_channels": [32, 32, 64, 64],
@@ -66,8 +72,13 @@ class Stage:
     command: list[str]
     directory: Path
 
-    def run(self) -> None:
-        """Runs the command unless it has run before with the same words; its seconds are kept in `DONE`."""
+    def run(self, *, threads: int = 2, lane: int = 0) -> None:
+        """Runs the command unless it has run before with the same words; its seconds are kept in `DONE`.
+
+        Args:
+            threads: of its process.
+            lane: which of the stages running side by side this is; its progress bar goes to that line.
+        """
         marker = self.directory / DONE
         if marker.is_file() and json.loads(marker.read_text())["command"] == self.command:
             tqdm.write(f"[{self.name}] has run before")
@@ -75,7 +86,8 @@ class Stage:
         tqdm.write(f"\n[{self.name}] {self.title}\n$ {shlex.join(self.command)}")
         shutil.rmtree(self.directory, ignore_errors=True)
         start = time.perf_counter()
-        finished = subprocess.run([sys.executable, *self.command], env=_environment())
+        environment = _environment() | {"OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(lane + 1)}
+        finished = subprocess.run([sys.executable, *self.command], env=environment)
         if finished.returncode:
             raise SystemExit(f"The stage {self.name} failed (exit status {finished.returncode}); its output is above.")
         seconds = time.perf_counter() - start
@@ -84,6 +96,9 @@ class Stage:
     @property
     def seconds(self) -> float:
         return json.loads((self.directory / DONE).read_text())["seconds"]
+
+
+Lanes: TypeAlias = list[list[Stage]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,13 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    stages = plan(arguments, output_dir)
+    waves = plan(arguments, output_dir)
     started = time.perf_counter()
-    with tqdm(stages, desc="demo", unit="stage") as bar:
-        for stage in bar:
-            bar.set_postfix_str(stage.name)
-            stage.run()
-    write_report(output_dir, stages)
+    stages = [stage for lanes in waves for lane in lanes for stage in lane]
+    with tqdm(total=len(stages), desc="demo", unit="stage") as bar:
+        for lanes in waves:
+            run_lanes(lanes, advance=bar.update)
+    write_report(output_dir, stages, seconds=wall_seconds(waves))
     tqdm.write(
         f"\nDone in {time.perf_counter() - started:.0f} s. Open {output_dir / 'report.html'} (or report.png); figures "
         f"are in {output_dir / 'metrics.json'}, the pipeline in {output_dir / 'sit_eq'}."
@@ -109,8 +124,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
-    """Every stage in order; the two branches, with and without EQ, differ in `--regularizers` alone."""
+def run_lanes(lanes: Lanes, *, advance: Callable[[], object]) -> None:
+    """Runs each lane's stages one after the other and the lanes side by side; `advance` is called after each stage.
+
+    Raises:
+        SystemExit: a stage failed; the other lane ends first, so that what it did is kept.
+    """
+
+    def run(lane: int) -> None:
+        for stage in lanes[lane]:
+            stage.run(threads=max(1, THREADS // len(lanes)), lane=lane)
+            advance()
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        for running in [pool.submit(run, lane) for lane in range(len(lanes))]:
+            running.result()
+
+
+def wall_seconds(waves: list[Lanes]) -> float:
+    """What the stages took: of lanes that run side by side the longest, summed over the waves."""
+    return sum(max(sum(stage.seconds for stage in lane) for lane in lanes) for lanes in waves)
+
+
+def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
+    """Waves of lanes of stages; the two branches, with and without EQ, differ in the regulariser alone."""
     train, held_out = _pictures(arguments, output_dir)
     (output_dir / "autoencoder.json").write_text(json.dumps(AUTOENCODER, indent=2) + "\n")
     (output_dir / "transformer.json").write_text(json.dumps(TRANSFORMER, indent=2) + "\n")
@@ -127,9 +164,6 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
         "resolution": arguments.resolution,
         "perceptual_weight": 0,
         "disc_weight": 0,
-        # A short run of a young autoencoder: more plain steps than the paper's, so that reconstruction keeps up.
-        "p_equivariance": 0.35,
-        "p_low_resolution": 0.1,
         "train_batch_size": 8,
         "ema_decay": 0.99,
         "lr_scheduler": "cosine",
@@ -140,26 +174,27 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
         "report_to": "none",
         "seed": arguments.seed,
     }
-    stages = [
-        stage(
-            "autoencoder",
-            "A small autoencoder from scratch.",
-            "training/train_autoencoder.py",
-            model_config=output_dir / "autoencoder.json",
-            regularizers="none",
-            max_train_steps=arguments.autoencoder_steps,
-            learning_rate=2e-3,
-            **autoencoder,
-        )
-    ]
-    for branch, regularizer in (("plain", "none"), ("eq", "equivariance")):
-        stages += [
+    from_scratch = stage(
+        "autoencoder",
+        "A small autoencoder from scratch.",
+        "training/train_autoencoder.py",
+        model_config=output_dir / "autoencoder.json",
+        regularizers="none",
+        max_train_steps=arguments.autoencoder_steps,
+        learning_rate=2e-3,
+        **autoencoder,
+    )
+    # A short run of a young autoencoder: more plain steps than the paper's, so that reconstruction keeps up.
+    equivariance = {"regularizers": "equivariance", "p_equivariance": 0.35, "p_low_resolution": 0.1}
+    branches = []
+    for branch, regularizer in (("plain", {"regularizers": "none"}), ("eq", equivariance)):
+        lane = [
             stage(
                 f"autoencoder_{branch}",
-                f"A copy fine-tuned with the regulariser {regularizer}.",
+                f"A copy fine-tuned with the regulariser {regularizer['regularizers']}.",
                 "training/train_autoencoder.py",
                 pretrained_model_name_or_path=output_dir / "autoencoder",
-                regularizers=regularizer,
+                **regularizer,
                 max_train_steps=arguments.finetuning_steps,
                 learning_rate=1e-3,
                 **autoencoder,
@@ -192,6 +227,7 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
                 seed=arguments.seed,
             ),
         ]
+        branches.append(lane)
     sampling: dict[str, Any] = {
         "num_samples": 30,
         "batch_size": 30,
@@ -201,13 +237,14 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
         "guidance_scale": arguments.guidance_scale,
         "seed": arguments.seed,
     }
+    samples = []
     for name, branch, interval in (
         ("samples_plain_interval", "plain", arguments.guidance_interval),
         ("samples_eq_interval", "eq", arguments.guidance_interval),
         ("samples_eq_full", "eq", [0.0, 1.0]),
     ):
         title = f"Samples of the saved pipeline, loaded in a fresh process, guided in {interval}."
-        stages.append(
+        samples.append(
             stage(
                 name,
                 title,
@@ -217,7 +254,7 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Stage]:
                 **sampling,
             )
         )
-    return stages
+    return [[[from_scratch]], branches, [samples[:1], samples[1:]]]
 
 
 def _pictures(arguments: DemoArguments, output_dir: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,0 +1,69 @@
+"""The demo's stages: run once, side by side where they may be, and never taken for done when they failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffusers_eqvae.demo.line import DemoArguments, Stage, plan, run_lanes, wall_seconds
+
+WRITES = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]); folder.mkdir()
+started = time.time(); time.sleep(float(sys.argv[2]))
+(folder / "note").write_text(f"{started} {time.time()} {os.environ['OMP_NUM_THREADS']}")
+sys.exit(int(sys.argv[3]))
+"""
+
+
+def stage(folder: Path, name: str, *, seconds: float = 0.0, status: int = 0) -> Stage:
+    return Stage(name, "A stage.", ["-c", WRITES, str(folder / name), str(seconds), str(status)], folder / name)
+
+
+def note(stage: Stage) -> list[float]:
+    return [float(word) for word in (stage.directory / "note").read_text().split()]
+
+
+def test_lanes_run_side_by_side_and_their_stages_in_order(tmp_path):
+    first, second, other = stage(tmp_path, "a", seconds=0.5), stage(tmp_path, "b"), stage(tmp_path, "c", seconds=0.5)
+    done = []
+    run_lanes([[first, second], [other]], advance=lambda: done.append(1))
+    assert len(done) == 3
+    assert note(second)[0] > note(first)[1]
+    assert note(other)[0] < note(first)[1] and note(first)[0] < note(other)[1]
+    assert [note(each)[2] for each in (first, second, other)] == [1, 1, 1]
+    alone = stage(tmp_path, "d")
+    run_lanes([[alone]], advance=lambda: None)
+    assert note(alone)[2] == 2
+    longest = max(first.seconds + second.seconds, other.seconds)
+    assert wall_seconds([[[first, second], [other]], [[alone]]]) == pytest.approx(longest + alone.seconds)
+
+
+def test_a_stage_runs_again_only_with_other_words(tmp_path):
+    once = stage(tmp_path, "a")
+    once.run()
+    before = note(once)
+    once.run()
+    assert note(once) == before
+    changed = Stage("a", "A stage.", [*once.command, "more"], once.directory)
+    changed.run()
+    assert note(changed) != before
+
+
+def test_a_failing_stage_ends_the_demo_and_keeps_the_other_lane(tmp_path):
+    failing, never, fine = stage(tmp_path, "a", status=3), stage(tmp_path, "b"), stage(tmp_path, "c")
+    with pytest.raises(SystemExit, match="stage a failed"):
+        run_lanes([[failing, never], [fine]], advance=lambda: None)
+    assert not never.directory.exists() and not (failing.directory / "stage.json").exists()
+    assert fine.seconds > 0
+
+
+def test_the_branches_differ_in_the_regulariser_alone(tmp_path):
+    waves = plan(DemoArguments(output_dir=str(tmp_path), train_data_dir="pictures"), tmp_path)
+    _, (plain, eq), _ = waves
+    flags = [dict(zip(lane[0].command[1::2], lane[0].command[2::2], strict=True)) for lane in (plain, eq)]
+    differing = {flag for flag in flags[0].keys() | flags[1].keys() if flags[0].get(flag) != flags[1].get(flag)}
+    assert differing == {"--output_dir", "--regularizers", "--p_equivariance", "--p_low_resolution"}
+    assert len({json.dumps(stage.command) for lanes in waves for lane in lanes for stage in lane}) == 10
