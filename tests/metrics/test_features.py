@@ -157,6 +157,12 @@ def test_dinov2_gives_its_global_feature(tmp_path):
         dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=30)
 
 
+def test_dinov2_that_is_nowhere_says_how_to_get_it(tmp_path):
+    for name in (str(tmp_path / "absent"), "facebook/dinov2-large"):
+        with pytest.raises(FileNotFoundError, match=rf"{name}, which .* `hf download facebook/dinov2-large"):
+            dinov2_features(name)
+
+
 def test_squeezenet_from_a_file(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     network = torchvision.models.squeezenet1_1(weights=None)

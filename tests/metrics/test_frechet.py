@@ -172,11 +172,19 @@ def test_precision_and_recall_are_computed_in_blocks(monkeypatch):
 
 def test_metrics_equal_torch_fidelitys():
     pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kernel_mmd
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
     a, b = rows(150, 8), 0.7 * rows(120, 8, seed=1, shift=1.0)
     assert precision_recall(a, b) == pytest.approx(calculate_precision_recall_part(a, b), abs=1e-6)
+    both = [{"mu": each.mean(0).numpy(), "sigma": np.cov(each.numpy(), rowvar=False)} for each in (a, b)]
+    (theirs,) = fid_statistics_to_metric(*both, verbose=False).values()
+    assert distance(statistics(a), statistics(b)) == pytest.approx(theirs, rel=1e-9)
+    # Whole sets as one subset, so that nothing is drawn.
+    ours, _ = kernel_distance(a[:120], b, generator=torch.Generator(), subsets=1, subset_size=120)
+    assert ours == pytest.approx(kernel_mmd(a[:120].numpy(), b.numpy()), rel=1e-9)
     theirs = isc_features_to_metric(a, splits=3, shuffle=False)
     ours = inception_score(a, split_size=50)
     assert ours == pytest.approx(tuple(theirs.values()), rel=1e-12)

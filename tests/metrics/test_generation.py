@@ -213,6 +213,8 @@ def test_bad_batches_are_refused():
         collect(extractor, [])
     with pytest.raises(ValueError, match="uint8"):
         collect(extractor, [levels(2).astype(np.float32)])
+    with pytest.raises(ValueError, match="must have one size; got 8x8 and 8x4 px"):
+        collect(extractor, [levels(2), levels(2)[:, :4]])
 
 
 def test_the_hash_sees_every_pixel_and_the_order():

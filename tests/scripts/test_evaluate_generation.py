@@ -132,7 +132,7 @@ def test_a_dataset_as_reference_needs_a_size(script, material, tmp_path):
         script.main(words(material, **options))
 
 
-@pytest.mark.parametrize("evaluator", ["inception", "squeezenet"])
+@pytest.mark.parametrize("evaluator", ["inception", "squeezenet", "cifar_resnet", "dinov2"])
 def test_missing_weights_are_named(script, material, evaluator, tmp_path):
-    with pytest.raises(FileNotFoundError, match="curl -LO"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)not found at .*absent\.pth.*(curl -LO|hf download).*--weights"):
         script.main(words(material, evaluator=evaluator, weights=tmp_path / "absent.pth"))

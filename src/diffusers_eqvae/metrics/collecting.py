@@ -66,10 +66,17 @@ class Collector:
     def __init__(self, extractor: FeatureExtractor) -> None:
         self.extractor = extractor
         self._parts: list[Collected] = []
+        self._size: tuple[int, ...] | None = None
 
     def add(self, levels: np.ndarray) -> None:
-        """Adds pictures uint8 (B, H, W, 3); raises ValueError for another shape or dtype."""
+        """Adds pictures uint8 (B, H, W, 3); raises ValueError for another dtype, shape or size than those before."""
         check_array(levels, "a batch")
+        self._size = self._size or levels.shape[1:3]
+        if levels.shape[1:3] != self._size:
+            (height, width), (other_height, other_width) = self._size, levels.shape[1:3]
+            raise ValueError(
+                f"All pictures of a set must have one size; got {width}x{height} and {other_width}x{other_height} px."
+            )
         pictures = torch.from_numpy(np.array(levels, order="C")).permute(0, 3, 1, 2)
         outputs = {name: value.cpu() for name, value in self.extractor(pictures).items()}
         self._parts.append(
