@@ -16,9 +16,11 @@ from diffusers_eqvae.hub import push_run
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.losses.diffusion import flow_matching_loss
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
+from diffusers_eqvae.training_utils.generation_evaluation import GenerationEvaluation
 from diffusers_eqvae.training_utils.run import TrainingRun
 from diffusers_eqvae.training_utils.transformer_arguments import (
     FlowArguments,
+    GenerationEvaluationArguments,
     SamplingArguments,
     TransformerArguments,
 )
@@ -35,16 +37,17 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, flow, sampling, data, run_arguments = parse(
+    arguments, flow, sampling, evaluating, data, run_arguments = parse(
         TransformerArguments,
         FlowArguments,
         SamplingArguments,
+        GenerationEvaluationArguments,
         DataArguments,
         RunArguments,
         argv=argv,
         description=__doc__,
     )
-    run = TrainingRun(run_arguments, arguments, flow, sampling, data, name="transformer")
+    run = TrainingRun(run_arguments, arguments, flow, sampling, evaluating, data, name="transformer")
 
     latents = load_latents(arguments, data)
     model = build_transformer(arguments, latents, gradient_checkpointing=run_arguments.gradient_checkpointing)
@@ -60,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         ema=True,
     )
     pipeline = build_pipeline(run.averaged("transformer"), latents, path=flow.path)
+    evaluation = GenerationEvaluation(evaluating, sampling, run, pipeline, latents)
 
     def validate() -> None:
         if run.is_main:
@@ -69,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     for batch in run.steps(run.loader(latents.dataset)):
         if run.due(run_arguments.validation_steps):
             validate()
+        if run.due(evaluating.evaluation_steps):
+            evaluation.measure()
         posterior = latents.posterior(batch)
         shape = posterior.mean.shape
         clean = normalization.normalize(posterior.sample(run.randomness.randn(shape, device=run.device)))
@@ -93,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if run_arguments.validation_steps:
         validate()
+    evaluation.measure()
 
     def save(directory: Path) -> None:
         save_pipeline(directory, pipeline, run, arguments=arguments, flow=flow, sampling=sampling, latents=latents)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,31 @@ def test_validation_does_not_disturb_the_run(tmp_path, store):
     watched = train(store, tmp_path / "watched", validation_steps=2)
     assert_equal(silent, watched)
     assert len(list((tmp_path / "watched" / "validation").iterdir())) == 5
+
+
+def test_evaluation_gives_the_figures_of_the_finished_pipeline_and_disturbs_nothing(tmp_path, store):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
+    np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8))
+    network = {"evaluator": "squeezenet", "num_inference_steps": 2, "guidance_scale": 1.5}
+    silent = train(store, tmp_path / "silent")
+    options = {"evaluation_steps": 5, "num_evaluation_samples": 6, "evaluator_weights": tmp_path / "squeezenet.pth"}
+    options |= {"evaluation_reference": tmp_path / "reference.npz"}
+    assert_equal(silent, train(store, tmp_path / "watched", **options, **network))
+    lines = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
+    curve = {line["step"]: line for line in lines if "evaluation/fd_squeezenet1_1" in line}
+    assert list(curve) == [5, 10]
+    assert curve[5]["evaluation/fd_squeezenet1_1"] != curve[10]["evaluation/fd_squeezenet1_1"]
+
+    flags = {"samples": tmp_path / "watched", "reference": tmp_path / "reference.npz", "num_samples": 6}
+    flags |= {"weights": tmp_path / "squeezenet.pth", "batch_size": 4, "output": tmp_path / "card.json", **network}
+    run_script(
+        SCRIPT.with_name("evaluate_generation.py"),
+        [str(word) for name, value in flags.items() for word in (f"--{name}", value)],
+    )
+    for name, value in json.loads((tmp_path / "card.json").read_text())["metrics"].items():
+        assert curve[10][f"evaluation/{name}"] == value
 
 
 def test_bf16_run_moves_float32_weights_and_the_ema_follows(tmp_path, store):

@@ -97,3 +97,39 @@ class SamplingArguments:
             )
         if min(self.validation_labels, default=0) < 0:
             raise ValueError(f"--validation_labels are class numbers from 0 on; got {self.validation_labels}.")
+
+
+@dataclass
+class GenerationEvaluationArguments:
+    """How generated pictures are measured while the transformer trains."""
+
+    evaluation_steps: int = field(
+        default=0, metadata={"help": "Measure samples against --evaluation_reference every so many steps; 0 never."}
+    )
+    evaluation_reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "An ADM reference .npz, statistics kept by evaluate_generation.py --save_reference, or a folder "
+            "of pictures (centre-cropped to the size of the samples)."
+        },
+    )
+    num_evaluation_samples: int = field(
+        default=1000, metadata={"help": "Samples per measurement. Curves of few compare with each other alone."}
+    )
+    evaluator: Literal["inception", "dinov2", "squeezenet", "cifar_resnet"] = field(
+        default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
+    )
+    evaluator_weights: str | None = field(
+        default=None, metadata={"help": "File of its weights; for dinov2 a directory or Hub name."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.evaluation_steps < 0 or self.num_evaluation_samples < 1:
+            raise ValueError(
+                "--evaluation_steps must not be negative and --num_evaluation_samples must be positive; got "
+                f"{self.evaluation_steps} and {self.num_evaluation_samples}."
+            )
+        if self.evaluation_steps and self.evaluation_reference is None:
+            raise ValueError("--evaluation_steps needs --evaluation_reference: what are samples to be compared with?")
+        if not self.evaluation_steps:
+            warn_without_effect(self, vars(self), "--evaluation_steps is 0")

@@ -48,6 +48,11 @@ class LatentData:
     name: str | None
 
     @property
+    def resolution_px(self) -> int:
+        """Shorter side of the pictures behind the latents."""
+        return min(self.latent_shape[1:]) * downsampling_factor(self.vae)
+
+    @property
     def stored(self) -> bool:
         return isinstance(self.dataset, LatentStore)
 
