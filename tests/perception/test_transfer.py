@@ -147,6 +147,9 @@ def test_annotations_are_integers_of_one_channel_with_a_picture_each(tmp_path):
     assert paired_files(tmp_path / "images", tmp_path / "masks") == [(tmp_path / "images" / "a.jpg", path)]
     assert torch.equal(read_annotations([path], 8), torch.full((1, 8, 8), 1500))
     assert torch.equal(DepthTask().read([path], 8), torch.full((1, 8, 8), 1.5))
+    Image.fromarray(np.kron(np.array([[0, 2000], [3000, 0]], np.uint16), np.ones((4, 4), np.uint16))).save(path)
+    cells = DepthTask().cell_targets(DepthTask().read([path], 8), (2, 2))[0, 0]
+    assert cells.isnan().tolist() == [[True, False], [False, True]] and cells[0, 1] == 2.0 and cells[1, 0] == 3.0
     Image.new("L", (8, 8), VOID).save(path)
     with pytest.raises(ValueError, match="16 bits"):
         DepthTask().read([path], 8)
