@@ -69,7 +69,7 @@ class PerceptionArguments:
     num_classes: int | None = field(default=None, metadata={"help": "Unset: the highest label and 1."})
     median_scaling: bool = field(default=False, metadata={"help": "Compare depths up to a factor per picture."})
     batch_size: int = field(default=8, metadata={"help": "Pictures per forward."})
-    num_shown: int = field(default=4, metadata={"help": "Rows of the overview."})
+    num_shown: int = field(default=4, metadata={"help": "Rows of the overview, evenly spaced."})
     device: str = field(default="cpu", metadata={"help": "Where to compute: cpu, cuda, cuda:1 ..."})
 
     def __post_init__(self) -> None:
@@ -115,19 +115,19 @@ def main(argv: list[str] | None = None) -> None:
         head, methods["head"] = task.head(arguments.head)
         head.to(arguments.device)
     if annotated:
-        known = [
-            (seen.patch, task.cell_targets(truth, seen.patch.shape[-2:])) for _, seen, truth in batches(annotated)
-        ]
+        known = [(seen.patch, task.cell_targets(true, seen.patch.shape[-2:])) for _, seen, true in batches(annotated)]
         features, targets = (torch.cat(parts) for parts in zip(*known, strict=True))
         methods |= transfer_methods(features, targets.to(features), neighbours=arguments.neighbours)
 
     rows: list[list[torch.Tensor]] = []
-    for pixels, seen, truth in batches(others[-num_tested:]):
+    shown = np.linspace(0, num_tested - 1, min(arguments.num_shown, num_tested)).round().astype(int).tolist()
+    for number, (pixels, seen, truth) in enumerate(batches(others[-num_tested:])):
         answers = {name: task.answer(method(seen), truth.shape[-2:]) for name, method in methods.items()}
         for name, answer in answers.items():
             task.score(name, answer, truth)
-        for index in range(min(len(pixels), arguments.num_shown - len(rows))):
-            rows.append([pixels[index], *task.draw([answer[index] for answer in answers.values()], truth[index])])
+        for index in (place - number * arguments.batch_size for place in shown):
+            if 0 <= index < len(pixels):
+                rows.append([pixels[index], *task.draw([answer[index] for answer in answers.values()], truth[index])])
     content = {
         "evaluator": f"diffusers_eqvae {diffusers_eqvae.__version__}",
         "libraries": {"torch": torch.__version__, "diffusers": diffusers.__version__},

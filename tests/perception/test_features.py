@@ -131,6 +131,7 @@ def test_a_cluster_without_points_moves_to_the_furthest():
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 0.0], [51.0, 0.0], [0.0, 90.0]])
     starts = torch.tensor([[20.0, 10.0], [-900.0, 0.0], [-950.0, 0.0]])
     _, labels, centres = _lloyd(points, starts, 100)
+    assert len(_lloyd(points, starts, 1)[1].unique()) == 3  # two such clusters do not move to one point
     assert labels[4] not in labels[:4] and len(labels.unique()) == 3
     assert sorted(centres[:, 0].tolist()) == [0.0, 0.5, 50.5]
 
