@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .features import Standardization, to_rows
@@ -66,9 +67,10 @@ def _lloyd(points: Tensor, centres: Tensor, max_iterations: int) -> tuple[float,
         if torch.equal(nearest, labels):
             break
         labels = nearest
-        counts = torch.bincount(labels, minlength=len(centres))[:, None]
-        sums = torch.zeros_like(centres).index_add_(0, labels, points)
-        centres = sums / counts.clamp_min(1)
+        # A product sums in one order on every device; index_add_ does not on a GPU.
+        members = F.one_hot(labels, len(centres)).to(points.dtype)
+        counts = members.sum(0)[:, None]
+        centres = members.T @ points / counts.clamp_min(1)
         for empty in (counts[:, 0] == 0).nonzero().flatten().tolist():
             furthest = int(distance.argmax())
             centres[empty] = points[furthest]
