@@ -42,6 +42,7 @@ def test_iou_is_that_of_sets(classes):
 def test_a_class_that_is_only_predicted_counts_as_wrong():
     confusion = counted(torch.tensor([0, 1]), torch.tensor([0, 0]))
     assert confusion.iou()[:2].tolist() == [0.5, 0.0]
+    assert confusion.counts[0, :2].tolist() == [1, 1] and int(confusion.counts[1].sum()) == 0  # rows are the truth
     assert confusion.mean_iou() == 0.25
 
 
