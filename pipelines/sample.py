@@ -23,12 +23,12 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 import diffusers_eqvae
+from diffusers_eqvae.pictures import image_grid
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from diffusers_eqvae.training_utils.arguments import parse
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GRID_SAMPLES = 64
 
 
@@ -72,7 +72,7 @@ class SampleArguments:
 
 
 def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=DTYPES[arguments.dtype]).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.scheduler.config
     if arguments.scheduler == "sde":
@@ -136,10 +136,9 @@ def main(argv: list[str] | None = None) -> None:
         if not finished:
             versions = {module.__name__: module.__version__ for module in (diffusers_eqvae, diffusers, torch)}
             facts = {"model": arguments.model, "device": str(accelerator.device), "versions": versions}
-            facts |= sampling.revisions(pipeline)
-            sampling.finish(output_dir, blocks, settings=settings, facts=facts)
+            sampling.finish(output_dir, blocks, settings=settings, facts=facts | sampling.revisions(pipeline))
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
-        sampling.image_grid(samples[:GRID_SAMPLES]).save(output_dir / "grid.png")
+        image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")
         if arguments.save_png:
             sampling.write_pngs(samples, output_dir / "png")
         logging.getLogger("sample").info("%d pictures in %s", len(samples), output_dir / sampling.SAMPLES_FILE)

@@ -39,3 +39,8 @@ def test_image_grid_fills_rows_and_leaves_the_rest_white():
     assert drawn.getpixel((5, 1)) == (255, 0, 0)
     assert drawn.getpixel((1, 5)) == (0, 0, 255)
     assert drawn.getpixel((5, 5)) == (255, 255, 255)
+    square = np.asarray(
+        image_grid(list(np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)), gap_px=0)
+    )
+    assert square.shape == (4, 6, 3)
+    assert square[0, ::2, 0].tolist() == [0, 1, 2] and square[2, ::2, 0].tolist() == [3, 4, 255]

@@ -214,11 +214,3 @@ def test_weights_digest_sees_training(tiny_sit):
     with torch.no_grad():
         next(tiny_sit.parameters()).add_(1e-3)
     assert sampling.weights_digest(tiny_sit) != before
-
-
-def test_grid_is_row_major():
-    samples = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    grid = np.asarray(sampling.image_grid(samples))
-    assert (
-        grid.shape == (4, 6, 3) and grid[0, ::2, 0].tolist() == [0, 1, 2] and grid[2, ::2, 0].tolist() == [3, 4, 255]
-    )

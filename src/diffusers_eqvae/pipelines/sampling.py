@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import zipfile
@@ -200,17 +199,6 @@ def finish(
     measured = merge_parts(output_dir, blocks)
     write_json(Path(output_dir) / SETTINGS_FILE, {"settings": settings, "uint8_rule": UINT8_RULE, **measured, **facts})
     shutil.rmtree(Path(output_dir) / PARTS_DIR)
-
-
-def image_grid(samples: np.ndarray) -> Image.Image:
-    """A near-square grid, row by row, of uint8 samples (N, H, W, 3); missing cells are white."""
-    count, height, width, channels = samples.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    cells = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
-    cells[:count] = samples
-    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    return Image.fromarray(grid.reshape(rows * height, columns * width, channels))
 
 
 def weights_digest(*modules: nn.Module) -> str:
