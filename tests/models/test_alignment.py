@@ -8,7 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig
+from transformers import (
+    AutoModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ViTConfig,
+)
 
 from diffusers_eqvae.losses.alignment import alignment_loss
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
@@ -19,12 +28,14 @@ from diffusers_eqvae.regularizers.alignment import AlignmentRegularizer
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "image_size": 28}
 
 
-@pytest.fixture(scope="module", params=["dinov2", "dinov2_with_registers"])
+@pytest.fixture(scope="module", params=["dinov2", "dinov2_with_registers", "dinov3"])
 def teacher_directory(request, tmp_path_factory) -> str:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "dinov2":
         model = Dinov2Model(Dinov2Config(**SMALL, hidden_dropout_prob=0.5, drop_path_rate=0.5))
+    elif request.param == "dinov3":
+        model = DINOv3ViTModel(DINOv3ViTConfig(**SMALL, intermediate_size=16, num_register_tokens=3))
     else:
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, num_register_tokens=3))
     model.save_pretrained(folder)
@@ -99,13 +110,12 @@ def test_teacher_is_the_model_on_normalised_bicubic_pictures(teacher, teacher_di
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     size = (28, 28) if height == width else (28, 42)
     images = (F.interpolate((pixels + 1) / 2, size=size, mode="bicubic", align_corners=False) - mean) / std
-    cls = Dinov2Model if "registers" not in teacher_directory else Dinov2WithRegistersModel
-    model = cls.from_pretrained(teacher_directory).eval()
+    model = AutoModel.from_pretrained(teacher_directory).eval()
     with torch.no_grad():
         tokens = model(images).last_hidden_state
     rows, columns = size[0] // 7, size[1] // 7
     registers = tokens.shape[1] - 1 - rows * columns
-    assert registers == (0 if cls is Dinov2Model else 3)
+    assert registers == (0 if type(model) is Dinov2Model else 3)
 
     patch, global_feature = teacher(pixels)
     assert patch.shape == (2, 8, rows, columns) and patch.dtype == torch.float32
@@ -114,6 +124,17 @@ def test_teacher_is_the_model_on_normalised_bicubic_pictures(teacher, teacher_di
         for column in range(columns):
             token = tokens[:, 1 + registers + row * columns + column]
             torch.testing.assert_close(patch[:, :, row, column], token, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_gives_its_features_before_the_last_norm_too(teacher, teacher_directory):
+    raw = FeatureTeacher.from_pretrained(teacher_directory, image_size=28, final_norm=False)
+    norm = getattr(raw.model, "layernorm", None) or raw.model.norm
+    for module in (norm, getattr(teacher.model, "layernorm", None) or teacher.model.norm):
+        module.weight.data.copy_(torch.arange(8) / 4)
+    pixels = torch.rand(2, 3, 28, 28) * 2 - 1
+    for normed, before in zip(teacher(pixels), raw(pixels), strict=True):
+        assert not torch.allclose(before, normed)
+        torch.testing.assert_close(norm(before.movedim(1, -1)).movedim(-1, 1), normed)
 
 
 def test_teacher_never_trains(teacher):
@@ -207,6 +228,7 @@ def test_built_from_arguments(teacher_directory, tiny_autoencoder_kl):
     arguments = SimpleNamespace(
         alignment_teacher=teacher_directory,
         alignment_image_size=14,
+        alignment_final_norm=True,
         alignment_hidden_size=12,
         alignment_weight=0.25,
         alignment_adaptive=False,

@@ -27,6 +27,8 @@ class FeatureTeacher(nn.Module):
     Args:
         model: the transformers model.
         image_size: short side in pixels of what the model sees; a multiple of its patch size.
+        final_norm: give the tokens after the model's last LayerNorm, or (False) before it, as DINOv2's linear depth
+            heads read them.
 
     Raises:
         ValueError: on a model of another type, or an `image_size` that its patches do not tile.
@@ -35,7 +37,7 @@ class FeatureTeacher(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, *, image_size: int = 448):
+    def __init__(self, model: nn.Module, *, image_size: int = 448, final_norm: bool = True):
         super().__init__()
         config: Any = model.config
         if config.model_type not in MODEL_TYPES:
@@ -50,6 +52,7 @@ class FeatureTeacher(nn.Module):
             )
         self.model = model
         self.image_size = image_size
+        self.final_norm = final_norm
         self.patch_size = int(config.patch_size)
         self.feature_size = int(config.hidden_size)
         # Tokens come as [CLS, registers, patches].
@@ -61,7 +64,12 @@ class FeatureTeacher(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, image_size: int = 448, revision: str | None = None
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        image_size: int = 448,
+        final_norm: bool = True,
+        revision: str | None = None,
     ) -> FeatureTeacher:
         """The teacher of a Hub name ("facebook/dinov2-with-registers-large") or a directory, in float32.
 
@@ -71,7 +79,8 @@ class FeatureTeacher(nn.Module):
         from transformers import AutoModel
 
         options = {} if revision is None else {"revision": revision}
-        return cls(AutoModel.from_pretrained(name_or_path, dtype=torch.float32, **options), image_size=image_size)
+        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, **options)
+        return cls(model, image_size=image_size, final_norm=final_norm)
 
     def train(self, mode: bool = True) -> FeatureTeacher:
         """Stays in eval mode whatever its parent does: features are targets, free of dropout and layer drop."""
@@ -89,7 +98,11 @@ class FeatureTeacher(nn.Module):
         images = ((pixels.float() + 1.0) / 2.0 - self.mean) / self.std
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-        tokens = self.model(pixel_values=images.to(next(self.model.parameters()).dtype)).last_hidden_state.float()
+        images = images.to(next(self.model.parameters()).dtype)
+        if self.final_norm:
+            tokens = self.model(pixel_values=images).last_hidden_state.float()
+        else:
+            tokens = self.model(pixel_values=images, output_hidden_states=True).hidden_states[-1].float()
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         patch = tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
         return patch.contiguous(), tokens[:, 0]

@@ -91,7 +91,8 @@ class LinearDepthHead(_FrozenHead):
 
     with centres c_k spaced evenly from `min_depth` to `max_depth`, both included. `f` and `cls` are the teacher's
     tokens of the last layer *before* its final LayerNorm. An alignment network that was trained on normalised tokens,
-    as `FeatureTeacher` gives them, predicts features that this head was not fitted to: its depths are then wrong.
+    as `FeatureTeacher` gives them by default (`final_norm`), predicts features that this head was not fitted to: its
+    depths are then wrong.
 
     Differs from the reference: logits instead of features are enlarged by 4; the same function, because bilinear
     weights sum to 1, at a sixteenth of the cost. There is no batch norm in the published depth head.

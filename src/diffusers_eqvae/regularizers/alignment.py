@@ -70,7 +70,9 @@ class AlignmentRegularizer(Regularizer):
     @classmethod
     def from_arguments(cls, arguments: Any, vae: nn.Module) -> AlignmentRegularizer:
         teacher = FeatureTeacher.from_pretrained(
-            arguments.alignment_teacher, image_size=arguments.alignment_image_size
+            arguments.alignment_teacher,
+            image_size=arguments.alignment_image_size,
+            final_norm=arguments.alignment_final_norm,
         )
         # An autoencoder that was aligned before goes on with the network that it was aligned by.
         network = getattr(vae, "alignment_network", None) or AlignmentNetwork(

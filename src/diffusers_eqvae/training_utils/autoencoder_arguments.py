@@ -114,6 +114,13 @@ class RegularizerArguments:
     alignment_image_size: int = field(
         default=448, metadata={"help": "Side in pixels of the pictures shown to the teacher."}
     )
+    alignment_final_norm: bool = field(
+        default=True,
+        metadata={
+            "help": "Align with the teacher's features after its last LayerNorm (what DINOv2's segmentation heads "
+            "read), or with --no_alignment_final_norm before it (what its depth heads read)."
+        },
+    )
 
     def of(self, name: str) -> dict[str, Any]:
         """The arguments that belong to one regulariser: equivariance's start with p_ or tau_, others with its name."""
