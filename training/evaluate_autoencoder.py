@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     measured = own.join(gather_object)
 
     if state.is_main_process:
-        metrics, details = split_summary(summarize(measured.figures, max_points=arguments.max_points))
+        metrics, marks, details = split_summary(summarize(measured.figures, max_points=arguments.max_points))
         protocol = {"data_hash": measured.hash, "num_images": len(pictures), "resize_rule": pictures.resize_rule}
         protocol |= {"posterior": "sample" if arguments.sample_posterior else "mean", "definitions": DEFINITIONS}
         protocol["intrinsic_dimension_points"] = details["intrinsic_dimension_points"]
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         provenance = {"data": pictures.name, "split": data.split}
         provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
         card = ResultCard(
-            {**metrics, **result.metrics}, protocol, facts, result.marks, provenance, "reconstruction", details
+            {**metrics, **result.metrics}, protocol, facts, marks | result.marks, provenance, "reconstruction", details
         )
         card.save(arguments.output)
     state.wait_for_everyone()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import VQModel
 
 from diffusers_eqvae.autoencoders import decode, encode
-from diffusers_eqvae.metrics.autoencoder import measure_autoencoder, picture_figures, summarize
+from diffusers_eqvae.metrics.autoencoder import measure_autoencoder, picture_figures, split_summary, summarize
 from diffusers_eqvae.metrics.equivariance import measure_equivariance
 from diffusers_eqvae.metrics.reconstruction import psnr
 
@@ -61,3 +63,12 @@ def test_nothing_is_refused(tiny_autoencoder_tiny):
     row = picture_figures(tiny_autoencoder_tiny, pictures(1))
     with pytest.raises(ValueError, match="at least one picture"):
         summarize({name: values[:0] for name, values in row.items()})
+
+
+def test_what_is_not_finite_is_a_mark_and_no_number(tiny_autoencoder_kl):
+    """16 px give 4x4 cells; scaled to a quarter these are one, which deviates from its mean by nothing."""
+    summary = measure_autoencoder(tiny_autoencoder_kl, [pictures(2)[..., :16, :16]])
+    numbers, marks, details = split_summary(summary)
+    assert marks == {"equivariance_scale_centred": "inf for these pictures"}
+    assert set(numbers) | set(marks) | set(details) | {"intrinsic_dimension"} == set(summary)
+    assert all(math.isfinite(value) for value in numbers.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,10 +111,16 @@ def summarize(figures: dict[str, Tensor], *, max_points: int = 10_000) -> dict[s
     return summary
 
 
-def split_summary(summary: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers of `summarize` that are there, and everything else: `metrics` and `details` of a result card."""
-    numbers = {name: value for name, value in summary.items() if name not in _DETAILS and value is not None}
-    return numbers, {name: summary[name] for name in _DETAILS}
+def split_summary(summary: dict[str, Any]) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
+    """`summarize` as `metrics`, `marks` and `details` of a result card.
+
+    A figure that is not finite is no number and leaves a mark in its place: latents of 4x4 cells, scaled to a quarter,
+    are one cell, against whose deviation of 0 an error is infinite.
+    """
+    figures = {name: value for name, value in summary.items() if name not in _DETAILS and value is not None}
+    numbers = {name: value for name, value in figures.items() if math.isfinite(value)}
+    marks = {name: f"{value} for these pictures" for name, value in figures.items() if name not in numbers}
+    return numbers, marks, {name: summary[name] for name in _DETAILS}
 
 
 def measure_autoencoder(
