@@ -66,9 +66,9 @@ def test_nothing_is_refused(tiny_autoencoder_tiny):
 
 
 def test_what_is_not_finite_is_a_mark_and_no_number(tiny_autoencoder_kl):
-    """16 px give 4x4 cells; scaled to a quarter these are one, which deviates from its mean by nothing."""
+    """16 px give 4x4 cells; scaled to a quarter these are one, which cannot deviate from its mean."""
     summary = measure_autoencoder(tiny_autoencoder_kl, [pictures(2)[..., :16, :16]])
     numbers, marks, details = split_summary(summary)
-    assert marks == {"equivariance_scale_centred": "inf for these pictures"}
+    assert marks == {"equivariance_scale_centred": "nan for these pictures"}
     assert set(numbers) | set(marks) | set(details) | {"intrinsic_dimension"} == set(summary)
     assert all(math.isfinite(value) for value in numbers.values())

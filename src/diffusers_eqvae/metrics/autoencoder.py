@@ -114,8 +114,8 @@ def summarize(figures: dict[str, Tensor], *, max_points: int = 10_000) -> dict[s
 def split_summary(summary: dict[str, Any]) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
     """`summarize` as `metrics`, `marks` and `details` of a result card.
 
-    A figure that is not finite is no number and leaves a mark in its place: latents of 4x4 cells, scaled to a quarter,
-    are one cell, against whose deviation of 0 an error is infinite.
+    A figure that is not finite is no number and leaves a mark in its place: of latents of 4x4 cells, scaled to a
+    quarter, one cell is left, and no error relative to its deviation is defined.
     """
     figures = {name: value for name, value in summary.items() if name not in _DETAILS and value is not None}
     numbers = {name: value for name, value in figures.items() if math.isfinite(value)}

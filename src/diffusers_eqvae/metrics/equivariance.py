@@ -59,7 +59,7 @@ def equivariance_figures(vae: nn.Module, pixels: Tensor, latents: Tensor) -> dic
         transformed = [tau.apply_to_latents(latents) for tau in taus]
         for suffix, centred in (("", False), ("_centred", True)):
             pairs = zip(encoded, transformed, strict=True)
-            each = [equivariance_error(e, t, centred=centred) for e, t in pairs]
+            each = [_defined_error(e, t, centred=centred) for e, t in pairs]
             results[f"equivariance_{name}{suffix}"] = torch.stack(each).mean(0)
 
     errors([rotation(size, quarter_turns) for quarter_turns in ROTATIONS], "rotation")
@@ -70,6 +70,12 @@ def equivariance_figures(vae: nn.Module, pixels: Tensor, latents: Tensor) -> dic
         results[f"psnr_{name}_latent"] = psnr(decode(vae, tau.apply_to_latents(latents)), target)
         results[f"psnr_{name}_pixels"] = psnr(decode(vae, encode(vae, target).mode()), target)
     return results
+
+
+def _defined_error(encoded: Tensor, transformed: Tensor, *, centred: bool) -> Tensor:
+    """NaN where one cell is left, whose deviation from its own mean is 0."""
+    error = equivariance_error(encoded, transformed, centred=centred)
+    return torch.full_like(error, torch.nan) if centred and encoded.shape[-2:].numel() == 1 else error
 
 
 def _measure_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
