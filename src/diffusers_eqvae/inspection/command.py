@@ -71,7 +71,10 @@ def run_inspection(
         ).to(device)
     locations = [(model, subfolder)] + ([(compare, compare_subfolder)] if compare is not None else [])
     names = _short_names([name for name, _ in locations])
-    vaes = [load_autoencoder(name, subfolder=folder).to(device) for name, folder in locations]
+    vaes = [
+        load_autoencoder(name, subfolder=folder).to(device, memory_format=torch.channels_last)
+        for name, folder in locations
+    ]
     inspections = [
         inspect_autoencoder(vae, pictures, name=name, perceptual=perceptual)
         for vae, name in zip(vaes, names, strict=True)
