@@ -57,7 +57,7 @@ def compare(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="eqvae compare", description=compare.__doc__, epilog="Exit status 1: they may not be compared."
     )
-    parser.add_argument("cards", nargs="+", help="JSON files that evaluate_generation.py or evaluate_autoencoder.py wrote")
+    parser.add_argument("cards", nargs="+", help="cards that the evaluate_ scripts wrote, two or more")
     arguments = parser.parse_args(argv)
 
     from diffusers_eqvae.metrics.result_card import ResultCard, compare_cards
