@@ -81,7 +81,10 @@ class Tracking:
         self._written_before = _drop_lines_after(output_dir / METRICS_FILE, step)
         if report_to != "none":
             simple = {key: value for key, value in arguments.items() if isinstance(value, (bool, int, float, str))}
-            accelerator.init_trackers(name, config=simple)
+            logs = output_dir / "logs"
+            logs.mkdir(exist_ok=True)
+            own = {"wandb": {"dir": str(logs), "name": output_dir.resolve().name}}
+            accelerator.init_trackers(name, config=simple, init_kwargs=own)
 
     def advance(self) -> None:
         self._bar.update(1)
