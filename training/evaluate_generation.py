@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 import diffusers_eqvae
+from diffusers_eqvae.autoencoders import is_pipeline
 from diffusers_eqvae.data.images import load_image_dataset
 from diffusers_eqvae.metrics.collecting import Collected, Processes, collect
 from diffusers_eqvae.metrics.features import load_extractor
@@ -34,7 +35,9 @@ from diffusers_eqvae.training_utils.arguments import parse
 class EvaluationArguments:
     """What to compare with what, and by which network."""
 
-    samples: str = field(metadata={"help": "An .npz with arr_0, a folder of pictures, or a pipeline directory."})
+    samples: str = field(
+        metadata={"help": "An .npz with arr_0, a folder of pictures, or a pipeline (directory or Hub name)."}
+    )
     reference: str = field(
         metadata={"help": "An ADM reference .npz, saved statistics, a folder of pictures, or a dataset's name."}
     )
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         source = load_image_dataset(reference, split=arguments.reference_split)
         reference = PictureSet(source, name=f"{reference} ({arguments.reference_split})", resolution=resolution)
 
-    if (path / "model_index.json").is_file():
+    if is_pipeline(arguments.samples):
         made = generated(arguments, options, state)
         samples = Collected.join(gather_object([collect(extractor, made)]))
         facts, rules, resize_rule = {**made.facts, "model": str(path)}, made.rules, "none"
@@ -118,7 +121,8 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
     card = ResultCard(result.metrics, protocol, facts, result.marks, provenance)
     base = path.name if path.is_dir() else path.stem
-    output = Path(arguments.output or path.with_name(f"{base}.{arguments.evaluator}.json"))
+    beside = path.parent if path.exists() else Path()
+    output = Path(arguments.output or beside / f"{base}.{arguments.evaluator}.json")
     card.save(output)
     for name, value in result.metrics.items():
         logging.getLogger("evaluate_generation").info("%s = %.6g", name, value)

@@ -95,14 +95,15 @@ def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
 
 def autoencoder_location(name: str, *, subfolder: str | None = None, revision: str | None = None) -> dict[str, str]:
     """The `subfolder` and `revision` that `from_pretrained(name)` needs: vae/ where `name` is a pipeline."""
-    if subfolder is None and _is_pipeline(name, revision):
+    if subfolder is None and is_pipeline(name, revision):
         subfolder = "vae"
     location = {"subfolder": subfolder, "revision": revision}
     return {key: value for key, value in location.items() if value is not None}
 
 
-def _is_pipeline(name: str, revision: str | None) -> bool:
-    if Path(name).is_dir():
+def is_pipeline(name: str, revision: str | None = None) -> bool:
+    """Whether a directory or Hub repository holds a pipeline."""
+    if Path(name).exists():
         return (Path(name) / "model_index.json").is_file()
     try:
         hf_hub_download(name, "model_index.json", revision=revision)

@@ -92,7 +92,8 @@ def run_inspection(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "card.json", inspections, settings)
-    write_png(folder / "card.png", inspections, strips(vaes, pictures[:SHOWN_PICTURES]))
+    shown = np.linspace(0, len(pictures) - 1, min(SHOWN_PICTURES, len(pictures))).round().astype(int).tolist()
+    write_png(folder / "card.png", inspections, strips(vaes, pictures[shown]))
     write_html(folder / "card.html", inspections, settings)
     return inspections
 
