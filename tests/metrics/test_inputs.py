@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusers_eqvae.data.images import adm_center_crop, load_image_dataset
-from diffusers_eqvae.data.npz import map_npz_array
+from diffusers_eqvae.data.npz import map_npz_array, open_npz_array
 from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
 
 
@@ -34,6 +34,22 @@ def test_one_set_from_everywhere(tmp_path):
         assert pictures.resize_rule == "none"
     assert isinstance(map_npz_array(tmp_path / "plain.npz", "arr_0"), np.memmap)
     assert np.array_equal(read(open_pictures(tmp_path / "plain.npz", limit=5)), array[:5])
+
+
+def test_an_array_in_fortran_order_is_read_as_it_was(tmp_path):
+    array = np.asfortranarray(levels())
+    np.savez(tmp_path / "set.npz", array)
+    assert np.array_equal(read(open_pictures(tmp_path / "set.npz")), array)
+    np.savez(tmp_path / "empty.npz", array[:0])
+    assert open_npz_array(tmp_path / "empty.npz", "arr_0").shape == (0, 12, 10, 3)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_python_objects_are_neither_mapped_nor_unpickled(save, tmp_path):
+    """Mapped, their pickle would be followed as addresses, which ends the process."""
+    save(tmp_path / "objects.npz", np.array([[1.0], "two"], dtype=object))
+    with pytest.raises(ValueError, match=r"[oO]bject"):
+        open_npz_array(tmp_path / "objects.npz", "arr_0")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

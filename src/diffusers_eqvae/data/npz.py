@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,12 +15,12 @@ def map_npz_array(path: str | Path, key: str) -> np.ndarray:
 
     Raises:
         KeyError: no such array.
-        ValueError: the array is compressed.
+        ValueError: the array is compressed, or one of Python objects.
     """
+    if _is_compressed(path, key):
+        raise ValueError(f"{key} of {path} is compressed and cannot be mapped; write it with np.savez.")
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{key} of {path} is compressed and cannot be mapped; write it with np.savez.")
     with open(path, "rb") as file:
         # A zip entry's data follow its local header: 30 bytes, of which the last four give the two lengths to skip.
         file.seek(entry.header_offset + 26)
@@ -27,8 +28,12 @@ def map_npz_array(path: str | Path, key: str) -> np.ndarray:
         file.seek(int(name_length) + int(extra_length), os.SEEK_CUR)
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
+        shape, fortran_order, dtype = read_header(file)
+        if dtype.hasobject:
+            # What lies there is a pickle; mapped, it would be read as addresses.
+            raise ValueError(f"{key} of {path} holds Python objects ({dtype}); write it as numbers.")
+        order: Literal["C", "F"] = "F" if fortran_order else "C"
+        return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)
 
 
 def npz_keys(path: str | Path) -> list[str]:
@@ -38,9 +43,18 @@ def npz_keys(path: str | Path) -> list[str]:
 
 
 def open_npz_array(path: str | Path, key: str) -> np.ndarray:
-    """An array of any .npz: a memory map, or loaded where it is compressed."""
-    try:
+    """An array of any .npz: a memory map, or loaded where it is compressed.
+
+    Raises:
+        KeyError: no such array.
+        ValueError: an array of Python objects, which is never unpickled.
+    """
+    if not _is_compressed(path, key):
         return map_npz_array(path, key)
-    except ValueError:
-        with np.load(path) as archive:
-            return archive[key]
+    with np.load(path) as archive:
+        return archive[key]
+
+
+def _is_compressed(path: str | Path, key: str) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return archive.getinfo(f"{key}.npy").compress_type != zipfile.ZIP_STORED
