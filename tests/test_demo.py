@@ -51,6 +51,14 @@ def test_a_stage_runs_again_only_with_other_words(tmp_path):
     changed.run()
     assert note(changed) != before
 
+    follower = Stage("b", "A stage.", stage(tmp_path, "b").command, tmp_path / "b", after=once)
+    follower.run()
+    before = note(follower)
+    follower.run()
+    assert note(follower) == before
+    Stage("b", "A stage.", follower.command, follower.directory, after=changed).run()
+    assert note(follower) != before
+
 
 def test_a_failing_stage_ends_the_demo_and_keeps_the_other_lane(tmp_path):
     failing, never, fine = stage(tmp_path, "a", status=3), stage(tmp_path, "b"), stage(tmp_path, "c")

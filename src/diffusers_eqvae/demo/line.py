@@ -27,9 +27,9 @@ from .photographs import write_photographs
 ROOT = Path(__file__).resolve().parents[3]
 DONE = "stage.json"
 THREADS = 2
-# 0.9 M parameters, 8 pixels per latent cell, 4 channels.
+# 1.6 M parameters, 8 pixels per latent cell, 4 channels.
 AUTOENCODER = {
-    "block_out_channels": [32, 32, 64, 64],
+    "block_out_channels": [16, 32, 64, 96],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 1,
@@ -52,8 +52,8 @@ class DemoArguments:
         default=None, metadata={"help": "Or a dataset on the Hub with columns image and label."}
     )
     resolution: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
-    autoencoder_steps: int = field(default=450, metadata={"help": "Steps of the small autoencoder from scratch."})
-    finetuning_steps: int = field(default=500, metadata={"help": "Steps of each fine-tuned copy."})
+    autoencoder_steps: int = field(default=900, metadata={"help": "Steps of the small autoencoder from scratch."})
+    finetuning_steps: int = field(default=1200, metadata={"help": "Steps of each fine-tuned copy."})
     transformer_steps: int = field(default=600, metadata={"help": "Steps of each transformer."})
     num_inference_steps: int = field(default=25, metadata={"help": "Heun steps of the sampler."})
     guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance."})
@@ -65,22 +65,28 @@ class DemoArguments:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, and the directory whose presence says that it has run."""
+    """One command, the directory that it fills, and the stage whose result it starts from."""
 
     name: str
     title: str
     command: list[str]
     directory: Path
+    after: Stage | None = None
+
+    @property
+    def lineage(self) -> list[list[str]]:
+        """The commands that lead to this stage's result, the first one first."""
+        return [*(self.after.lineage if self.after else []), self.command]
 
     def run(self, *, threads: int = 2, lane: int = 0) -> None:
-        """Runs the command unless it has run before with the same words; its seconds are kept in `DONE`.
+        """Runs the command unless its lineage has run before with the same words; `DONE` keeps words and seconds.
 
         Args:
             threads: of its process.
             lane: which of the stages running side by side this is; its progress bar goes to that line.
         """
         marker = self.directory / DONE
-        if marker.is_file() and json.loads(marker.read_text())["command"] == self.command:
+        if marker.is_file() and json.loads(marker.read_text()).get("lineage") == self.lineage:
             tqdm.write(f"[{self.name}] has run before")
             return
         tqdm.write(f"\n[{self.name}] {self.title}\n$ {shlex.join(self.command)}")
@@ -91,7 +97,7 @@ class Stage:
         if finished.returncode:
             raise SystemExit(f"The stage {self.name} failed (exit status {finished.returncode}); its output is above.")
         seconds = time.perf_counter() - start
-        marker.write_text(json.dumps({"command": self.command, "seconds": seconds}, indent=2) + "\n")
+        marker.write_text(json.dumps({"lineage": self.lineage, "seconds": seconds}, indent=2) + "\n")
 
     @property
     def seconds(self) -> float:
@@ -152,11 +158,11 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
     (output_dir / "autoencoder.json").write_text(json.dumps(AUTOENCODER, indent=2) + "\n")
     (output_dir / "transformer.json").write_text(json.dumps(TRANSFORMER, indent=2) + "\n")
 
-    def stage(name: str, title: str, script: str, **flags: Any) -> Stage:
+    def stage(name: str, title: str, script: str, after: Stage | None = None, **flags: Any) -> Stage:
         words = [str(ROOT / script), "--output_dir", str(output_dir / name)]
         for flag, value in flags.items():
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-        return Stage(name, title, words, output_dir / name)
+        return Stage(name, title, words, output_dir / name, after)
 
     autoencoder: dict[str, Any] = {
         **train,
@@ -164,7 +170,7 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
         "resolution": arguments.resolution,
         "perceptual_weight": 0,
         "disc_weight": 0,
-        "train_batch_size": 8,
+        "train_batch_size": 4,
         "ema_decay": 0.99,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
@@ -185,49 +191,50 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
         **autoencoder,
     )
     # A short run of a young autoencoder: more plain steps than the paper's, so that reconstruction keeps up.
-    equivariance = {"regularizers": "equivariance", "p_equivariance": 0.35, "p_low_resolution": 0.1}
-    branches = []
+    equivariance = {"regularizers": "equivariance", "p_equivariance": 0.375, "p_low_resolution": 0.1}
+    lanes = {}
     for branch, regularizer in (("plain", {"regularizers": "none"}), ("eq", equivariance)):
-        lane = [
-            stage(
-                f"autoencoder_{branch}",
-                f"A copy fine-tuned with the regulariser {regularizer['regularizers']}.",
-                "training/train_autoencoder.py",
-                pretrained_model_name_or_path=output_dir / "autoencoder",
-                **regularizer,
-                max_train_steps=arguments.finetuning_steps,
-                learning_rate=1e-3,
-                **autoencoder,
-            ),
-            stage(
-                f"latents_{branch}",
-                "Its latents, with mean and standard deviation.",
-                "training/encode_latents.py",
-                vae=output_dir / f"autoencoder_{branch}",
-                resolution=arguments.resolution,
-                dtype="fp32",
-                **train,
-            ),
-            stage(
-                f"sit_{branch}",
-                "A small SiT on these latents.",
-                "training/train_transformer.py",
-                model=output_dir / "transformer.json",
-                latents_dir=output_dir / f"latents_{branch}",
-                train_batch_size=16,
-                max_train_steps=arguments.transformer_steps,
-                learning_rate=1.5e-3,
-                lr_scheduler="cosine",
-                lr_warmup_steps=50,
-                sigma_distribution="logit_normal",
-                ema_decay=0.99,
-                checkpointing_steps=0,
-                validation_steps=0,
-                report_to="none",
-                seed=arguments.seed,
-            ),
-        ]
-        branches.append(lane)
+        fine_tuned = stage(
+            f"autoencoder_{branch}",
+            f"A copy fine-tuned with the regulariser {regularizer['regularizers']}.",
+            "training/train_autoencoder.py",
+            from_scratch,
+            pretrained_model_name_or_path=from_scratch.directory,
+            **regularizer,
+            max_train_steps=arguments.finetuning_steps,
+            learning_rate=1e-3,
+            **autoencoder,
+        )
+        encoded = stage(
+            f"latents_{branch}",
+            "Its latents, with mean and standard deviation.",
+            "training/encode_latents.py",
+            fine_tuned,
+            vae=fine_tuned.directory,
+            resolution=arguments.resolution,
+            dtype="fp32",
+            **train,
+        )
+        generator = stage(
+            f"sit_{branch}",
+            "A small SiT on these latents.",
+            "training/train_transformer.py",
+            encoded,
+            model=output_dir / "transformer.json",
+            latents_dir=encoded.directory,
+            train_batch_size=16,
+            max_train_steps=arguments.transformer_steps,
+            learning_rate=1.5e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=50,
+            sigma_distribution="logit_normal",
+            ema_decay=0.99,
+            checkpointing_steps=0,
+            validation_steps=0,
+            report_to="none",
+            seed=arguments.seed,
+        )
+        lanes[branch] = [fine_tuned, encoded, generator]
     sampling: dict[str, Any] = {
         "num_samples": 30,
         "batch_size": 30,
@@ -249,12 +256,13 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
                 name,
                 title,
                 "pipelines/sample.py",
-                model=output_dir / f"sit_{branch}",
+                lanes[branch][-1],
+                model=lanes[branch][-1].directory,
                 guidance_interval=interval,
                 **sampling,
             )
         )
-    return [[[from_scratch]], branches, [samples[:1], samples[1:]]]
+    return [[[from_scratch]], list(lanes.values()), [samples[:1], samples[1:]]]
 
 
 def _pictures(arguments: DemoArguments, output_dir: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -265,8 +273,8 @@ def _pictures(arguments: DemoArguments, output_dir: Path) -> tuple[dict[str, str
         return {"train_data_dir": arguments.train_data_dir}, {}
     if arguments.dataset:
         return {"dataset_name": arguments.dataset}, {}
-    pictures = output_dir / "pictures"
     side_px = arguments.resolution * 3 // 2
+    pictures = output_dir / f"pictures_{side_px}px"
     for name, per_class, seed in (("train", 40, 0), ("held_out", 4, 1)):
         if not (pictures / name).is_dir():
             write_photographs(pictures / name, per_class=per_class, side_px=side_px, seed=seed)
