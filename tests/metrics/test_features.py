@@ -37,6 +37,7 @@ def test_inception_gives_what_the_adm_protocol_reads(inception):
 
     net, batch = inception.network, pictures()
     nn.init.normal_(net.fc.bias)
+    nn.init.constant_(net.Mixed_6d.branch1x1.bn.bias, 3.0)  # after the ReLU few cells are 0, which would look alike
     outputs = inception(batch)
     x = interpolate_bilinear_2d_like_tensorflow1x(batch.float(), size=(299, 299), align_corners=False)
     x = (x - 128) / 128
@@ -45,11 +46,9 @@ def test_inception_gives_what_the_adm_protocol_reads(inception):
     for name in ("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d"):
         x = getattr(net, name)(x)
     spatial = x[:, :7]  # Mixed_6d's first branch comes first in the concatenation
-    assert spatial.shape == (2, 7, 17, 17) and spatial.std() > 0.01
-    for cell in ((0, 0, 0), (3, 5, 2), (16, 16, 6)):
-        row, column, channel = cell
-        flat = (row * 17 + column) * 7 + channel
-        torch.testing.assert_close(outputs["spatial"][:, flat], spatial[:, channel, row, column])
+    assert spatial.shape == (2, 7, 17, 17) and (spatial > 0).float().mean() > 0.9
+    torch.testing.assert_close(outputs["spatial"], spatial.permute(0, 2, 3, 1).flatten(1), rtol=1e-4, atol=1e-4)
+    assert (outputs["spatial"] - spatial.flatten(1)).abs().max() > 0.1
     for name in ("Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool"):
         x = getattr(net, name)(x)
     torch.testing.assert_close(outputs["features"], x.flatten(1), rtol=1e-4, atol=1e-4)
