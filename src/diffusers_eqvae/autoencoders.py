@@ -131,6 +131,22 @@ def decode(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
     return vae.decode(raw_latents).sample
 
 
+def decode_upcast(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
+    """As `decode`, for float32 latents and an autoencoder in any dtype, in float32.
+
+    A float16 autoencoder whose config says `force_upcast` overflows in float16, so it is decoded in float32 (the rule
+    of diffusers' SDXL pipeline) and put back afterwards.
+    """
+    dtype = vae.dtype
+    if dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
+        return decode(vae, raw_latents.to(dtype)).float()
+    vae.to(dtype=torch.float32)
+    try:
+        return decode(vae, raw_latents)
+    finally:
+        vae.to(dtype=dtype)
+
+
 def is_deterministic(vae: Autoencoder) -> bool:
     """True where the encoder gives latents and no variance (AutoencoderTiny)."""
     return last_encoder_layer(vae).out_channels == latent_channels(vae)

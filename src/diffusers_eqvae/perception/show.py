@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..autoencoders import Autoencoder, decode
+from ..autoencoders import Autoencoder, decode_upcast
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork
 from ..pictures import grid, latent_pca
@@ -90,7 +90,7 @@ def perception_picture(
     normalization = LatentNormalization.from_vae(vae)
     features = latent_features(latents, alignment_network, normalization=normalization)
     if pixels is None:
-        pixels = decode(vae, normalization.denormalize(latents.float()).to(vae.dtype))
+        pixels = decode_upcast(vae, normalization.denormalize(latents.float()))
     size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
     clusters = draw_labels(cluster_cells(features.patch, num_clusters, seed=seed))
     columns = {"sample": pixels.float().cpu(), "PCA": latent_pca(features.patch)[0].cpu(), "clusters": clusters}

@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..autoencoders import decode, latent_channels
+from ..autoencoders import decode_upcast, latent_channels
 from ..guidance import IntervalGuidance
 from ..latents import LatentNormalization, check_fingerprint
 from ..pictures import to_image
@@ -163,18 +163,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) float32, nominally in [-1, 1], of normalised latents.
 
-        A float16 VAE whose config says `force_upcast` overflows in float16, so it is decoded in float32 (the rule of
-        diffusers' SDXL pipeline) and put back afterwards.
+        A float16 VAE whose config says `force_upcast` is decoded in float32; see `autoencoders.decode_upcast`.
         """
-        raw_latents = LatentNormalization.from_vae(self.vae).denormalize(latents.float())
-        dtype = self.vae.dtype
-        if dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
-            return decode(self.vae, raw_latents.to(dtype)).float()
-        self.vae.to(dtype=torch.float32)
-        try:
-            return decode(self.vae, raw_latents)
-        finally:
-            self.vae.to(dtype=dtype)
+        return decode_upcast(self.vae, LatentNormalization.from_vae(self.vae).denormalize(latents.float()))
 
     @torch.no_grad()
     def __call__(
