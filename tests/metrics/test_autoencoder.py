@@ -11,6 +11,7 @@ from diffusers import VQModel
 from diffusers_eqvae.autoencoders import decode, encode
 from diffusers_eqvae.metrics.autoencoder import measure_autoencoder, picture_figures, split_summary, summarize
 from diffusers_eqvae.metrics.equivariance import measure_equivariance
+from diffusers_eqvae.metrics.intrinsic_dimension import intrinsic_dimension
 from diffusers_eqvae.metrics.reconstruction import psnr
 
 
@@ -69,6 +70,24 @@ def test_what_is_not_finite_is_a_mark_and_no_number(tiny_autoencoder_kl):
     """16 px give 4x4 cells; scaled to a quarter these are one, which cannot deviate from its mean."""
     summary = measure_autoencoder(tiny_autoencoder_kl, [pictures(2)[..., :16, :16]])
     numbers, marks, details = split_summary(summary)
+    assert marks.pop("intrinsic_dimension") == "undefined for fewer than 10 different latents"
     assert marks == {"equivariance_scale_centred": "nan for these pictures"}
     assert set(numbers) | set(marks) | set(details) | {"intrinsic_dimension"} == set(summary)
     assert all(math.isfinite(value) for value in numbers.values())
+
+
+def test_an_encoder_that_collapsed_is_measured(tiny_autoencoder_kl):
+    """All latents are one point, which has no dimension; every other figure is there."""
+    torch.nn.init.zeros_(tiny_autoencoder_kl.encoder.conv_out.weight)
+    summary = measure_autoencoder(tiny_autoencoder_kl, [pictures(12)])
+    numbers, marks, _ = split_summary(summary)
+    assert summary["intrinsic_dimension"] is None and "different latents" in marks["intrinsic_dimension"]
+    assert numbers["psnr"] == summary["psnr"]
+
+
+def test_the_intrinsic_dimension_is_taken_of_the_first_latents(tiny_autoencoder_kl):
+    row = picture_figures(tiny_autoencoder_kl, pictures(14))
+    summary = summarize(row, max_points=11)
+    assert summary["num_images"] == 14 and summary["intrinsic_dimension_points"] == 11
+    assert summary["intrinsic_dimension"] == intrinsic_dimension(row["latents"][:11].flatten(1))
+    assert summary["intrinsic_dimension"] != summarize(row)["intrinsic_dimension"]

@@ -15,7 +15,7 @@ from ..autoencoders import decode, downsampling_factor, encode, latent_channels
 from .collecting import Collected, Collector, hash_digests, picture_digests, require_finite, to_levels
 from .equivariance import equivariance_figures
 from .features import FeatureExtractor
-from .intrinsic_dimension import MIN_POINTS, intrinsic_dimension
+from .intrinsic_dimension import MIN_POINTS, intrinsic_dimension_if_defined
 from .reconstruction import psnr, ssim
 from .spectrum import HIGH_FREQUENCY, high_frequency_share, radial_power_spectrum
 from .statistics import channel_statistics
@@ -81,8 +81,8 @@ def summarize(figures: dict[str, Tensor], *, max_points: int = 10_000) -> dict[s
 
     Returns:
         Means of the figures per picture; `gap_rotated` and `gap_halved`, the dB that decoding tau(E(x)) loses against
-        decoding E(tau(x)), 0 for an equivariant decoder; `intrinsic_dimension` (None below 10 pictures) and
-        `intrinsic_dimension_points`; `spectrum` {frequency in cycles per cell, power}, the power relative to its mean
+        decoding E(tau(x)), 0 for an equivariant decoder; `intrinsic_dimension` (None below 10 different
+        latents) and `intrinsic_dimension_points`; `spectrum` {frequency in cycles per cell, power}, the power relative to its mean
         so that the scale of the latents does not matter; `channels` {mean, std, kurtosis}; `num_images`.
 
     Raises:
@@ -98,7 +98,7 @@ def summarize(figures: dict[str, Tensor], *, max_points: int = 10_000) -> dict[s
         summary[f"gap_{name}"] = summary[f"psnr_{name}_pixels"] - summary[f"psnr_{name}_latent"]
 
     points = latents[:max_points].flatten(1)
-    summary["intrinsic_dimension"] = intrinsic_dimension(points) if len(points) >= MIN_POINTS else None
+    summary["intrinsic_dimension"] = intrinsic_dimension_if_defined(points)
     summary["intrinsic_dimension_points"] = len(points)
     side = min(latents.shape[-2:])
     relative = spectrum / spectrum[1:].mean().clamp_min(torch.finfo(spectrum.dtype).tiny)
@@ -114,12 +114,17 @@ def summarize(figures: dict[str, Tensor], *, max_points: int = 10_000) -> dict[s
 def split_summary(summary: dict[str, Any]) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
     """`summarize` as `metrics`, `marks` and `details` of a result card.
 
-    A figure that is not finite is no number and leaves a mark in its place: of latents of 4x4 cells, scaled to a
-    quarter, one cell is left, and no error relative to its deviation is defined.
+    A figure that is None or not finite is no number and leaves a mark in its place: of latents of 4x4 cells, scaled
+    to a quarter, one cell is left, and no error relative to its deviation is defined.
     """
-    figures = {name: value for name, value in summary.items() if name not in _DETAILS and value is not None}
-    numbers = {name: value for name, value in figures.items() if math.isfinite(value)}
-    marks = {name: f"{value} for these pictures" for name, value in figures.items() if name not in numbers}
+    figures = {name: value for name, value in summary.items() if name not in _DETAILS}
+    numbers = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+    undefined = f"undefined for fewer than {MIN_POINTS} different latents"
+    marks = {
+        name: undefined if value is None else f"{value} for these pictures"
+        for name, value in figures.items()
+        if name not in numbers
+    }
     return numbers, marks, {name: summary[name] for name in _DETAILS}
 
 

@@ -30,6 +30,17 @@ def intrinsic_dimension(points: Tensor) -> float:
     Raises:
         ValueError: other than two axes, values that are not finite, or fewer than 10 different points.
     """
+    dimension = intrinsic_dimension_if_defined(points)
+    if dimension is None:
+        raise ValueError(
+            f"An intrinsic dimension needs at least {MIN_POINTS} different points; there are fewer among these "
+            f"{len(points)}. Measure on more pictures."
+        )
+    return dimension
+
+
+def intrinsic_dimension_if_defined(points: Tensor) -> float | None:
+    """`intrinsic_dimension`, or None for fewer than 10 different points, as those of an encoder that has collapsed."""
     if points.ndim != 2 or not torch.isfinite(points).all():
         raise ValueError(
             f"Points must be finite and of shape (N, D); got {tuple(points.shape)}. Flatten latents first."
@@ -38,13 +49,10 @@ def intrinsic_dimension(points: Tensor) -> float:
     if len(distinct) < len(points):
         logger.warning("%d of %d points equal another one and count once.", len(points) - len(distinct), len(points))
     if len(distinct) < MIN_POINTS:
-        raise ValueError(
-            f"An intrinsic dimension needs at least {MIN_POINTS} different points; got {len(distinct)}. "
-            "Measure on more pictures."
-        )
+        return None
     log_ratios = _log_ratios(distinct).sort().values
     kept = int(KEPT_SHARE * len(log_ratios))
-    rank = torch.arange(1, kept + 1, dtype=torch.float64, device=points.device)
+    rank = torch.arange(1, kept + 1, dtype=torch.float64, device=distinct.device)
     survival = -torch.log1p(-rank / len(log_ratios))
     x = log_ratios[:kept]
     return float((x @ survival) / (x @ x))

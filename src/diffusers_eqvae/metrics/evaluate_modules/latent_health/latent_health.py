@@ -6,7 +6,7 @@ import evaluate
 import numpy as np
 import torch
 
-from diffusers_eqvae.metrics.intrinsic_dimension import MIN_POINTS, intrinsic_dimension
+from diffusers_eqvae.metrics.intrinsic_dimension import intrinsic_dimension_if_defined
 from diffusers_eqvae.metrics.spectrum import high_frequency_share
 from diffusers_eqvae.metrics.statistics import channel_statistics
 
@@ -20,7 +20,7 @@ Args:
 Returns:
     mean, std, kurtosis: lists per channel.
     high_frequency: mean over pictures, 0 (smooth) to 1; white noise has .80.
-    intrinsic_dimension: of the flattened latents; None below 10 pictures.
+    intrinsic_dimension: of the flattened latents; None below 10 different ones.
     num_samples: pictures.
 """
 _CITATION = "Facco et al., Estimating the intrinsic dimension of datasets by a minimal neighborhood information, 2017"
@@ -40,10 +40,9 @@ class LatentHealth(evaluate.Metric):
 
     def _compute(self, predictions: list) -> dict:
         latents = torch.from_numpy(np.array(predictions, dtype=np.float32))
-        enough = len(latents) >= MIN_POINTS
         return {
             **channel_statistics(latents),
             "high_frequency": high_frequency_share(latents).double().mean().item(),
-            "intrinsic_dimension": intrinsic_dimension(latents.flatten(1)) if enough else None,
+            "intrinsic_dimension": intrinsic_dimension_if_defined(latents.flatten(1)),
             "num_samples": len(latents),
         }
