@@ -241,6 +241,9 @@ def test_built_from_arguments(teacher_directory, tiny_autoencoder_kl):
     vae = AutoencoderKLAligned.from_config(tiny_autoencoder_kl.config)
     vae.set_alignment_network(regularizer.network)
     assert AlignmentRegularizer.from_arguments(arguments, vae).network is regularizer.network
+    vae.set_alignment_network(AlignmentNetwork(latent_channels=4, hidden_size=12, feature_size=6))
+    with pytest.raises(ValueError, match="aligned with features of size 6"):
+        AlignmentRegularizer.from_arguments(arguments, vae)
 
 
 def test_network_and_teacher_must_agree(teacher):

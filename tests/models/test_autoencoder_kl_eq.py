@@ -218,9 +218,18 @@ def test_features_are_predicted_from_raw_latents(aligned, pixels):
     torch.testing.assert_close(features.patch, aligned.alignment_network(raw).patch)
 
 
+def test_a_damaged_alignment_network_is_no_missing_one(aligned, tmp_path):
+    aligned.save_pretrained(tmp_path)
+    weights = tmp_path / "alignment_network" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    with pytest.raises(OSError, match="alignment_network"):
+        AutoencoderKLAligned.from_pretrained(tmp_path)
+
+
 def test_alignment_network_moves_with_its_autoencoder(aligned):
     aligned.to(torch.bfloat16)
     assert aligned.alignment_network.dtype == torch.bfloat16
+    assert aligned.predict_features(torch.zeros(1, 4, 2, 2)).patch.dtype == torch.bfloat16
     assert not any("alignment" in name for name, _ in aligned.named_parameters())
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ..latents import LatentNormalization
@@ -18,7 +20,7 @@ ALIGNMENT_SUBFOLDER = "alignment_network"
 logger = logging.getLogger(__name__)
 
 # Options of from_pretrained that say where both models are found.
-_SHARED_LOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+_SHARED_LOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # Options of save_pretrained that hold for both models; the rest (push_to_hub and its own) concerns the root alone.
 _SHARED_SAVE_OPTIONS = ("safe_serialization", "max_shard_size")
 
@@ -42,15 +44,17 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As AutoencoderKL's, with the alignment network saved beside the weights; without one it is left unset."""
+        """As AutoencoderKL's, with the alignment network saved beside the weights; without one it is left unset.
+
+        Raises:
+            OSError: there is a network, but it cannot be read.
+        """
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         folder = "/".join(filter(None, (kwargs.get("subfolder"), ALIGNMENT_SUBFOLDER)))
         where = {name: kwargs[name] for name in _SHARED_LOAD_OPTIONS if name in kwargs}
-        try:
+        if _holds_network(pretrained_model_name_or_path, folder, where):
             model.load_alignment_network(pretrained_model_name_or_path, subfolder=folder, **where)
-        except OSError as error:
-            logger.info("%s is loaded without an alignment network: %s", pretrained_model_name_or_path, error)
         return loaded
 
     @property
@@ -110,7 +114,8 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
         """
         if self.alignment_network is None:
             raise ValueError("No alignment network is set; call load_alignment_network() first.")
-        return self.alignment_network(LatentNormalization.from_vae(self).denormalize(latents))
+        raw_latents = LatentNormalization.from_vae(self).denormalize(latents)
+        return self.alignment_network(raw_latents.to(self.alignment_network.dtype))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
@@ -128,3 +133,17 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
         for network in self._alignment_network:
             network._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _holds_network(name: str | os.PathLike[str], folder: str, where: dict[str, Any]) -> bool:
+    """Whether a directory or Hub repository has a network's config in `folder`."""
+    if Path(name).is_dir():
+        return (Path(name) / folder).is_dir()
+    try:
+        hf_hub_download(str(name), f"{folder}/config.json", **where)
+    except LocalEntryNotFoundError:
+        logger.warning("%s: offline, and no alignment network is in the cache; going on without one.", name)
+        return False
+    except EntryNotFoundError:
+        return False
+    return True

@@ -75,11 +75,19 @@ class AlignmentRegularizer(Regularizer):
             final_norm=arguments.alignment_final_norm,
         )
         # An autoencoder that was aligned before goes on with the network that it was aligned by.
-        network = getattr(vae, "alignment_network", None) or AlignmentNetwork(
-            latent_channels=latent_channels(vae),
-            hidden_size=arguments.alignment_hidden_size,
-            feature_size=teacher.feature_size,
-        )
+        network = getattr(vae, "alignment_network", None)
+        if network is None:
+            network = AlignmentNetwork(
+                latent_channels=latent_channels(vae),
+                hidden_size=arguments.alignment_hidden_size,
+                feature_size=teacher.feature_size,
+            )
+        elif network.config.feature_size != teacher.feature_size:
+            raise ValueError(
+                f"The autoencoder was aligned with features of size {network.config.feature_size}, and "
+                f"{arguments.alignment_teacher} gives {teacher.feature_size}; name its own teacher with "
+                "--alignment_teacher, or take its alignment_network/ away to start a new one."
+            )
         return cls(network, teacher, weight=arguments.alignment_weight, adaptive=arguments.alignment_adaptive)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from .autoencoder_arguments import (
     RegularizerArguments,
 )
 from .autoencoder_step import AutoencoderLossWeights
+
+logger = logging.getLogger(__name__)
 
 KL_CLASSES = ("AutoencoderKL", "AutoencoderKLEQ", "AutoencoderKLAligned")
 
@@ -62,6 +65,8 @@ def _load_pretrained(
 ) -> ModelMixin:
     location = autoencoder_location(name, subfolder=arguments.subfolder, revision=arguments.revision)
     saved_class = family.load_config(name, **location).get("_class_name")
+    if saved_class == "AutoencoderKLAligned" and family is not AutoencoderKLAligned:
+        logger.warning("%s was aligned with a teacher; without --regularizers alignment its network is dropped.", name)
     if saved_class in KL_CLASSES:
         return family.from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
     if padding:

@@ -26,6 +26,9 @@ class GenerationEvaluation:
         run: whose seed, processes and trackers are used.
         pipeline: around the averaged transformer.
         latents: whose size decides how reference pictures are cropped.
+
+    Raises:
+        ValueError: fewer samples than processes.
     """
 
     def __init__(
@@ -42,10 +45,17 @@ class GenerationEvaluation:
         self.extractor = load_extractor(arguments.evaluator, arguments.evaluator_weights)
         run.add_frozen(self.extractor)
         ranks = (run.accelerator.process_index, run.accelerator.num_processes)
+        if arguments.num_evaluation_samples < ranks[1]:
+            raise ValueError(
+                f"--num_evaluation_samples must be at least the number of processes, {ranks[1]}; got "
+                f"{arguments.num_evaluation_samples}."
+            )
+        # Every process takes part in at least one call of the pipeline.
+        self.batch_size = min(run.arguments.train_batch_size, arguments.num_evaluation_samples // ranks[1])
         self.reference = load_reference(
             str(arguments.evaluation_reference),
             self.extractor,
-            batch_size=run.arguments.train_batch_size,
+            batch_size=self.batch_size,
             resolution=latents.resolution_px,
             processes=Processes(*ranks, gather_object),
         )
@@ -58,7 +68,7 @@ class GenerationEvaluation:
             pictures = GeneratedPictures(
                 self.pipeline,
                 self.arguments.num_evaluation_samples,
-                batch_size=self.run.arguments.train_batch_size,
+                batch_size=self.batch_size,
                 seed=self.run.arguments.seed,
                 rank=self.run.accelerator.process_index,
                 world_size=self.run.accelerator.num_processes,
@@ -68,5 +78,5 @@ class GenerationEvaluation:
             )
             samples = Collected.join(gather_object([collect(self.extractor, pictures)]))
             if self.run.is_main:
-                figures = evaluate_generation(samples, self.reference, extractor=self.extractor).metrics
-                self.run.log_figures({f"evaluation/{name}": value for name, value in figures.items()})
+                result = evaluate_generation(samples, self.reference, extractor=self.extractor)
+                self.run.log_figures({f"evaluation/{name}": value for name, value in result.metrics.items()})

@@ -124,9 +124,9 @@ class GenerationEvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.evaluation_steps < 0 or self.num_evaluation_samples < 1:
+        if self.evaluation_steps < 0 or self.num_evaluation_samples < 2:
             raise ValueError(
-                "--evaluation_steps must not be negative and --num_evaluation_samples must be positive; got "
+                "--evaluation_steps must not be negative and --num_evaluation_samples at least 2; got "
                 f"{self.evaluation_steps} and {self.num_evaluation_samples}."
             )
         if self.evaluation_steps and self.evaluation_reference is None:
