@@ -1,9 +1,10 @@
-"""Revisions: a Hub commit where one can be known, else a hash that every weight enters."""
+"""Revisions: a hash that every weight enters, and a commit of the Hub where the loader knew it."""
 
 from __future__ import annotations
 
 import re
 
+import torch
 from diffusers import AutoencoderKL
 
 from diffusers_eqvae.metrics.revisions import model_revision
@@ -20,20 +21,30 @@ def test_local_weights_are_hashed(tiny_autoencoder_kl, tmp_path):
     assert model_revision(loaded) != first
 
 
-def test_a_snapshot_of_the_hubs_cache_has_a_commit(tiny_autoencoder_kl, tmp_path, monkeypatch):
-    repository = tmp_path / "models--owner--name"
-    snapshot = repository / "snapshots" / COMMIT
+def test_a_snapshot_of_the_hubs_cache_has_a_commit(tiny_autoencoder_kl, tmp_path):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / COMMIT
     tiny_autoencoder_kl.save_pretrained(snapshot / "vae")
-    tiny_autoencoder_kl.save_pretrained(snapshot)
-    assert model_revision(AutoencoderKL.from_pretrained(snapshot / "vae")) == f"commit {COMMIT}"
-    # By name, the cache says what its main revision is.
+    weights = model_revision(tiny_autoencoder_kl)
+    loaded = AutoencoderKL.from_pretrained(snapshot / "vae")
+    assert model_revision(loaded) == f"commit {COMMIT}, {weights}"
+    loaded.decoder.conv_out.bias.data[0] += 1e-6
+    assert model_revision(loaded).startswith(f"commit {COMMIT}, weights ") and weights not in model_revision(loaded)
+    tiny_autoencoder_kl.register_to_config(_commit_hash="f" * 40)
+    assert model_revision(tiny_autoencoder_kl) == f"commit {'f' * 40}, {weights}"
+
+
+def test_a_name_alone_has_no_commit(tiny_autoencoder_kl, tmp_path, monkeypatch):
+    """Loaded by name and revision, what the cache holds as main is another model's commit."""
+    repository = tmp_path / "models--owner--name"
+    other = "f" * 40
+    tiny_autoencoder_kl.save_pretrained(repository / "snapshots" / COMMIT)
+    tiny_autoencoder_kl.decoder.conv_out.bias.data += 1
+    tiny_autoencoder_kl.save_pretrained(repository / "snapshots" / other)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "refs" / "exp").write_text(other)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    named = tiny_autoencoder_kl
-    named.register_to_config(_name_or_path="owner/name")
-    assert model_revision(named) == f"commit {COMMIT}"
-    named.register_to_config(_name_or_path="owner/unknown")
-    assert model_revision(named).startswith("weights ")
-    named.register_to_config(_commit_hash="f" * 40)
-    assert model_revision(named) == f"commit {'f' * 40}"
+    loaded = AutoencoderKL.from_pretrained("owner/name", revision="exp", cache_dir=str(tmp_path))
+    assert torch.equal(loaded.decoder.conv_out.bias, tiny_autoencoder_kl.decoder.conv_out.bias)
+    assert model_revision(loaded) == model_revision(tiny_autoencoder_kl)
+    assert model_revision(loaded).startswith("weights ")

@@ -82,8 +82,8 @@ def summarize(figures: dict[str, Tensor], *, max_points: int = 10_000) -> dict[s
     Returns:
         Means of the figures per picture; `gap_rotated` and `gap_halved`, the dB that decoding tau(E(x)) loses against
         decoding E(tau(x)), 0 for an equivariant decoder; `intrinsic_dimension` (None below 10 different
-        latents) and `intrinsic_dimension_points`; `spectrum` {frequency in cycles per cell, power}, the power relative to its mean
-        so that the scale of the latents does not matter; `channels` {mean, std, kurtosis}; `num_images`.
+        latents) and `intrinsic_dimension_points`; `spectrum` {frequency in cycles per cell, power}, the power relative
+        to its mean so that the scale of the latents does not matter; `channels` {mean, std, kurtosis}; `num_images`.
 
     Raises:
         ValueError: no pictures.
