@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,18 @@ def test_split_folders_hold_class_folders(tmp_path: Path, caplog) -> None:
     root = write(tmp_path / "flat", "train/a.png", "test/b.png")
     assert labels(root) == {"train/a.png": "train", "test/b.png": "test"}
     assert "the folders test, train are read as classes" in caplog.text
+
+
+def test_the_digest_of_files_sees_names_and_sizes_and_no_path(tmp_path: Path) -> None:
+    def digest(root: Path) -> str | None:
+        return load_image_dataset(train_data_dir=root).files_digest()
+
+    first = write(tmp_path / "first", "a.png", "b.png")
+    shutil.copytree(first, tmp_path / "second")
+    assert digest(first) == digest(tmp_path / "second")
+    original = digest(first)
+    with (first / "b.png").open("ab") as file:
+        file.write(b"more")
+    assert digest(first) != original
+    (tmp_path / "second" / "b.png").rename(tmp_path / "second" / "c.png")
+    assert digest(tmp_path / "second") != original

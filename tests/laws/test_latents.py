@@ -265,3 +265,10 @@ def test_a_file_without_mean_and_std_and_channels_that_differ_are_refused(tmp_pa
     four.update(torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match="equally many latent channels"):
         three.merge(four)
+
+
+def test_statistics_leave_what_they_are_given():
+    mean, logvar = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    before = mean.clone(), logvar.clone()
+    LatentStatistics().update(mean, logvar)
+    assert torch.equal(mean, before[0]) and torch.equal(logvar, before[1])

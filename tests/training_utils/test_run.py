@@ -225,3 +225,11 @@ def test_unwritable_output_is_refused_at_start(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="Cannot write to --output_dir"):
         make_run(output_dir=str(tmp_path / "file" / "run"))
+
+
+def test_an_average_that_cannot_follow_is_said(make_run, make_model, numbers, caplog):
+    train(make_run(ema_decay=0.9999), make_model(), numbers(), stop_after=1)
+    assert any("of the average will be the weights it started from" in message for message in caplog.messages)
+    caplog.clear()
+    train(make_run(ema_decay=0.5, resume_from_checkpoint="latest"), make_model(), numbers(), stop_after=1)
+    assert not any("average" in message for message in caplog.messages)

@@ -206,6 +206,15 @@ class TrainingRun:
             raise ValueError("The run's length is unknown: pass --max_train_steps, or build the loader by run.loader.")
         if self.arguments.dry_run:
             yield from self._dry_run(loader)
+        kept = self.arguments.ema_decay**self.max_train_steps
+        if self.is_main and kept > 0.5 and any(entry.ema is not None for entry in self._modules.values()):
+            logger.warning(
+                "--ema_decay %g over %d steps: %.0f %% of the average will be the weights it started from. For so "
+                "short a run lower it, or use --no_use_ema.",
+                self.arguments.ema_decay,
+                self.max_train_steps,
+                100 * kept,
+            )
         self._tracking = Tracking(
             self.output_dir,
             self.accelerator,
