@@ -58,6 +58,6 @@ def test_the_page_shows_what_runs(repository, tmp_path, monkeypatch, tiny_autoen
     ClassConditionalPipeline(transformer, vae, FlowMatchODEScheduler()).save_pretrained(tmp_path / "runs" / "sit")
     monkeypatch.chdir(tmp_path)
     page = (repository / "docs" / "perception.md").read_text()
-    names: dict = {}
+    names = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
     assert (tmp_path / "perception.png").is_file() and (names["network"] is not None) == aligned

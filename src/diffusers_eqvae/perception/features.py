@@ -8,8 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autoencoders import autoencoder_location
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork, AlignmentOutput
+from ..models.autoencoder_kl_aligned import ALIGNMENT_SUBFOLDER
+
+
+def load_alignment_network(name: str) -> AlignmentNetwork:
+    """The alignment network in a directory or Hub repository, in eval mode.
+
+    Args:
+        name: of the network, or of the autoencoder or pipeline that it was saved beside.
+
+    Raises:
+        ValueError: a model of another kind with no network beside it.
+        OSError: no model at all.
+    """
+    location = autoencoder_location(name)
+    kind = AlignmentNetwork.load_config(name, **location).get("_class_name")
+    if kind != AlignmentNetwork.__name__:
+        location["subfolder"] = "/".join(filter(None, (location.get("subfolder"), ALIGNMENT_SUBFOLDER)))
+    try:
+        return AlignmentNetwork.from_pretrained(name, **location).eval()
+    except OSError as error:
+        raise ValueError(
+            f"{name} holds a {kind} and no alignment network that can be loaded from {location.get('subfolder', '.')}"
+            f"/: {error} Name another, or train one with --regularizers alignment."
+        ) from error
 
 
 @torch.no_grad()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..data.images import adm_center_crop, to_pixels, to_rgb
+from ..data.images import DECODE_ERRORS, adm_center_crop, to_pixels, to_rgb
 from ..metrics.perception import SegmentationConfusion, depth_errors
 from ..models.alignment_network import AlignmentOutput
 from .features import to_size
@@ -41,11 +42,32 @@ def transfer_methods(features: Tensor, targets: Tensor, *, neighbours: int) -> d
     }
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file; whatever hinders its decoding is a ValueError that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read: {error}. Repair or remove it.") from error
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Width and height once EXIF has turned the picture; only one that lies on its side is decoded for it."""
+    with _opened(path) as image:
+        lying = image.getexif().get(0x0112, 1) > 4
+        return ImageOps.exif_transpose(image).size if lying else image.size
+
+
 def read_pixels(paths: Sequence[Path], resolution: int) -> Tensor:
-    """ADM centre crops (B, 3, S, S) in [-1, 1]."""
+    """ADM centre crops (B, 3, S, S) in [-1, 1].
+
+    Raises:
+        ValueError: a picture that cannot be decoded; names it.
+    """
     pixels = []
     for path in paths:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             pixels.append(to_pixels(adm_center_crop(to_rgb(image), resolution)))
     return torch.stack(pixels)
 
@@ -53,11 +75,15 @@ def read_pixels(paths: Sequence[Path], resolution: int) -> Tensor:
 def paired_files(images: str | os.PathLike[str], targets: str | os.PathLike[str]) -> list[tuple[Path, Path]]:
     """Pictures and their annotations, which have the same name up to the suffix, by name.
 
+    An annotation may be larger or smaller than its picture, but must show the same part of it: sides in the same
+    ratio, up to the rounding of one of them to whole pixels, both turned upright by EXIF.
+
     Raises:
-        ValueError: a folder without pictures, or a picture without its annotation (annotations may be more).
+        ValueError: a folder without pictures or with two of one name, a picture without its annotation (annotations
+            may be more) or with one of other proportions.
     """
     folders = [Path(images), Path(targets)]
-    found = [{f.stem: f for f in sorted(d.glob("*")) if f.suffix.lower() in SUFFIXES} for d in folders]
+    found = [_by_name(folder) for folder in folders]
     missing = sorted(found[0].keys() - found[1].keys())
     if not found[0] or missing:
         named = f": {', '.join(missing[:5])}" if missing else ""
@@ -65,7 +91,29 @@ def paired_files(images: str | os.PathLike[str], targets: str | os.PathLike[str]
             f"{folders[0]} must hold pictures and {folders[1]} an annotation of the same name for each; got "
             f"{len(found[0])} pictures, {len(missing)} of them without{named}."
         )
-    return [(found[0][name], found[1][name]) for name in sorted(found[0])]
+    pairs = [(found[0][name], found[1][name]) for name in sorted(found[0])]
+    for image, target in pairs:
+        (width, height), (target_width, target_height) = _upright_size(image), _upright_size(target)
+        if abs(target_width * height - target_height * width) > max(width, height, target_width, target_height):
+            raise ValueError(
+                f"An annotation must have its picture's proportions; {target} has {target_width}x{target_height} px, "
+                f"{image} {width}x{height} px. Crop or turn it as the picture was."
+            )
+    return pairs
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*")):
+        if file.suffix.lower() not in SUFFIXES:
+            continue
+        if file.stem in files:
+            raise ValueError(
+                f"{folder} holds {files[file.stem].name} and {file.name}, so that the name {file.stem} does not say "
+                "which one is meant. Keep one of them."
+            )
+        files[file.stem] = file
+    return files
 
 
 def nearest_center_crop(values: np.ndarray, size: int) -> np.ndarray:
@@ -85,15 +133,15 @@ def read_annotations(paths: Sequence[Path], resolution: int) -> Tensor:
     """Annotations of one channel as integers (B, S, S): labels, palette indices or millimetres, of 8 or 16 bits.
 
     Raises:
-        ValueError: an annotation in colour or in floating point.
+        ValueError: an annotation in colour or in floating point, or one that cannot be decoded; names it.
     """
     crops = [nearest_center_crop(_integers(path), resolution).astype(np.int64) for path in paths]
     return torch.from_numpy(np.stack(crops))
 
 
 def _integers(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        values = np.asarray(image)
+    with _opened(path) as image:
+        values = np.asarray(ImageOps.exif_transpose(image))
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
             f"Annotations are pictures of one channel of integers; {path.name} has {values.dtype} {values.shape}. "
@@ -198,6 +246,15 @@ class DepthTask:
         self.median_scaling = median_scaling
         self.max_depth = max_depth
         self._errors: dict[str, list[dict[str, Tensor]]] = {}
+
+    def check(self, paths: Sequence[Path], resolution: int) -> None:
+        """Raises ValueError naming the first depth map whose crop has no valid pixel: it has no error to average."""
+        for path in paths:
+            if not self.read([path], resolution).isfinite().any():
+                raise ValueError(
+                    f"{path} has no valid depth in its centre crop: all of it is 0. Leave out the picture, or look "
+                    "whether its depths are in millimetres."
+                )
 
     def head(self, path: str | os.PathLike[str]) -> tuple[LinearDepthHead, Method]:
         """DINOv2's linear head in a file, and what it answers."""
