@@ -27,9 +27,9 @@ from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, sp
 from diffusers_eqvae.metrics.features import hash_tensors, load_extractor
 from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_reconstruction, network_facts
 from diffusers_eqvae.metrics.inputs import PictureSet
-from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
+from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware, require_writable
 from diffusers_eqvae.metrics.revisions import model_revision
-from diffusers_eqvae.training_utils.arguments import DataArguments, parse
+from diffusers_eqvae.training_utils.arguments import DataArguments, parse, warn_without_effect
 
 
 @dataclass
@@ -68,15 +68,24 @@ class EvaluateArguments:
         default=None, metadata={"help": "File of that network's weights; for dinov2 a directory or Hub name."}
     )
 
-    def __post_init__(self) -> None:
-        if self.weights is not None and not self.rfid:
-            raise ValueError("--weights are those of rFID's network: add --rfid, or leave them out.")
+
+def warn_of_unused(arguments: EvaluateArguments) -> None:
+    """Flags that need another one, which is not there."""
+    if not arguments.rfid:
+        warn_without_effect(arguments, ("evaluator", "weights"), "--rfid is not given")
+    if arguments.lpips_backbone_weights is None:
+        warn_without_effect(arguments, ("lpips_net", "lpips_linear_weights"), "--lpips_backbone_weights is not given")
+    if not arguments.sample_posterior:
+        warn_without_effect(arguments, ("seed",), "the posterior's mean is reconstructed")
 
 
 def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, data = parse(EvaluateArguments, PictureArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     state = PartialState()
+    require_writable(arguments.output)
+    if state.is_main_process:
+        warn_of_unused(arguments)
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     facts = {"model": arguments.vae, "model_class": type(vae).__name__, "weights": vae_fingerprint(vae)}
     facts |= {"vae_revision": model_revision(vae), "dtype": "float32"}

@@ -6,11 +6,11 @@
         --resolution 256 --evaluator dinov2 --weights facebook/dinov2-large
 
 Samples are an .npz (arr_0 uint8 NHWC), a folder of pictures, or a saved pipeline, which is sampled in memory. Writes a
-result card (JSON) that `eqvae compare` reads. The numbers do not depend on the number of processes or the batch size.
+result card (JSON) that `eqvae compare` reads. The number of processes changes no bit, the batch size last digits.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -26,9 +26,10 @@ from diffusers_eqvae.metrics.collecting import Collected, Processes, collect
 from diffusers_eqvae.metrics.features import load_extractor
 from diffusers_eqvae.metrics.generation import evaluate_generation, load_reference, network_facts
 from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
-from diffusers_eqvae.metrics.result_card import ResultCard, hardware, sampling_facts
+from diffusers_eqvae.metrics.result_card import ResultCard, hardware, require_writable, run_facts, sampling_facts
 from diffusers_eqvae.pipelines.generated import GeneratedPictures
-from diffusers_eqvae.training_utils.arguments import parse
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
 
 
 @dataclass
@@ -55,7 +56,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "Keep the reference's statistics in this .npz, which --reference takes."}
     )
     num_samples: int | None = field(default=None, metadata={"help": "Measure exactly the first n samples."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures per forward; changes no number."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures per forward; changes last digits."})
     resolution: int | None = field(
         default=None, metadata={"help": "Crop pictures of folders and datasets to this side in pixels (ADM crop)."}
     )
@@ -81,6 +82,11 @@ def generated(evaluation: EvaluationArguments, options: PipelineArguments, state
     if evaluation.num_samples is None:
         raise ValueError("A pipeline needs --num_samples; how many pictures are to be measured?")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(evaluation.samples).to(state.device)
+    if not isinstance(pipeline, ClassConditionalPipeline):
+        kind = (
+            f"{evaluation.samples} is a {type(pipeline).__name__}, and only a ClassConditionalPipeline is sampled here"
+        )
+        raise ValueError(f"{kind}; sample it by its own script and give the .npz or the folder.")
     pipeline.set_progress_bar_config(disable=True)
     ranks = {"rank": state.process_index, "world_size": state.num_processes}
     return GeneratedPictures(
@@ -88,10 +94,23 @@ def generated(evaluation: EvaluationArguments, options: PipelineArguments, state
     )
 
 
+def card_path(evaluation: EvaluationArguments) -> Path:
+    """--output, or beside the samples; of a pipeline on the Hub in the working directory."""
+    path = Path(evaluation.samples)
+    base, beside = path.stem if path.is_file() else path.name, path.parent if path.exists() else Path()
+    return Path(evaluation.output or beside / f"{base}.{evaluation.evaluator}.json")
+
+
 def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, options = parse(EvaluationArguments, PipelineArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     state, path, resolution = PartialState(timeout=timedelta(days=7)), Path(arguments.samples), arguments.resolution
+    output = card_path(arguments)
+    for written in filter(None, (output, arguments.save_reference)):
+        require_writable(written)
+    from_pipeline = is_pipeline(arguments.samples)
+    if not from_pipeline and state.is_main_process:
+        warn_without_effect(options, [entry.name for entry in fields(options)], "the samples exist already")
     extractor = load_extractor(arguments.evaluator, arguments.weights).to(state.device)
     processes = Processes(state.process_index, state.num_processes, gather_object)
     reference = arguments.reference
@@ -99,10 +118,10 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         source = load_image_dataset(reference, split=arguments.reference_split)
         reference = PictureSet(source, name=f"{reference} ({arguments.reference_split})", resolution=resolution)
 
-    if is_pipeline(arguments.samples):
+    if from_pipeline:
         made = generated(arguments, options, state)
         samples = Collected.join(gather_object([collect(extractor, made)]))
-        facts, rules, resize_rule = {**made.facts, "model": str(path)}, made.rules, "none"
+        facts, rules, resize_rule = {**made.facts, "model": str(path), **run_facts(path)}, made.rules, "none"
     else:
         pictures = open_pictures(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
         samples = processes.measure(extractor, pictures, batch_size=arguments.batch_size)
@@ -112,18 +131,15 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     )
     if not state.is_main_process:
         return None
-    if arguments.save_reference:
-        target.save(arguments.save_reference)
     result = evaluate_generation(samples, target, extractor=extractor)
     protocol = {**network_facts(extractor), **rules, "reference_hash": target.hash, "resize_rule": resize_rule}
     protocol["num_samples"] = len(samples.digests)
     provenance = {"reference": target.name, "samples_hash": samples.hash}
     provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
     card = ResultCard(result.metrics, protocol, facts, result.marks, provenance)
-    base = path.name if path.is_dir() else path.stem
-    beside = path.parent if path.exists() else Path()
-    output = Path(arguments.output or beside / f"{base}.{arguments.evaluator}.json")
     card.save(output)
+    if arguments.save_reference:
+        target.save(arguments.save_reference)
     for name, value in result.metrics.items():
         logging.getLogger("evaluate_generation").info("%s = %.6g", name, value)
     logging.getLogger("evaluate_generation").info("card: %s", output)

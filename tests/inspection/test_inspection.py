@@ -83,6 +83,18 @@ def test_two_families_side_by_side(tmp_path, pictures, tiny_autoencoder_kl, tiny
     assert f"The card: {tmp_path}/out/card.html" in capsys.readouterr().out
 
 
+def test_what_is_undefined_is_null_and_no_nan(tmp_path, pictures, tiny_autoencoder_kl):
+    """Of 4x4 cells scaled to a quarter one is left, which cannot deviate from its mean."""
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
+    words = ["--data", str(pictures), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]
+    assert cli.main(["inspect", str(tmp_path / "vae"), "--compare", str(tmp_path / "vae"), *words]) == 0
+    content = json.loads((tmp_path / "out" / "card.json").read_text(), parse_constant=pytest.fail)
+    (model, _) = content["models"]
+    assert model["figures"]["equivariance_scale_centred"] is None
+    assert any("around the channel means undefined" in reason for reason in model["verdict"]["reasons"])
+    assert ">nan<" not in (tmp_path / "out" / "card.html").read_text()
+
+
 def test_the_strip_shows_what_it_says(tiny_autoencoder_tiny):
     pixels = torch.rand(2, 3, 48, 48) * 2 - 1
     tiles = strips([tiny_autoencoder_tiny] * 2, pixels)

@@ -171,6 +171,9 @@ def test_repeated_samples_are_marked():
     repeated = np.concatenate([levels(30), levels(10)])
     result = evaluate_generation(collect(extractor, [repeated]), reference_of(extractor), extractor=extractor)
     assert result.marks["kid"] == "only 30 of 40 samples are unique" and set(result.marks) == ALL
+    twice = collect(extractor, [np.concatenate([levels(4), levels(4)])])
+    marks = evaluate_generation(twice, reference_of(extractor), extractor=extractor).marks
+    assert marks["fid"] == "too few pictures: 8 samples for 8 dimensions; only 4 of 8 samples are unique"
 
 
 def test_reconstructions_are_measured_against_their_pictures(caplog):

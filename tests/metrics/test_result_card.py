@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -33,6 +34,14 @@ def test_a_card_survives_its_file(tmp_path):
     assert ResultCard.load(tmp_path / "deep" / "card.json") == original
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["card.json"]
     assert {"hardware", "versions", "date", "threads"} <= set(original.provenance)
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """NaN is no word of JSON, and most readers refuse it."""
+    details = {"list": [1.0, math.nan, {"deep": math.inf}], "pair": (2, -math.inf)}
+    ResultCard({"psnr": 1.0}, {}, task="reconstruction", details=details).save(tmp_path / "card.json")
+    loaded = ResultCard.load(tmp_path / "card.json")
+    assert loaded.details == {"list": [1.0, None, {"deep": None}], "pair": [2, None]}
 
 
 def test_files_that_are_no_cards_are_refused(tmp_path):

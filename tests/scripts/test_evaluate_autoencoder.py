@@ -79,18 +79,33 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(repository, vae, pictur
     assert abs(psnr("--seed", "1") - reference) > 1e-5
 
 
-def test_what_cannot_be_measured_is_refused(repository, vae, pictures, tmp_path):
+def test_what_cannot_be_measured_is_refused(repository, vae, pictures, tmp_path, tiny_autoencoder_tiny):
     for more, message in (
         (["--num_images", "14"], "holds 13 pictures; 14 are to be measured"),
         (["--resolution", "30"], "multiples of 4"),
-        (["--weights", "x.pth"], "add --rfid"),
+        (["--output", str(pictures)], "it is a folder"),
+        (["--output", str(vae / "config.json" / "card.json")], "cannot be written"),
     ):
         with pytest.raises(ValueError, match=message):
             run(repository, vae, pictures, tmp_path / "x.json", *more)
+    tiny_autoencoder_tiny.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="posterior of AutoencoderTiny is a point"):
+        run(repository, tmp_path / "tiny", pictures, tmp_path / "x.json", "--sample_posterior")
     broken = sorted(pictures.iterdir())[4]
     broken.write_bytes(broken.read_bytes()[:900])
     with pytest.raises(ValueError, match=f"{broken.name} of pictures cannot be read"):
         run(repository, vae, pictures, tmp_path / "x.json")
+
+
+def test_flags_without_effect_are_named(repository, vae, pictures, tmp_path, caplog):
+    flags = ["--evaluator", "cifar_resnet", "--weights", "x.pth", "--lpips_net", "alex", "--seed", "3"]
+    run(repository, vae, pictures, tmp_path / "x.json", "--num_images", "2", *flags, "--lpips_linear_weights", "y.pth")
+    assert "since --rfid is not given: --evaluator, --weights." in caplog.text
+    assert "--lpips_backbone_weights is not given: --lpips_net, --lpips_linear_weights." in caplog.text
+    assert "mean is reconstructed: --seed." in caplog.text
+    caplog.clear()
+    run(repository, vae, pictures, tmp_path / "x.json", "--num_images", "2", "--sample_posterior", "--seed", "3")
+    assert "Without effect" not in caplog.text
 
 
 @pytest.fixture(scope="module")

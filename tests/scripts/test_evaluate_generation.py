@@ -97,12 +97,17 @@ def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoen
     id2label = {class_id: f"class {class_id}" for class_id in range(10)}
     pipeline = ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler(), id2label=id2label)
     pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "resolved_arguments.json").write_text('{"use_ema": true}')
     options = {"samples": tmp_path / "model", "num_samples": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
     card = script.main(words(material, batch_size=2, label_policy="balanced", guided_channels=3, **options))
     assert (tmp_path / "model.squeezenet.json").is_file() and set(card.metrics) == NUMBERS
     assert card.protocol["label_policy"] == "balanced" and card.protocol["num_samples"] == 5
     assert card.settings["nfe"] == 4 and card.settings["weights"] and card.settings["dtype"] == "float32"
-    assert card.settings["guided_channels"] == 3 and card.protocol["uint8_rule"] == UINT8_RULE
+    assert (
+        card.settings["guided_channels"] == 3
+        and card.settings["ema"] is True
+        and card.protocol["uint8_rule"] == UINT8_RULE
+    )
     for part in ("vae", "transformer"):
         assert card.settings[f"{part}_revision"].startswith("weights ")
     assert not any("unique" in mark for mark in card.marks.values())
@@ -114,6 +119,38 @@ def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoen
         script.main(words(material, **{**options, "samples": tmp_path / "broken"}))
     with pytest.raises(ValueError, match="needs --num_samples"):
         script.main(words(material, samples=tmp_path / "model"))
+
+
+def test_a_foreign_pipeline_is_refused(script, material, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    DDPMPipeline(UNet2DModel(sample_size=8, norm_num_groups=4, **blocks), DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a DDPMPipeline, and only a ClassConditionalPipeline"):
+        script.main(words(material, samples=tmp_path, num_samples=2, output=tmp_path / "card.json"))
+
+
+def test_outputs_are_tried_before_anything_is_computed(script, material, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "load_extractor", None)
+        for flag in ("output", "save_reference"):
+            options = {"output": tmp_path / "card.json", flag: tmp_path / "file" / "deep" / "written"}
+            with pytest.raises(ValueError, match="written cannot be written"):
+                script.main(words(material, **options))
+    # The card comes first: it is what the work was for, and a reference can be computed again.
+    options = {"output": tmp_path / "new" / "card.json", "save_reference": tmp_path / "other" / "reference.npz"}
+    script.main(words(material, **options))
+    assert options["output"].is_file() and options["save_reference"].is_file()
+    monkeypatch.setattr("diffusers_eqvae.metrics.generation.Reference.save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(words(material, **options | {"output": tmp_path / "first.json"}))
+    assert (tmp_path / "first.json").is_file()
+
+
+def test_flags_without_effect_are_named(script, material, tmp_path, caplog):
+    script.main(words(material, output=tmp_path / "card.json", seed=3, guidance_scale=2.0))
+    assert "Without effect, since the samples exist already: --seed, --guidance_scale." in caplog.text
 
 
 def test_of_a_foreign_npz_no_rule_is_claimed(script, material, tmp_path):

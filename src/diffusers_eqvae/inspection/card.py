@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..autoencoders import decode, downsampling_factor, encode
 from ..equivariance import rotation, scaling
 from ..metrics.reconstruction import psnr
+from ..metrics.result_card import strict_json
 from ..pictures import latent_pca, to_image
 from . import measuring
 from .measuring import PUBLISHED, Inspection, compare
@@ -120,7 +121,7 @@ def _decibels(images: Tensor, targets: Tensor, index: int) -> str:
 
 
 def write_json(path: Path, inspections: list[Inspection], settings: dict[str, Any]) -> None:
-    """Every figure, with what it was measured on and the published values that the verdict leans on."""
+    """Every figure (null where undefined), what it was measured on and the published values beside the verdict."""
     content: dict[str, Any] = {
         "settings": settings,
         "published": PUBLISHED,
@@ -134,7 +135,7 @@ def write_json(path: Path, inspections: list[Inspection], settings: dict[str, An
     }
     if len(inspections) == 2:
         content["comparison"] = compare(*inspections)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(strict_json(content), encoding="utf-8")
 
 
 def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[Tile]]]) -> None:
@@ -252,7 +253,8 @@ def table_rows(inspections: list[Inspection]) -> list[tuple[str, ...]]:
     """What it is, one value per autoencoder, which direction is better."""
     rows = []
     for key, (label, form, more) in TABLE.items():
-        values = [inspection.figures.get(key) for inspection in inspections]
+        figures = [inspection.figures.get(key) for inspection in inspections]
+        values = [value if value is not None and math.isfinite(value) else None for value in figures]
         if all(value is None for value in values):
             continue
         written = ["-" if value is None else format(value, form) for value in values]

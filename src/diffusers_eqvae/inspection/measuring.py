@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,8 @@ def judge(figures: dict[str, Any]) -> Verdict:
     for kind, published in PUBLISHED.items():
         value, centred = figures[f"equivariance_{kind}"], figures[f"equivariance_{kind}_centred"]
         reasons.append(
-            f"{kind} error {value:.2f}, around the channel means {centred:.2f} (published on ImageNet 256: "
-            f"SD-VAE {published['SD-VAE']}, EQ-VAE {published['EQ-VAE']})"
+            f"{kind} error {_written(value)}, around the channel means {_written(centred)} (published on ImageNet "
+            f"256: SD-VAE {published['SD-VAE']}, EQ-VAE {published['EQ-VAE']})"
         )
     collapse = _collapse(figures)
     if collapse:
@@ -97,6 +98,11 @@ def judge(figures: dict[str, Any]) -> Verdict:
     if worst > SMALL_GAP_DB:
         return Verdict("mixed", "Transformed latents decode, with a loss.", tuple(reasons))
     return Verdict("good", "Transforming latents transforms the picture.", tuple(reasons))
+
+
+def _written(value: float) -> str:
+    """Latents of one cell, or of no variance, have no error relative to it."""
+    return f"{value:.2f}" if math.isfinite(value) else "undefined"
 
 
 def _collapse(figures: dict[str, Any]) -> list[str]:
@@ -114,7 +120,7 @@ def compare(first: Inspection, second: Inspection) -> list[str]:
     """What changed from the first to the second, one sentence each."""
     a, b = first.figures, second.figures
     return [
-        f"{what} {b[key]:.2f}{unit} instead of {a[key]:.2f}{unit}"
+        f"{what} {_written(b[key])}{unit} instead of {_written(a[key])}{unit}"
         for key, what, unit in (
             ("gap_rotated", "decoding turned latents loses", " dB"),
             ("gap_halved", "decoding halved latents loses", " dB"),

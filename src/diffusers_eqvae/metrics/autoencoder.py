@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..autoencoders import decode, downsampling_factor, encode, latent_channels
+from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels
 from .collecting import Collected, Collector, hash_digests, picture_digests, require_finite, to_levels
 from .equivariance import equivariance_figures
 from .features import FeatureExtractor
@@ -176,6 +176,9 @@ class AutoencoderPass:
         perceptual: as in `picture_figures`.
         extractor: network whose features of pictures and reconstructions are kept, for rFID.
         noise_seed: reconstruct samples of the posterior with noise from this seed; None reconstructs its mean.
+
+    Raises:
+        ValueError: `noise_seed` with an autoencoder whose posterior is a point (AutoencoderTiny, VQModel).
     """
 
     def __init__(
@@ -186,6 +189,11 @@ class AutoencoderPass:
         extractor: FeatureExtractor | None = None,
         noise_seed: int | None = None,
     ) -> None:
+        if noise_seed is not None and is_deterministic(vae):
+            raise ValueError(
+                f"The posterior of {type(vae).__name__} is a point and has no samples; leave --sample_posterior "
+                "(noise_seed) out."
+            )
         self.vae = vae
         self.perceptual = perceptual
         self.noise_seed = noise_seed

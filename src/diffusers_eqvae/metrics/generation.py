@@ -280,7 +280,8 @@ def _marked(metrics: dict[str, float], marks: dict[str, str], pictures: Collecte
     """The result, with a mark and a warning where pictures repeat."""
     count = len(pictures.digests)
     if pictures.unique < count:
-        marks = marks | {metric: f"only {pictures.unique} of {count} {what} are unique" for metric in metrics}
+        repeated = f"only {pictures.unique} of {count} {what} are unique"
+        marks = {metric: "; ".join(filter(None, (marks.get(metric), repeated))) for metric in metrics}
     for metric, reason in marks.items():
         logger.warning("%s = %.4g is not comparable: %s.", metric, metrics[metric], reason)
     return GenerationResult(metrics, marks)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -108,7 +110,7 @@ class ResultCard:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        temporary.write_text(strict_json({"format": FORMAT, **asdict(self)}))
         os.replace(temporary, path)
 
     @classmethod
@@ -126,6 +128,38 @@ class ResultCard:
         if unknown:
             raise ValueError(f"{path} holds {', '.join(unknown)}, which no card of format {FORMAT} has.")
         return cls(**content)
+
+
+def strict_json(content: Any) -> str:
+    """JSON that every reader takes: NaN and infinity, for which it has no word, are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Creates the parent folders of a file that is written after long work, and tries whether it can be.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error}. Name a file in a folder that can be written to."
+        ) from error
 
 
 def hardware(**versions: str) -> dict[str, Any]:
@@ -156,10 +190,14 @@ def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     if facts.get("scheduler") == "saved":
         # Which one that was; its own options are in the file of the set.
         facts["scheduler"] = {"saved": known.get("scheduler_config")}
-    resolved = Path(str(facts.get("model"))) / "resolved_arguments.json"
-    if resolved.is_file():
-        facts["ema"] = json.loads(resolved.read_text()).get("use_ema")
+    facts |= run_facts(str(facts.get("model")))
     return facts, {key: known.get(key) for key in ("label_policy", "uint8_rule")}
+
+
+def run_facts(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """`ema`, whether the weights are an average, where `model` is the directory of a training run; else nothing."""
+    resolved = Path(model) / "resolved_arguments.json"
+    return {"ema": json.loads(resolved.read_text()).get("use_ema")} if resolved.is_file() else {}
 
 
 @dataclass(frozen=True)
