@@ -108,9 +108,6 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     output = card_path(arguments)
     for written in filter(None, (output, arguments.save_reference)):
         require_writable(written)
-    from_pipeline = is_pipeline(arguments.samples)
-    if not from_pipeline and state.is_main_process:
-        warn_without_effect(options, [entry.name for entry in fields(options)], "the samples exist already")
     extractor = load_extractor(arguments.evaluator, arguments.weights).to(state.device)
     processes = Processes(state.process_index, state.num_processes, gather_object)
     reference = arguments.reference
@@ -118,11 +115,13 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         source = load_image_dataset(reference, split=arguments.reference_split)
         reference = PictureSet(source, name=f"{reference} ({arguments.reference_split})", resolution=resolution)
 
-    if from_pipeline:
+    if is_pipeline(arguments.samples):
         made = generated(arguments, options, state)
         samples = Collected.join(gather_object([collect(extractor, made)]))
         facts, rules, resize_rule = {**made.facts, "model": str(path), **run_facts(path)}, made.rules, "none"
     else:
+        if state.is_main_process:
+            warn_without_effect(options, [entry.name for entry in fields(options)], "the samples exist already")
         pictures = open_pictures(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
         samples = processes.measure(extractor, pictures, batch_size=arguments.batch_size)
         (facts, rules), resize_rule = sampling_facts(path), pictures.resize_rule

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffusers_eqvae.metrics import features
@@ -17,6 +18,7 @@ from diffusers_eqvae.metrics.features import (
     dinov2_features,
     hash_file,
     hash_tensors,
+    load_extractor,
     squeezenet_features,
 )
 
@@ -82,8 +84,29 @@ def test_inception_from_a_file(inception, tmp_path):
 
 def test_a_weights_file_cannot_run_code(inception, tmp_path):
     torch.save({"payload": print}, tmp_path / "hostile.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"hostile\.pth is no whole file of weights") as refused:
         InceptionFID.from_file(tmp_path / "hostile.pth")
+    assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
+
+
+@pytest.mark.parametrize("evaluator", ["inception", "squeezenet", "cifar_resnet"])
+def test_what_is_no_file_of_these_weights_is_named(evaluator, tmp_path):
+    """One line each, whatever torch and safetensors make of them."""
+    pytest.importorskip("torch_fidelity" if evaluator == "inception" else "torchvision")
+    module = nn.Conv2d(3, 4, 1)
+    torch.save(module.state_dict(), tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3, "state_dict": 7}, tmp_path / "numbers.pth")
+    torch.save(module.weight.data, tmp_path / "tensor.pth")
+    for name in ("garbage.pth", "garbage.safetensors"):
+        (tmp_path / name).write_bytes(b"<html>not found</html>")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:300])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    save_file(module.state_dict(), tmp_path / "other.safetensors")
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(ValueError, match=path.name) as refused:
+            load_extractor(evaluator, path)
+        assert "\n" not in str(refused.value), path.name
 
 
 def test_torch_fidelity_missing_is_named(monkeypatch):
@@ -169,6 +192,14 @@ def test_squeezenet_from_a_file(tmp_path):
     extractor = squeezenet_features(tmp_path / "squeezenet.pth")
     outputs = extractor(pictures(1))
     assert outputs["features"].shape == (1, 512) and extractor.metric_name("fid") == "fd_squeezenet1_1"
+    # torchvision's own size for these weights, reached without leaving [0, 1].
+    seen = []
+    extractor.module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    edges = (torch.rand(1, 3, 40, 40) > 0.5).byte() * 255
+    extractor(edges)
+    assert seen[0].shape == (1, 3, 224, 224)
+    levels = seen[0] * extractor.std + extractor.mean
+    assert levels.min() > -1e-6 and levels.max() < 1 + 1e-6
     with pytest.raises(FileNotFoundError, match=r"curl .*squeezenet1_1"):
         squeezenet_features(tmp_path / "absent.pth")
 

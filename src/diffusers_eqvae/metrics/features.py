@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +119,15 @@ class InceptionFID(FeatureExtractor):
 
         Raises:
             FileNotFoundError: no such file; says which one is meant and how to get it.
+            ValueError: weights of another network, or no file of weights.
         """
         if path is None or not Path(path).is_file():
             raise FileNotFoundError(
                 f"FID's Inception weights were not found at {path}. They are the file {INCEPTION_FILE} (95 MB): fetch "
                 f"it with `curl -LO {INCEPTION_URL}` and give its path (--weights). No other weights give FID."
             )
-        return cls(read_weights(path), weights_hash=hash_file(path))
+        with _weights_of("FID's Inception", path):
+            return cls(read_weights(path), weights_hash=hash_file(path))
 
     def _keep_spatial(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]
@@ -270,12 +274,14 @@ def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
 
     Raises:
         FileNotFoundError: no such file; says how to get it.
+        ValueError: weights of another network, or no file of weights.
     """
     path = _existing(path, "SqueezeNet's weights", SQUEEZENET_URL)
     from torchvision.models import squeezenet1_1
 
     network = squeezenet1_1(weights=None)
-    network.load_state_dict(read_weights(path))
+    with _weights_of("SqueezeNet 1.1", path):
+        network.load_state_dict(read_weights(path))
     return ModuleFeatures(network.features, name="squeezenet1_1", image_size=224, weights_hash=hash_file(path))
 
 
@@ -295,7 +301,8 @@ def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures
     """
     path = _existing(path, "A CIFAR-10 ResNet's weights", CIFAR_RESNET_URL)
     state: Any = read_weights(path)
-    network = cifar_resnet_from_state(state.get("state_dict", state), source=path)
+    with _weights_of("a ResNet for CIFAR-10", path):
+        network = cifar_resnet_from_state(state.get("state_dict", state), source=path)
     name = f"cifar10_resnet{network.depth}"
     return ModuleFeatures(
         network.features, name=name, image_size=32, weights_hash=hash_file(path), classifier=network.linear
@@ -333,12 +340,36 @@ def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or a .pth file, read without executing what it may hold."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """The tensors of a .safetensors or a .pth file, read without executing what it may hold.
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    Raises:
+        ValueError: a file that is neither, is cut short, or holds more than tensors by name.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no whole file of weights (.pth or .safetensors): {reason}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} must hold tensors by name; it holds a {type(state).__name__}.")
+    return dict(state)
+
+
+@contextmanager
+def _weights_of(network: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says in one sentence what torch says in a list of keys."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold the weights of {network}, and its tensors are others. Was the file of another network "
+            "given (--weights, --evaluator)?"
+        ) from error
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
