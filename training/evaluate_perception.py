@@ -11,7 +11,6 @@ published linear head to them instead. Writes figures as JSON and an overview as
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,21 +21,16 @@ import torch
 from tqdm.auto import tqdm
 
 import diffusers_eqvae
-from diffusers_eqvae.autoencoders import encode
+from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.latents import vae_fingerprint
-from diffusers_eqvae.models.alignment_network import AlignmentNetwork, AlignmentOutput
-from diffusers_eqvae.perception.features import latent_features
-from diffusers_eqvae.perception.tasks import (
-    DepthTask,
-    Method,
-    SegmentationTask,
-    paired_files,
-    read_pixels,
-    transfer_methods,
-)
+from diffusers_eqvae.metrics.features import hash_file, hash_tensors
+from diffusers_eqvae.metrics.result_card import hardware
+from diffusers_eqvae.metrics.revisions import model_revision
+from diffusers_eqvae.perception.features import load_alignment_network
+from diffusers_eqvae.perception.reading import AnnotatedReader
+from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
 from diffusers_eqvae.pictures import grid
-from diffusers_eqvae.training_utils.arguments import parse
-from diffusers_eqvae.training_utils.transformer_parts import load_autoencoder
+from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
 
 
 @dataclass
@@ -49,16 +43,14 @@ class PerceptionArguments:
     output: str = field(metadata={"help": "JSON file to write; the overview gets the same name with .png."})
     task: Literal["segmentation", "depth"] = field(default="segmentation", metadata={"help": "What targets hold."})
     num_annotated: int = field(default=5, metadata={"help": "Pictures whose annotations may be used; 0 with --head."})
-    num_tested: int | None = field(
-        default=None, metadata={"help": "Measure on the last so many pictures; unset: on all that are not annotated."}
-    )
+    num_tested: int | None = field(default=None, metadata={"help": "Of the last pictures; unset: all not annotated."})
     order: Literal["random", "name"] = field(
         default="random",
         metadata={"help": "Which come first, the annotated ones: by --seed or by name (for frames of a film)."},
     )
     seed: int = field(default=0, metadata={"help": "Of the random order."})
     resolution: int = field(default=256, metadata={"help": "Side in pixels of the centre crops."})
-    alignment_network: str | None = field(default=None, metadata={"help": "Directory of the alignment network."})
+    alignment_network: str | None = field(default=None, metadata={"help": "Its directory, or its autoencoder's."})
     head: str | None = field(default=None, metadata={"help": "File of DINOv2's linear head for this task."})
     max_depth: float = field(default=10.0, metadata={"help": "Metres of the depth head's last bin; KITTI: 80."})
     neighbours: int = field(default=5, metadata={"help": "Annotated cells that a cell is compared with."})
@@ -73,10 +65,20 @@ class PerceptionArguments:
     device: str = field(default="cpu", metadata={"help": "Where to compute: cpu, cuda, cuda:1 ..."})
 
     def __post_init__(self) -> None:
+        positive = ["num_tested", "resolution", "max_depth", "neighbours", "window", "num_classes", "batch_size"]
+        for name in (*positive, "num_shown"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive; got {getattr(self, name)}.")
         if self.head is not None and (self.alignment_network is None or (self.window or 1) != 1):
             raise ValueError("--head reads single features of a teacher: give --alignment_network and no --window.")
         if (self.head is None and self.num_annotated < 1) or self.num_annotated < 0:
             raise ValueError(f"--num_annotated must be positive without --head; got {self.num_annotated}.")
+        others = ("median_scaling", "max_depth") if self.task == "segmentation" else ("ignore_index", "num_classes")
+        warn_without_effect(self, others, f"--task is {self.task}")
+        if self.task == "depth" and self.head is None:
+            warn_without_effect(self, ("max_depth",), "there is no --head")
+        if self.order == "name":
+            warn_without_effect(self, ("seed",), "--order is name")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,39 +91,36 @@ def main(argv: list[str] | None = None) -> None:
     num_tested = len(others) if arguments.num_tested is None else arguments.num_tested
     if not 0 < num_tested <= len(others):
         raise ValueError(f"--num_tested must be 1..{len(others)}, the {len(pairs)} pictures less the annotated ones.")
+    tested = others[-num_tested:]
 
     task: SegmentationTask | DepthTask
     if arguments.task == "depth":
         task = DepthTask(median_scaling=arguments.median_scaling, max_depth=arguments.max_depth)
+        task.check([target for _, target in tested], arguments.resolution)
     else:
         masks = [target for _, target in pairs]
         task = SegmentationTask.of_files(masks, arguments.num_classes, ignore_index=arguments.ignore_index)
-    vae, network = load_autoencoder(arguments.vae).requires_grad_(False).to(arguments.device), None
-    fingerprint = vae_fingerprint(vae)
+    vae, network = load_autoencoder(arguments.vae).requires_grad_(False), None
+    origin = {"weights": model_revision(vae), "fingerprint": vae_fingerprint(vae)}
+    facts = {"vae": {"name": arguments.vae, "class": type(vae).__name__, **origin}}
     if arguments.alignment_network is not None:
-        network = AlignmentNetwork.from_pretrained(arguments.alignment_network).eval().to(arguments.device)
+        network = load_alignment_network(arguments.alignment_network).to(arguments.device)
+        facts["alignment_network"] = {"name": arguments.alignment_network, "weights_hash": hash_tensors(network)}
     window = arguments.window or (5 if network is None else 1)
-
-    def batches(chosen: list[tuple[Path, Path]]) -> Iterator[tuple[torch.Tensor, AlignmentOutput, torch.Tensor]]:
-        """Pixels, features and annotations."""
-        for start in tqdm(range(0, len(chosen), arguments.batch_size), unit="batch"):
-            images, targets = zip(*chosen[start : start + arguments.batch_size], strict=True)
-            pixels = read_pixels(images, arguments.resolution)
-            latents = encode(vae, pixels.to(arguments.device)).mode()
-            yield pixels, latent_features(latents, network, window=window), task.read(targets, arguments.resolution)
+    sizes = {"window": window, "resolution": arguments.resolution, "batch_size": arguments.batch_size}
+    reader = AnnotatedReader(vae.to(arguments.device), task, network=network, **sizes)
 
     methods: dict[str, Method] = {}
     if arguments.head is not None:
         head, methods["head"] = task.head(arguments.head)
         head.to(arguments.device)
+        facts["head"] = {"name": arguments.head, "file_hash": hash_file(arguments.head)}
     if annotated:
-        known = [(seen.patch, task.cell_targets(true, seen.patch.shape[-2:])) for _, seen, true in batches(annotated)]
-        features, targets = (torch.cat(parts) for parts in zip(*known, strict=True))
-        methods |= transfer_methods(features, targets.to(features), neighbours=arguments.neighbours)
+        methods |= transfer_methods(*reader.cells(annotated), neighbours=arguments.neighbours)
 
     rows: list[list[torch.Tensor]] = []
     shown = np.linspace(0, num_tested - 1, min(arguments.num_shown, num_tested)).round().astype(int).tolist()
-    for number, (pixels, seen, truth) in enumerate(batches(others[-num_tested:])):
+    for number, (pixels, seen, truth) in enumerate(tqdm(reader.batches(tested), unit="batch")):
         answers = {name: task.answer(method(seen), truth.shape[-2:]) for name, method in methods.items()}
         for name, answer in answers.items():
             task.score(name, answer, truth)
@@ -130,19 +129,19 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append([pixels[index], *task.draw([answer[index] for answer in answers.values()], truth[index])])
     content = {
         "evaluator": f"diffusers_eqvae {diffusers_eqvae.__version__}",
-        "libraries": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "vae": {"name": arguments.vae, "class": type(vae).__name__, "fingerprint": fingerprint},
+        **hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__),
+        **facts,
         "arguments": asdict(arguments),
         "window": window,
         "annotated": [image.name for image, _ in annotated],
-        "tested": [image.name for image, _ in others[-num_tested:]],
+        "tested": [image.name for image, _ in tested],
+        **reader.hashes,
         "figures": task.figures(),
     }
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=2) + "\n")
-    if rows:
-        grid(rows, ("picture", "truth", *methods)).save(output.with_suffix(".png"))
+    grid(rows, ("picture", "truth", *methods)).save(output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

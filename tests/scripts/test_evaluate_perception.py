@@ -14,13 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_eqvae import AlignmentNetwork
+from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned
 from diffusers_eqvae.autoencoders import encode
+from diffusers_eqvae.data.images import to_uint8
+from diffusers_eqvae.latents import vae_fingerprint
+from diffusers_eqvae.metrics.collecting import hash_digests, picture_digests
+from diffusers_eqvae.metrics.features import hash_file, hash_tensors
 from diffusers_eqvae.metrics.perception import SegmentationConfusion
 from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
+from diffusers_eqvae.training_utils.arguments import parse
 
 COUNT, SIDE, VOID = 7, 32, 9
+POSITIVE = ("batch_size", "num_shown", "num_classes", "window", "num_tested", "resolution", "neighbours", "max_depth")
 METHODS = {"nearest_cells", "mean_at_each_place", "mean_of_all_cells"}
 
 
@@ -106,6 +112,7 @@ def test_heads_read_the_features_of_a_network(repository, folders, network):
     )
     assert set(content["figures"]) == {"head"} and len(content["tested"]) == COUNT
     assert content["window"] == 1
+    assert content["head"]["file_hash"] == hash_file(folders / "depth.pth")
 
     classes = {
         "conv_seg.weight": torch.randn(3, 6, 1, 1, generator=generator),
@@ -127,9 +134,85 @@ def test_what_cannot_be_measured_is_refused(repository, folders):
         (["--num_annotated", "7"], r"--num_tested must be 1\.\.0"),
         (["--num_tested", "5"], r"--num_tested must be 1\.\.4"),
         (["--num_classes", "2"], "Labels must be 0..1"),
+        *(
+            ([f"--{name}", value], f"--{name} must be positive; got {value}")
+            for name in POSITIVE
+            for value in ("0", "-1")
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(repository, folders, "masks", *more)
+
+
+def test_files_that_cannot_be_measured_are_named_before_anything_is_loaded(repository, folders):
+    cut = folders / "masks" / "6.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"masks/6\.png cannot be read"):
+        run(repository, folders, "masks", "--vae", str(folders / "nowhere"))
+    Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(folders / "depths" / "6.png")
+    with pytest.raises(ValueError, match=r"depths/6\.png has no valid depth"):
+        run(repository, folders, "depths", "--task", "depth", "--order", "name", "--vae", str(folders / "nowhere"))
+
+
+def test_a_network_is_found_beside_its_autoencoder(repository, folders, network, tiny_autoencoder_kl):
+    aligned = AutoencoderKLAligned.from_config(tiny_autoencoder_kl.config)
+    aligned.load_state_dict(tiny_autoencoder_kl.state_dict())
+    aligned.set_alignment_network(AlignmentNetwork.from_pretrained(network))
+    aligned.save_pretrained(folders / "aligned")
+    aligned.save_pretrained(folders / "pipeline" / "vae")
+    (folders / "pipeline" / "model_index.json").write_text("{}")
+    facts = []
+    for name in ("network", "aligned", "aligned/alignment_network", "pipeline"):
+        content = run(
+            repository, folders, "masks", "--ignore_index", str(VOID), "--alignment_network", str(folders / name)
+        )
+        facts.append((content["alignment_network"]["weights_hash"], content["figures"]))
+    assert facts[0][0] == hash_tensors(AlignmentNetwork.from_pretrained(network)) and facts == facts[:1] * 4
+    with pytest.raises(ValueError, match="holds a AutoencoderKL and no alignment network"):
+        run(repository, folders, "masks", "--ignore_index", str(VOID), "--alignment_network", str(folders / "vae"))
+
+
+def test_figures_say_what_they_were_measured_on(repository, folders, network, tiny_autoencoder_kl):
+    def facts(**more) -> dict:
+        flags = {"ignore_index": VOID, "order": "name", "alignment_network": network} | more
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        return run(repository, folders, "masks", *words)
+
+    content = facts()
+    assert content["vae"]["fingerprint"] == vae_fingerprint(tiny_autoencoder_kl)
+    assert content["vae"]["weights"] == f"weights {hash_tensors(tiny_autoencoder_kl)}"
+    assert set(content["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"} and content["date"]
+    pixels = read_pixels([folders / "images" / f"{index}.png" for index in range(COUNT)], SIDE)
+    levels = to_uint8(pixels).permute(0, 2, 3, 1).numpy()
+    assert content["pictures_hash"] == hash_digests(picture_digests(levels))
+
+    keys = ("pictures_hash", "targets_hash")
+    first = [content[key] for key in keys]
+    assert [facts(batch_size=2)[key] for key in keys] == first
+    assert all(
+        before != after for before, after in zip(first, [facts(num_tested=3)[key] for key in keys], strict=True)
+    )
+    mask = np.asarray(Image.open(folders / "masks" / "6.png")).copy()
+    mask[-1, -1] = 1 - mask[-1, -1]
+    Image.fromarray(mask).save(folders / "masks" / "6.png")
+    content = facts()
+    assert content["pictures_hash"] == first[0] and content["targets_hash"] != first[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "without"),
+    [
+        (["--median_scaling", "--max_depth", "80"], "--task is segmentation: --median_scaling, --max_depth"),
+        (["--order", "name", "--seed", "3"], "--order is name: --seed"),
+        (["--task", "depth", "--num_classes", "3", "--ignore_index", "0"], "--ignore_index, --num_classes"),
+        (["--task", "depth", "--max_depth", "80"], "there is no --head: --max_depth"),
+        (["--task", "depth", "--median_scaling", "--seed", "3"], None),
+    ],
+)
+def test_flags_without_effect_are_named(repository, caplog, words, without):
+    kind = runpy.run_path(str(repository / "training" / "evaluate_perception.py"))["PerceptionArguments"]
+    parse(kind, argv=["--vae", "v", "--images", "i", "--targets", "t", "--output", "o", *words])
+    assert (caplog.messages == []) if without is None else (without in caplog.text)
 
 
 def test_the_real_command_line(repository, folders):

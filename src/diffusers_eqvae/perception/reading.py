@@ -1,0 +1,75 @@
+"""Annotated pictures as features, batch by batch, and the hash of all that was read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..autoencoders import Autoencoder, encode
+from ..data.images import to_uint8
+from ..metrics.collecting import hash_digests, picture_digests
+from ..models.alignment_network import AlignmentNetwork, AlignmentOutput
+from .features import latent_features
+from .tasks import DepthTask, SegmentationTask, read_pixels
+
+
+class AnnotatedReader:
+    """Reads pictures with their annotations and turns them into features of an autoencoder's latents (their mean).
+
+    Args:
+        vae: where it is, pictures are brought.
+        network: trained with it; None takes the latents themselves.
+        window: of cells, see `latent_features`.
+        resolution: side in pixels of the centre crops.
+        batch_size: pictures per forward.
+    """
+
+    def __init__(
+        self,
+        vae: Autoencoder,
+        task: SegmentationTask | DepthTask,
+        *,
+        network: AlignmentNetwork | None,
+        window: int,
+        resolution: int,
+        batch_size: int,
+    ) -> None:
+        self.vae = vae
+        self.task = task
+        self.network = network
+        self.window = window
+        self.resolution = resolution
+        self.batch_size = batch_size
+        self._digests: dict[str, list[bytes]] = {"pictures_hash": [], "targets_hash": []}
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Of the crops of all pictures read so far, pixel by pixel and in order, and of those of their annotations."""
+        return {name: hash_digests(digests) for name, digests in self._digests.items()}
+
+    @torch.no_grad()
+    def batches(self, pairs: Sequence[tuple[Path, Path]]) -> Iterator[tuple[Tensor, AlignmentOutput, Tensor]]:
+        """Pixels (B, 3, S, S), features, and annotations (B, S, S).
+
+        Raises:
+            ValueError: a file that cannot be read; names it.
+        """
+        for start in range(0, len(pairs), self.batch_size):
+            images, targets = zip(*pairs[start : start + self.batch_size], strict=True)
+            pixels, truth = read_pixels(images, self.resolution), self.task.read(targets, self.resolution)
+            self._digests["pictures_hash"] += picture_digests(to_uint8(pixels).permute(0, 2, 3, 1).numpy())
+            self._digests["targets_hash"] += picture_digests(truth.numpy())
+            latents = encode(self.vae, pixels.to(self.vae.device)).mode()
+            yield pixels, latent_features(latents, self.network, window=self.window), truth
+
+    def cells(self, pairs: Sequence[tuple[Path, Path]]) -> tuple[Tensor, Tensor]:
+        """Features (N, D, h, w) and targets (N, K, h, w) of every cell of annotated pictures, on the vae's device."""
+        known = []
+        for _, seen, truth in self.batches(pairs):
+            height, width = seen.patch.shape[-2:]
+            known.append((seen.patch, self.task.cell_targets(truth, (height, width))))
+        features, targets = (torch.cat(parts) for parts in zip(*known, strict=True))
+        return features, targets.to(features)
