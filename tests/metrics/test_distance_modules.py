@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
 from diffusers_eqvae.metrics.collecting import collect
@@ -96,6 +97,47 @@ def test_gfid_gives_all_that_the_network_and_the_reference_allow(load, weights, 
     assert "only 20 of 40" in few["marks"]["kd_cifar10_resnet8"] and few["num_samples"] == 40
 
 
+def test_pictures_one_by_one(load):
+    """`add` is a batch of one, of levels or pixels."""
+    metric, pictures = load("rfid"), levels(5)
+    for picture in pictures:
+        metric.add_batch(predictions=blurred(picture)[None], references=picture[None])
+    expected = metric.compute()
+    for picture in pictures:
+        metric.add(prediction=blurred(picture), reference=picture)
+    assert metric.compute() == expected
+    for picture in pictures:
+        sides = [torch.from_numpy(each).permute(2, 0, 1) / 127.5 - 1 for each in (blurred(picture), picture)]
+        metric.add(prediction=sides[0], reference=sides[1])
+    assert metric.compute() == expected
+    with pytest.raises(ValueError, match="takes predictions and references; got predictions"):
+        metric.add(prediction=pictures[0])
+
+
+def test_all_pictures_have_one_size(load):
+    metric, small, large = load("rfid"), levels(4), levels(4).repeat(2, 1).repeat(2, 2)
+    metric.add_batch(predictions=blurred(small), references=small)
+    with pytest.raises(ValueError, match="must have one size; got 8x8 and 16x16 px"):
+        metric.add_batch(predictions=blurred(large), references=large)
+    assert metric.compute()["num_samples"] == 4
+    metric.add_batch(predictions=blurred(large), references=large)  # compute began anew
+    assert metric.compute()["num_samples"] == 4
+
+
+def test_gfid_crops_its_reference_and_takes_the_network_by_name(load, weights, tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
+    (tmp_path / "pictures").mkdir()
+    for index, each in enumerate(np.random.default_rng(1).integers(0, 256, (9, 20, 24, 3)).astype(np.uint8)):
+        Image.fromarray(each).save(tmp_path / "pictures" / f"{index}.png")
+    options = {"reference": str(tmp_path / "pictures"), "resolution": 8}
+    result = load("gfid", **options).compute(predictions=levels(9))
+    expected = load_reference(tmp_path / "pictures", cifar_resnet_features(weights), resolution=8)
+    assert result["reference_hash"] == expected.hash and result["evaluator"] == "cifar10_resnet8"
+    named = load("rfid", config="squeezenet", weights=str(tmp_path / "squeezenet.pth"))
+    assert named.compute(predictions=levels(2), references=levels(2))["evaluator"] == "squeezenet1_1"
+
+
 def test_a_network_of_ones_own(load):
     network = ModuleFeatures(torch.nn.Conv2d(3, 4, 1), name="colours")
     metric = load("rfid", weights=None, extractor=network)
@@ -108,6 +150,7 @@ def test_what_is_no_batch_of_pictures_is_refused(load, tmp_path):
     for wrong, complaint in (
         (pixels * float("nan"), "must be finite"),
         (pixels + 255, "floats up to 255"),
+        (pixels + 4, "floats up to 4"),
         (pixels.permute(0, 2, 3, 1), r"uint8 \(B, H, W, 3\) or floats"),
         (good.astype(np.int64), "got torch.int64"),
         (good[:3], "equally large"),

@@ -177,6 +177,13 @@ def test_dinov2_gives_its_global_feature(tmp_path):
     torch.testing.assert_close(extractor(batch)["features"], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="multiple of the patch size 14"):
         dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=30)
+    weights = tmp_path / "dinov2-tiny" / "model.safetensors"
+    save_file({"other.weight": torch.zeros(3)}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"dinov2-tiny must hold all weights of dinov2; it lacks \d+ tensors"):
+        dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
+    weights.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="dinov2-tiny is no whole file"):
+        dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
 
 
 def test_dinov2_that_is_nowhere_says_how_to_get_it(tmp_path):

@@ -20,6 +20,9 @@ from ..data.images import to_uint8
 from .features import FeatureExtractor
 from .inputs import PictureSet, check_array
 
+# Floats beyond it are no pixels in [-1, 1], which decoders overshoot a little, but levels.
+LARGEST_PIXEL = 3.0
+
 
 @dataclass
 class Collected:
@@ -71,12 +74,7 @@ class Collector:
     def add(self, levels: np.ndarray) -> None:
         """Adds pictures uint8 (B, H, W, 3); raises ValueError for another dtype, shape or size than those before."""
         check_array(levels, "a batch")
-        self._size = self._size or levels.shape[1:3]
-        if levels.shape[1:3] != self._size:
-            (height, width), (other_height, other_width) = self._size, levels.shape[1:3]
-            raise ValueError(
-                f"All pictures of a set must have one size; got {width}x{height} and {other_width}x{other_height} px."
-            )
+        self._size = one_size(levels, self._size)
         pictures = torch.from_numpy(np.array(levels, order="C")).permute(0, 3, 1, 2)
         outputs = {name: value.cpu() for name, value in self.extractor(pictures).items()}
         self._parts.append(
@@ -141,7 +139,7 @@ def as_levels(pictures: Any, name: str) -> np.ndarray:
     """
     batch = pictures.detach() if isinstance(pictures, Tensor) else torch.from_numpy(np.asarray(pictures))
     if batch.is_floating_point() and batch.ndim == 4 and batch.shape[1] == 3:
-        if len(batch) and batch.abs().max() > 100:
+        if len(batch) and batch.abs().max() > LARGEST_PIXEL:
             raise ValueError(
                 f"Float {name} are in [-1, 1] and levels are uint8; got floats up to {batch.abs().max().item():.4g}."
             )
@@ -152,6 +150,16 @@ def as_levels(pictures: Any, name: str) -> np.ndarray:
             f"{tuple(batch.shape)}."
         )
     return batch.cpu().numpy()
+
+
+def one_size(levels: np.ndarray, size: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Height and width of (B, H, W, 3); raises ValueError where they are not the `size` of those before."""
+    if size is not None and levels.shape[1:3] != size:
+        (height, width), (other_height, other_width) = size, levels.shape[1:3]
+        raise ValueError(
+            f"All pictures of a set must have one size; got {width}x{height} and {other_width}x{other_height} px."
+        )
+    return levels.shape[1:3]
 
 
 def require_finite(pixels: Tensor) -> None:

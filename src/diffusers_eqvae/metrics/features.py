@@ -240,13 +240,17 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
     Differs from the reference: pictures are resized as floats, without rounding to 8 bits in between.
 
     Raises:
-        ValueError: another kind of model, or an `image_size` its patches do not tile.
+        ValueError: another kind of model, weights that are damaged or not its own, or an `image_size` its patches do
+            not tile.
         FileNotFoundError: the model is neither there, nor cached, nor to be had from the Hub; says how to get it.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     try:
-        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+        model, found = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"The model.safetensors of {name_or_path} is no whole file of weights: {error}") from error
     except OSError as error:
         raise FileNotFoundError(
             f"DINOv2's weights were not found at {name_or_path}, which must be a directory with config.json and "
@@ -256,6 +260,10 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
     config: Any = model.config
     if config.model_type not in ("dinov2", "dinov2_with_registers"):
         raise ValueError(f"FD-DINOv2 needs a DINOv2 model; {name_or_path} is of type {config.model_type!r}.")
+    if found["missing_keys"]:
+        # transformers draws them at random, and says so in a warning only.
+        count = len(found["missing_keys"])
+        raise ValueError(f"{name_or_path} must hold all weights of {config.model_type}; it lacks {count} tensors.")
     if image_size % config.patch_size:
         raise ValueError(f"image_size must be a multiple of the patch size {config.patch_size}; got {image_size}.")
     return ModuleFeatures(

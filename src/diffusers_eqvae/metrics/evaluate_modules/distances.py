@@ -9,7 +9,7 @@ import evaluate
 import numpy as np
 import torch
 
-from ..collecting import Collected, as_levels, picture_digests
+from ..collecting import Collected, as_levels, one_size, picture_digests
 from ..features import FeatureExtractor, load_extractor
 from ..generation import GenerationResult
 
@@ -43,6 +43,7 @@ class DistanceMetric(evaluate.Metric):
         network = load_extractor(config_name or "inception", weights) if extractor is None else extractor
         self.extractor = network.to(device)
         self._widths: dict[str, int] = {}
+        self._size: tuple[int, ...] | None = None
         super().__init__(config_name=config_name or "inception", **options)
 
     def _features(self) -> datasets.Features:
@@ -54,7 +55,7 @@ class DistanceMetric(evaluate.Metric):
         """Adds pictures: uint8 (B, H, W, 3), or floats (B, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: another shape, dtype or range, NaN, or sides of unequal length.
+            ValueError: another shape, dtype or range, NaN, sides of unequal length, or another size than before.
         """
         if others or (references is not None) != ("references" in self.SIDES):
             given = [name for name, value in {"references": references, **others}.items() if value is not None]
@@ -66,9 +67,20 @@ class DistanceMetric(evaluate.Metric):
         if len({each.shape for each in levels.values()}) > 1:
             shapes = " and ".join(str(each.shape) for each in levels.values())
             raise ValueError(f"Each reconstruction needs its own picture, equally large; got {shapes}.")
+        self._size = one_size(levels["predictions"], self._size)
         columns = {side: self._rows(each) for side, each in levels.items()}
         columns |= {f"{side}_digest": picture_digests(each) for side, each in levels.items()}
         super().add_batch(**columns)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **others: Any) -> None:
+        """Adds one picture, uint8 (H, W, 3) or floats (3, H, W): a batch of one, which is slower than larger ones.
+
+        Raises:
+            ValueError: as `add_batch`.
+        """
+        sides = {"predictions": prediction, "references": reference, **others}
+        batch = {name: value[None] if hasattr(value, "ndim") else value for name, value in sides.items()}
+        self.add_batch(**batch)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> dict[str, Any] | None:
         """The numbers of all pictures since the last call, with those given here; None on other processes than 0."""
@@ -76,6 +88,7 @@ class DistanceMetric(evaluate.Metric):
             self.add_batch(predictions=predictions, references=references)
         if self.writer is None:
             raise ValueError("At least one picture is needed; call add_batch first.")
+        self._size = None
         return super().compute(**options)
 
     def _rows(self, levels: np.ndarray) -> list[bytes]:
