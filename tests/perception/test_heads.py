@@ -169,6 +169,23 @@ def test_files_that_are_no_linear_head_are_refused(tmp_path):
         LinearDepthHead.from_file(cut)
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("content", [b"", b"x", b"no tensors at all, but some text", bytes(range(256)) * 8])
+def test_files_that_are_no_weights_are_named(tmp_path, suffix, content):
+    path = tmp_path / f"head.{suffix}"
+    path.write_bytes(content)
+    for load in (LinearSegmentationHead.from_file, LinearDepthHead.from_file):
+        with pytest.raises(ValueError, match=rf"head\.{suffix} is cut short, damaged"):
+            load(path)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": [torch.ones(1)]}, [torch.ones(1)], {3: torch.ones(1)}])
+def test_tensors_without_names_are_no_head(tmp_path, content):
+    torch.save(content, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match=r"head\.pth (must hold decode_head\.conv_seg|is cut short)"):
+        LinearSegmentationHead.from_file(tmp_path / "head.pth")
+
+
 def test_features_of_another_teacher_are_refused(features):
     with pytest.raises(ValueError, match="one teacher"):
         LinearSegmentationHead(SIZE + 1, CLASSES)(features[0])

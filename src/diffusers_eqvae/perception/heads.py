@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..metrics.features import read_weights
 from .features import to_size
 
 PREFIX = "decode_head."
@@ -163,19 +162,18 @@ def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a head's file by name, without "decode_head."; nothing in it is executed."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no head {path}; DINOv2's are linked in the README of its repository.")
-    if Path(path).suffix == ".safetensors":
-        content = load_file(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{path} is cut short or holds more than tensors, which is not loaded because it could run code: "
-                f"{str(error).splitlines()[0]} If you trust its source, save torch.load(path, weights_only=False)"
-                "['state_dict'] as .safetensors and give that."
-            ) from error
-    tensors: Any = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name.removeprefix(PREFIX): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    try:
+        content = read_weights(path)
+    except Exception as error:  # a damaged pickle or header fails in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is cut short, damaged or holds more than tensors, which is not loaded because it could run code: "
+            f"{reason} If you trust its source, save torch.load(path, weights_only=False)['state_dict'] as "
+            ".safetensors and give that."
+        ) from error
+    tensors: Any = content.get("state_dict", content) if isinstance(content, dict) else None
+    items = tensors.items() if isinstance(tensors, dict) else ()
+    return {str(name).removeprefix(PREFIX): value for name, value in items if isinstance(value, Tensor)}
 
 
 def _convolution_size(tensors: dict[str, Tensor], name: str, path: str | os.PathLike[str]) -> tuple[int, int]:
