@@ -126,7 +126,8 @@ def test_kernel_distance_by_its_formula():
     off = 1 - np.eye(30)
     expected = ((k[:30, :30] + k[30:, 30:]) * off).sum() / (30 * 29) - 2 * k[:30, 30:].mean()
     mean, std = kernel_distance(a, b, generator=torch.Generator().manual_seed(0), subsets=3, subset_size=30)
-    assert mean == pytest.approx(expected, rel=1e-9) and std == pytest.approx(0, abs=1e-9 * abs(expected))
+    # Every subset is both whole sets, so that nothing but rounding could deviate.
+    assert mean == pytest.approx(expected, rel=1e-9) and std is None
     repeated = [
         kernel_distance(a, b, generator=torch.Generator().manual_seed(4), subsets=5, subset_size=9) for _ in range(2)
     ]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_eqvae.metrics.collecting import Collected, Collector, Processes, collect, to_levels
+from diffusers_eqvae.metrics.collecting import Collected, Collector, Processes, collect, picture_digests, to_levels
 from diffusers_eqvae.metrics.features import FeatureExtractor, ModuleFeatures, hash_tensors
-from diffusers_eqvae.metrics.frechet import frechet_distance, inception_score
+from diffusers_eqvae.metrics.frechet import frechet_distance, inception_score, precision_recall
 from diffusers_eqvae.metrics.generation import (
     Reference,
     evaluate_generation,
@@ -70,6 +70,27 @@ def test_one_pass_gives_every_number():
     assert {name.removesuffix("_tiny") for name in named.metrics} == {
         {"fid": "fd", "sfid": "sfd", "kid": "kd", "kid_std": "kd_std"}.get(name, name) for name in ALL
     }
+
+
+def test_kid_has_no_deviation_where_all_subsets_are_one():
+    extractor = TinyInception()
+    samples = collect(extractor, [levels(50)])
+    assert set(evaluate_generation(samples, reference_of(extractor, 50), extractor=extractor).metrics) == ALL - {
+        "kid_std"
+    }
+
+
+def test_the_protocols_constants():
+    """Three neighbours; precision, recall and KID of the first 10 000 pictures of the reference, FID of all."""
+    extractor = TinyInception()
+    samples, reference = collect(extractor, [levels(50)]), reference_of(extractor, 60)
+    metrics = evaluate_generation(samples, reference, extractor=extractor).metrics
+    by_hand = {k: precision_recall(samples.features, reference.features, neighbours=k) for k in (3, 4)}
+    assert (metrics["precision"], metrics["recall"]) == by_hand[3] != by_hand[4]
+    features = torch.rand(10_003, 2, generator=torch.Generator().manual_seed(0))
+    many = Reference.from_collected(Collected(features, None, None, []), name="x", weights_hash="x")
+    assert torch.equal(many.features, features[:10_000]) and many.count == 10_003
+    torch.testing.assert_close(many.mean, features.double().mean(0))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 128])
@@ -227,4 +248,6 @@ def test_the_hash_sees_every_pixel_and_the_order():
     changed[4, 7, 7, 2] ^= 1
     hashes = {collect(extractor, [each]).hash for each in (pictures, changed, pictures[::-1])}
     assert len(hashes) == 3
+    # The same bytes in another shape are another picture.
+    assert picture_digests(pictures) != picture_digests(pictures.reshape(5, 4, 16, 3))
     assert isinstance(collect(extractor, [pictures]), Collected)

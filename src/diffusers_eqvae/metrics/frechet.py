@@ -188,7 +188,7 @@ def kernel_distance(
     generator: torch.Generator,
     subsets: int = 100,
     subset_size: int = 1000,
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """KID (Bińkowski et al., arXiv 1801.01401): mean and standard deviation over subsets of the unbiased MMD^2.
 
     The kernel is (x.y / D + 1)^3. It may be slightly negative, and unlike FID is unbiased in the number of samples.
@@ -198,12 +198,18 @@ def kernel_distance(
         generator: CPU generator that draws the subsets, so that the number can be repeated.
         subset_size: cut to the smaller of N and M.
 
+    Returns:
+        Mean and standard deviation; None for the latter where every subset is both whole sets, drawn in another
+        order: it would be rounding, and says nothing of how far the mean can be trusted.
+
     Raises:
         ValueError: fewer than two features on a side, other dimensions.
     """
     _check_pair(samples, reference, at_least=2)
     size = min(subset_size, len(samples), len(reference))
     samples, reference = samples.detach().cpu(), reference.detach().cpu()
+    if size == len(samples) == len(reference):
+        return float(_unbiased_mmd2(samples.double(), reference.double())), None
     values = torch.empty(subsets, dtype=torch.float64)
     for index in range(subsets):
         x = samples[torch.randperm(len(samples), generator=generator)[:size]].double()
