@@ -149,6 +149,23 @@ def test_kmeans_bears_equal_points_and_refuses_the_impossible():
             kmeans(points, clusters)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_kmeans_computes_in_float32_or_more(dtype):
+    points, heaps = blobs(6, 10)
+    labels, centres = kmeans(points.to(dtype), 6)
+    assert torch.equal(labels, 5 - heaps) and centres.dtype == torch.float32
+    assert kmeans(points.double(), 6)[1].dtype == torch.float64
+
+
+def test_channels_weigh_the_same_in_clusters():
+    """Halves that differ by a little in two channels, beside noise a hundred times larger in a third."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 3, 8, 8, generator=generator) * torch.tensor([0.01, 0.01, 30.0]).view(1, 3, 1, 1)
+    features[:, :2, :, 4:] += 1.0
+    labels = cluster_cells(features, 2)
+    assert len(labels[..., :4].unique()) == len(labels[..., 4:].unique()) == 1 and len(labels.unique()) == 2
+
+
 def test_clusters_turn_with_the_picture():
     features = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     features[:, 0, :3] += 30
@@ -179,5 +196,11 @@ def test_the_probe_separates_heaps_and_does_not_care_about_scales():
     assert torch.allclose(scaled(points * 1000 + 5), probe(points), atol=1e-3)
     with pytest.raises(ValueError, match="as many class ids"):
         LinearProbe.fit(points, heaps[:3])
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(LinearProbe.fit(points[::2], heaps[::2].to(dtype)).weight, probe.weight)
+    with pytest.raises(ValueError, match="integers"):
+        LinearProbe.fit(points, heaps.float())
+    with pytest.raises(ValueError, match="start at 0; got -1"):
+        LinearProbe.fit(points, heaps - 1)
     with pytest.raises(ValueError, match="ridge"):
         LinearProbe.fit(points, heaps, ridge=0.0)

@@ -99,6 +99,27 @@ def test_transfer_in_chunks_is_transfer(features, labels, monkeypatch):
     assert torch.allclose(transfer(features), whole, atol=1e-6)
 
 
+def test_neither_similarities_nor_targets_exceed_the_budget(features, monkeypatch):
+    lengths = []
+    average = CellTransfer._average
+    monkeypatch.setattr(CellTransfer, "_average", lambda self, q: (lengths.append(len(q)), average(self, q))[1])
+    monkeypatch.setattr("diffusers_eqvae.perception.transfer._CHUNK", 2000)
+    for num_classes in (2, 150):
+        transfer = CellTransfer(features, torch.zeros(2, num_classes, 4, 4), neighbours=3)
+        assert transfer(torch.randn(30, 8, 4, 4)).shape == (30, num_classes, 4, 4)
+        assert max(lengths) * max(3 * num_classes, 32) <= 2000
+        assert sum(lengths) == 30 * 16
+        lengths.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_may_be_of_any_integer_type(labels, dtype):
+    labels[0, 0] = VOID
+    assert torch.equal(label_targets(labels.to(dtype), 5).nan_to_num(-1), label_targets(labels, 5).nan_to_num(-1))
+    with pytest.raises(ValueError, match=r"Labels must be 0\.\.3"):
+        label_targets(labels.to(dtype), 4)
+
+
 def test_means_look_at_no_picture():
     labels = torch.tensor([[[0, 1], [VOID, 2]], [[0, 1], [VOID, 1]], [[0, 2], [VOID, 1]]])
     targets = label_targets(labels, 3)
@@ -114,6 +135,7 @@ def test_what_does_not_belong_together_is_refused(features, labels):
         (lambda: CellTransfer(features, targets * torch.nan), "No cell is annotated"),
         (lambda: CellTransfer(features, targets)(features[:, :3]), "features of size 8"),
         (lambda: label_targets(labels, 4), "Labels must be 0..3"),
+        (lambda: label_targets(labels.float(), 5), "must be integers"),
         (lambda: cell_labels(labels, (3, 3)), "do not tile"),
         (lambda: cell_labels(labels.float(), (2, 2)), "integers"),
         (lambda: cell_labels(labels - 1, (2, 2)), "negative"),

@@ -18,7 +18,7 @@ def kmeans(
     points and the seed. A cluster that loses all its points is put on the point furthest from its centre.
 
     Args:
-        points: (N, D).
+        points: (N, D); taken as float32 unless they are float64.
         num_clusters: K; where fewer points are distinct, some clusters stay empty.
 
     Returns:
@@ -31,6 +31,7 @@ def kmeans(
         raise ValueError(f"k-means needs finite points (N, D); got {tuple(points.shape)}, finite or not.")
     if not 1 <= num_clusters <= len(points):
         raise ValueError(f"The number of clusters must be 1..{len(points)}, the points there are; got {num_clusters}.")
+    points = points if points.dtype == torch.float64 else points.float()
     generator = torch.Generator().manual_seed(seed)
     runs = [_lloyd(points, _spread(points, num_clusters, generator), max_iterations) for _ in range(max(1, restarts))]
     _, labels, centres = min(runs, key=lambda run: run[0])

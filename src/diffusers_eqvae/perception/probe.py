@@ -33,21 +33,24 @@ class LinearProbe:
 
     @classmethod
     def fit(cls, features: Tensor, labels: Tensor, *, ridge: float = 1e-3) -> Self:
-        """From features (N, D) and class ids (N,).
+        """From features (N, D) and class ids (N,) of any integer type.
 
         Raises:
-            ValueError: unequal lengths, negative ids, or a ridge that is not positive.
+            ValueError: unequal lengths, ids that are negative or no integers, or a ridge that is not positive.
         """
-        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels) or int(labels.min()) < 0:
+        integers = not labels.is_floating_point() and not labels.is_complex()
+        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels) or not integers:
             raise ValueError(
-                "A probe needs features (N, D) and as many class ids from 0 on; got "
-                f"{tuple(features.shape)} and {tuple(labels.shape)}."
+                "A probe needs features (N, D) and as many class ids, integers from 0 on; got "
+                f"{tuple(features.shape)} and {labels.dtype} {tuple(labels.shape)}."
             )
+        if int(labels.min()) < 0:
+            raise ValueError(f"Class ids start at 0; got {int(labels.min())}. Leave out examples without a class.")
         if ridge <= 0:
             raise ValueError(f"The ridge must be positive, or the solution may not be unique; got {ridge}.")
         rows = features.double()
         standardization = Standardization.of(rows)
-        x, y = standardization(rows), F.one_hot(labels.to(rows.device)).double()
+        x, y = standardization(rows), F.one_hot(labels.to(rows.device, torch.int64)).double()
         gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         return cls(standardization, torch.linalg.solve(gram, x.T @ y), y.mean(0))
 

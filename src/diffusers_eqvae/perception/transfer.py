@@ -11,7 +11,7 @@ from .features import Standardization, to_rows
 IGNORE_INDEX = 255
 # Temperature of the votes: Wu et al. 2018 (arXiv 1805.01978), as in DINO's nearest-neighbour classifier.
 TEMPERATURE = 0.07
-# Similarities held at once: 2^24 float32 are 64 MiB.
+# Similarities, or targets of neighbours, held at once: 2^24 float32 are 64 MiB.
 _CHUNK = 2**24
 
 
@@ -47,8 +47,11 @@ def label_targets(labels: Tensor, num_classes: int, *, ignore_index: int = IGNOR
     """Labels of cells (B, h, w) as one-hot targets (B, K, h, w) float32, NaN where the label is `ignore_index`.
 
     Raises:
-        ValueError: a label that is neither ignored nor in 0 .. K - 1.
+        ValueError: labels that are no integers, or one that is neither ignored nor in 0 .. K - 1.
     """
+    if labels.ndim != 3 or labels.is_floating_point():
+        raise ValueError(f"Labels of cells must be integers (B, h, w); got {labels.dtype} {tuple(labels.shape)}.")
+    labels = labels.long()
     void = labels == ignore_index
     valid = labels[~void]
     if len(valid) and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
@@ -130,7 +133,8 @@ class CellTransfer:
                 f"The annotated cells have features of size {self.bank.shape[1]}; got {tuple(features.shape)}."
             )
         queries = F.normalize(self.standardization(to_rows(features.float())), dim=1)
-        chunks = [self._average(chunk) for chunk in queries.split(max(1, _CHUNK // len(self.bank)))]
+        widest = max(len(self.bank), self.neighbours * self.values.shape[1])
+        chunks = [self._average(chunk) for chunk in queries.split(max(1, _CHUNK // widest))]
         return torch.cat(chunks).view(len(features), *features.shape[-2:], -1).movedim(-1, 1)
 
     def _average(self, queries: Tensor) -> Tensor:
