@@ -94,6 +94,12 @@ def test_depth_errors_are_eigens(scaled):
             assert measured[name][index].item() == pytest.approx(value, abs=1e-12), name
 
 
+def test_delta1_counts_ratios_below_five_quarters_either_way():
+    target = torch.tensor([[[1.0, 1.0, 1.0, 1.25, 1.24, 1.4]]])
+    prediction = torch.tensor([[[1.25, 1.24, 1.4, 1.0, 1.0, 1.0]]])
+    assert depth_errors(prediction, target)["delta1"].item() == pytest.approx(2 / 6)
+
+
 def test_median_scaling_makes_a_factor_invisible():
     target = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(0)) + 1
     errors = depth_errors(target * torch.tensor([3.0, 0.2]).view(2, 1, 1), target, median_scaling=True)

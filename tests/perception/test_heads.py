@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from diffusers_eqvae import AlignmentNetwork, ClassConditionalPipeline, FlowMatchODEScheduler, LatentNormalization
 from diffusers_eqvae.autoencoders import decode
+from diffusers_eqvae.models.alignment_network import AlignmentOutput
 from diffusers_eqvae.perception import (
     LinearDepthHead,
     LinearSegmentationHead,
@@ -17,6 +18,7 @@ from diffusers_eqvae.perception import (
     to_size,
 )
 from diffusers_eqvae.perception.show import draw_labels
+from diffusers_eqvae.perception.tasks import DepthTask
 from diffusers_eqvae.pictures import to_image
 
 SIZE, CLASSES, BINS = 6, 5, 256
@@ -106,6 +108,15 @@ def test_equal_logits_give_the_middle_of_the_bins():
         torch.nn.init.constant_(head.conv_depth.bias, level)
         depth = head(torch.randn(1, SIZE, 2, 2), torch.randn(1, SIZE))
         assert torch.allclose(depth, torch.tensor(80.001 / 2), atol=1e-4)
+
+
+def test_a_task_gives_its_head_the_depth_of_the_last_bin(tmp_path, features):
+    path = saved(tmp_path, depth_tensors())
+    for max_depth in (10.0, 80.0):
+        head, method = DepthTask(max_depth=max_depth).head(path)
+        assert head.centres[-1] == max_depth
+        expected = LinearDepthHead.from_file(path, max_depth=max_depth)(*features)
+        assert torch.equal(method(AlignmentOutput(*features)), expected)
 
 
 def test_a_higher_bin_is_farther_and_the_cls_counts(features):

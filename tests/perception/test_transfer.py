@@ -182,6 +182,17 @@ def test_annotations_are_integers_of_one_channel_with_a_picture_each(tmp_path):
         read_annotations([path], 8)
 
 
+def test_depths_are_compared_up_to_a_factor_where_asked():
+    truth = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)) + 1
+    figures = {}
+    for median_scaling in (False, True):
+        task = DepthTask(median_scaling=median_scaling)
+        task.score("m", truth * 3, truth)
+        figures[median_scaling] = task.figures()["m"]
+    assert figures[False]["abs_rel"] == pytest.approx(2.0) and figures[False]["delta1"] == 0.0
+    assert figures[True]["rmse"] == pytest.approx(0.0, abs=1e-6) and figures[True]["delta1"] == 1.0
+
+
 def test_labels_are_enlarged_along_straight_edges():
     labels = torch.tensor([[[0, 1], [0, 1]]])
     enlarged = to_size(label_targets(labels, 2), (8, 8)).argmax(1)

@@ -97,6 +97,10 @@ def test_depths_are_carried_over(repository, folders):
     assert figures["nearest_cells"]["rmse"] < figures["mean_of_all_cells"]["rmse"]
     other = run(repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "2")
     assert other["annotated"] != content["annotated"]
+    scaled = run(
+        repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "2", "--median_scaling"
+    )
+    assert scaled["figures"]["mean_of_all_cells"] != other["figures"]["mean_of_all_cells"]
 
 
 def test_heads_read_the_features_of_a_network(repository, folders, network):
@@ -107,9 +111,10 @@ def test_heads_read_the_features_of_a_network(repository, folders, network):
     }
     torch.save({"state_dict": head}, folders / "depth.pth")
     with_network = ("--alignment_network", str(network), "--num_annotated", "0")
-    content = run(
-        repository, folders, "depths", "--task", "depth", *with_network, "--head", str(folders / "depth.pth")
-    )
+    with_head = ("--task", "depth", *with_network, "--head", str(folders / "depth.pth"))
+    farther = run(repository, folders, "depths", *with_head, "--max_depth", "800")
+    content = run(repository, folders, "depths", *with_head)
+    assert farther["figures"]["head"]["rmse"] > 10 * content["figures"]["head"]["rmse"]
     assert set(content["figures"]) == {"head"} and len(content["tested"]) == COUNT
     assert content["window"] == 1
     assert content["head"]["file_hash"] == hash_file(folders / "depth.pth")
