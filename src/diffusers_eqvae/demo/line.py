@@ -27,9 +27,9 @@ from .photographs import write_photographs
 ROOT = Path(__file__).resolve().parents[3]
 DONE = "stage.json"
 THREADS = 2
-# 1.6 M parameters, 8 pixels per latent cell, 4 channels.
+# 0.9 M parameters, 8 pixels per latent cell, 4 channels.
 AUTOENCODER = {
-    "block_out_channels": [16, 32, 64, 96],
+    "block_out_channels": [32, 32, 64, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 1,
@@ -52,8 +52,8 @@ class DemoArguments:
         default=None, metadata={"help": "Or a dataset on the Hub with columns image and label."}
     )
     resolution: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
-    autoencoder_steps: int = field(default=900, metadata={"help": "Steps of the small autoencoder from scratch."})
-    finetuning_steps: int = field(default=1200, metadata={"help": "Steps of each fine-tuned copy."})
+    autoencoder_steps: int = field(default=800, metadata={"help": "Steps of the small autoencoder from scratch."})
+    finetuning_steps: int = field(default=1000, metadata={"help": "Steps of each fine-tuned copy."})
     transformer_steps: int = field(default=600, metadata={"help": "Steps of each transformer."})
     num_inference_steps: int = field(default=25, metadata={"help": "Heun steps of the sampler."})
     guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance."})
@@ -191,7 +191,7 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
         **autoencoder,
     )
     # A short run of a young autoencoder: more plain steps than the paper's, so that reconstruction keeps up.
-    equivariance = {"regularizers": "equivariance", "p_equivariance": 0.375, "p_low_resolution": 0.1}
+    equivariance = {"regularizers": "equivariance", "p_equivariance": 0.4, "p_low_resolution": 0.1}
     lanes = {}
     for branch, regularizer in (("plain", {"regularizers": "none"}), ("eq", equivariance)):
         fine_tuned = stage(
