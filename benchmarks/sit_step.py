@@ -1,8 +1,10 @@
 """Times SiTTransformer2DModel against diffusers' DiTTransformer2DModel of the same size, and against the SiT code.
 
 All variants run interleaved in one process on the same inputs; what counts are the ratios of their medians. Rows:
-`forward` (no gradients), `forward_backward`, and `training_step` (with a fused AdamW step). Seconds are the process's
-own CPU seconds on the CPU, which other people's work on the machine does not inflate, and device events on a GPU.
+`forward` (no gradients), `forward_backward`, `training_step` (with the same fused AdamW step), and `trainer_step` with
+all that a trainer does to the weights: clipping, AdamW and EMA, ours as training/train_transformer.py takes them, and
+theirs as diffusers' training scripts do (AdamW's default form, EMAModel). Seconds are the process's own CPU seconds,
+which other people's work on the machine does not inflate, and device events on a GPU.
 
     python benchmarks/sit_step.py --model SiT-S/2 --batch_size 4 --output sit_step.json
     python benchmarks/sit_step.py --compile                       # adds our compiled forward
@@ -21,13 +23,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
 from harness import Step, median_seconds, save_result
 from torch import nn
 
 from diffusers_eqvae.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from diffusers_eqvae.training_utils.optimization import ExponentialAverage, OptimizedModule, build_optimizer
 
 NUM_CLASSES = 1000
-ROWS = ("forward", "forward_backward", "training_step")
+ROWS = ("forward", "forward_backward", "training_step", "trainer_step")
+LEARNING_RATE, EMA_DECAY, MAX_NORM = 1e-4, 0.9999, 1.0
 SHARED_OPTIONS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 
 
@@ -77,6 +82,35 @@ def build_variants(arguments: argparse.Namespace, sample_size: int) -> dict[str,
     return {name: (module.to(arguments.device).train(), function) for name, (module, function) in variants.items()}
 
 
+def our_update(module: nn.Module) -> Step:
+    optimizer = build_optimizer("adamw", list(module.parameters()), lr=LEARNING_RATE, weight_decay=0.0)
+    entry = OptimizedModule(
+        "transformer", module, module, optimizer, LEARNING_RATE, ExponentialAverage(module, EMA_DECAY)
+    )
+
+    def update() -> None:
+        norm = entry.gradient_norm()
+        nonfinite = (~torch.isfinite(norm)).float()
+        entry.clip(MAX_NORM, norm)
+        entry.step(LEARNING_RATE, nonfinite)
+        entry.update_ema(nonfinite)
+
+    return update
+
+
+def diffusers_update(module: nn.Module) -> Step:
+    parameters = list(module.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    average = EMAModel(parameters, decay=EMA_DECAY)
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+        average.step(parameters)
+
+    return update
+
+
 def build_steps(
     arguments: argparse.Namespace, sample_size: int, module: nn.Module, function: Callable
 ) -> dict[str, Step]:
@@ -84,7 +118,8 @@ def build_steps(
     size = (arguments.batch_size, 4, sample_size, sample_size)
     latents, target = torch.randn((2, *size), device=arguments.device)
     timestep, labels = torch.randint(0, 1000, (2, arguments.batch_size), device=arguments.device)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    update = our_update(module) if isinstance(module, SiTTransformer2DModel) else diffusers_update(module)
 
     # Zero-initialised layers would make most of the gradients exact zeros.
     for parameter in module.parameters():
@@ -103,7 +138,11 @@ def build_steps(
         forward_backward()
         optimizer.step()
 
-    return dict(zip(ROWS, (torch.no_grad()(predict), forward_backward, training_step), strict=True))
+    def trainer_step() -> None:
+        forward_backward()
+        update()
+
+    return dict(zip(ROWS, (torch.no_grad()(predict), forward_backward, training_step, trainer_step), strict=True))
 
 
 def measure(arguments: argparse.Namespace, sample_size: int) -> dict[str, dict[str, float]]:

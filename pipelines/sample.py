@@ -72,8 +72,7 @@ class SampleArguments:
 
 
 def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = sampling.load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
     config = pipeline.scheduler.config
     if arguments.scheduler == "sde":
         pipeline.scheduler = FlowMatchSDEScheduler.from_config(config)
@@ -128,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
             for block in mine:
                 part = sample_block(pipeline, arguments, block, class_ids)
-                sampling.write_npz(sampling.part_path(output_dir, block), **part)
+                sampling.write_part(output_dir, block, part)
                 progress.update(len(block))
         accelerator.wait_for_everyone()
 

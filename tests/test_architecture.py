@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "diffusers_eqvae"
 # A module imports from its own row and the rows above it. "" is the package's own __init__, which re-exports the
 # public names; what stands below it may use it, what stands above may not.
 LAYERS = (
-    ("_registration", "autoencoders", "equivariance", "flow", "guidance", "latents", "pictures"),
+    ("_registration", "autoencoders", "equivariance", "files", "flow", "guidance", "latents", "pictures"),
     ("losses", "models", "schedulers"),
     ("conversion", "data", "metrics", "perception", "regularizers"),
     ("pipelines",),

@@ -75,3 +75,29 @@ def test_the_branches_differ_in_the_regulariser_alone(tmp_path):
     differing = {flag for flag in flags[0].keys() | flags[1].keys() if flags[0].get(flag) != flags[1].get(flag)}
     assert differing == {"--output_dir", "--regularizers", "--p_equivariance", "--p_low_resolution"}
     assert len({json.dumps(stage.command) for lanes in waves for lane in lanes for stage in lane}) == 10
+
+
+def test_pictures_interrupted_halfway_are_written_again(tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    from PIL import Image
+
+    from diffusers_eqvae.demo.photographs import PHOTOGRAPHS, write_photographs
+
+    def write() -> Path:
+        return write_photographs(tmp_path / "train", per_class=1, side_px=8, seed=0)
+
+    save, saved = Image.Image.save, []
+
+    def save_two(picture, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(picture, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", save_two)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert not (tmp_path / "train").exists()
+    assert len(list(write().rglob("*.png"))) == len(PHOTOGRAPHS)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]

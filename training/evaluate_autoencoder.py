@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, split_summary, summarize
 from diffusers_eqvae.metrics.features import hash_tensors, load_extractor
 from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_reconstruction, network_facts
 from diffusers_eqvae.metrics.inputs import PictureSet
-from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware, require_writable
+from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
 from diffusers_eqvae.metrics.revisions import model_revision
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse, warn_without_effect
 
@@ -120,7 +121,9 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
             result = evaluate_reconstruction(measured.reconstructions, measured.pictures, extractor=extractor)
             protocol |= {**network_facts(extractor), "uint8_rule": UINT8_RULE}
         provenance = {"data": pictures.name, "split": data.split}
-        provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
+        provenance |= hardware(
+            state.device, diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__
+        )
         card = ResultCard(
             {**metrics, **result.metrics}, protocol, facts, marks | result.marks, provenance, "reconstruction", details
         )

@@ -10,7 +10,7 @@ result card (JSON) that `eqvae compare` reads. The number of processes changes n
 """
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -22,13 +22,14 @@ from accelerate.utils import gather_object
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import is_pipeline
 from diffusers_eqvae.data.images import load_image_dataset
+from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.metrics.collecting import Collected, Processes, collect
 from diffusers_eqvae.metrics.features import load_extractor
 from diffusers_eqvae.metrics.generation import evaluate_generation, load_reference, network_facts
 from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
-from diffusers_eqvae.metrics.result_card import ResultCard, hardware, require_writable, run_facts, sampling_facts
+from diffusers_eqvae.metrics.result_card import ResultCard, hardware, run_facts, sampling_facts
 from diffusers_eqvae.pipelines.generated import GeneratedPictures
-from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.pipelines.sampling import load_pipeline
 from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
 
 
@@ -61,6 +62,10 @@ class EvaluationArguments:
         default=None, metadata={"help": "Crop pictures of folders and datasets to this side in pixels (ADM crop)."}
     )
 
+    def __post_init__(self) -> None:
+        if self.reference_split is None and not Path(self.reference).exists():
+            raise ValueError(f"--reference {self.reference} is no file or folder; a dataset needs --reference_split.")
+
 
 @dataclass
 class PipelineArguments:
@@ -81,13 +86,7 @@ class PipelineArguments:
 def generated(evaluation: EvaluationArguments, options: PipelineArguments, state: PartialState) -> GeneratedPictures:
     if evaluation.num_samples is None:
         raise ValueError("A pipeline needs --num_samples; how many pictures are to be measured?")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(evaluation.samples).to(state.device)
-    if not isinstance(pipeline, ClassConditionalPipeline):
-        kind = (
-            f"{evaluation.samples} is a {type(pipeline).__name__}, and only a ClassConditionalPipeline is sampled here"
-        )
-        raise ValueError(f"{kind}; sample it by its own script and give the .npz or the folder.")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(evaluation.samples).to(state.device)
     ranks = {"rank": state.process_index, "world_size": state.num_processes}
     return GeneratedPictures(
         pipeline, evaluation.num_samples, batch_size=evaluation.batch_size, **ranks, **vars(options)
@@ -120,8 +119,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         samples = Collected.join(gather_object([collect(extractor, made)]))
         facts, rules, resize_rule = {**made.facts, "model": str(path), **run_facts(path)}, made.rules, "none"
     else:
-        if state.is_main_process:
-            warn_without_effect(options, [entry.name for entry in fields(options)], "the samples exist already")
+        warn_without_effect(options, vars(options), "the samples exist already")
         pictures = open_pictures(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
         samples = processes.measure(extractor, pictures, batch_size=arguments.batch_size)
         (facts, rules), resize_rule = sampling_facts(path), pictures.resize_rule
@@ -134,7 +132,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     protocol = {**network_facts(extractor), **rules, "reference_hash": target.hash, "resize_rule": resize_rule}
     protocol["num_samples"] = len(samples.digests)
     provenance = {"reference": target.name, "samples_hash": samples.hash}
-    provenance |= hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
+    provenance |= hardware(state.device, diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
     card = ResultCard(result.metrics, protocol, facts, result.marks, provenance)
     card.save(output)
     if arguments.save_reference:

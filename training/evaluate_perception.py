@@ -9,7 +9,6 @@ and the mean at each place. With --alignment_network the features are those that
 published linear head to them instead. Writes figures as JSON and an overview as PNG beside it.
 """
 
-import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.files import write_json
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.metrics.features import hash_file, hash_tensors
 from diffusers_eqvae.metrics.result_card import hardware
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append([pixels[index], *task.draw([answer[index] for answer in answers.values()], truth[index])])
     content = {
         "evaluator": f"diffusers_eqvae {diffusers_eqvae.__version__}",
-        **hardware(diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__),
+        **hardware(arguments.device, diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__),
         **facts,
         "arguments": asdict(arguments),
         "window": window,
@@ -139,8 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         "figures": task.figures(),
     }
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(output, content)
     grid(rows, ("picture", "truth", *methods)).save(output.with_suffix(".png"))
 
 

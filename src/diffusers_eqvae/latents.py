@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import write_json
+
 # diffusers' autoencoders have no common base class that declares `config`.
 Autoencoder = Any
 
@@ -150,10 +152,7 @@ class LatentNormalization:
             "latents_std": list(std),
             "num_samples": num_samples,
         }
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_json(path, content)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> LatentNormalization:
@@ -314,7 +313,7 @@ def vae_fingerprint(vae: Autoencoder) -> str:
         digest.update(f"{name}:{tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     for name, module in vae.named_modules():
-        padding_mode = getattr(module, "padding_mode", "zeros")
+        padding_mode = module.padding_mode if isinstance(module, torch.nn.Conv2d) else "zeros"
         if name.startswith(ENCODER_PREFIXES) and padding_mode != "zeros":
             digest.update(f"{name}:{padding_mode}".encode())
     normalization = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)

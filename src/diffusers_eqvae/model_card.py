@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from typing import Any
 import huggingface_hub
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
+
+from .files import write_json
 
 COMPATIBILITIES = ("drop-in", "decoder-only", "adapt")
 TEMPLATE_FOLDERS = (Path(__file__).parent / "model_cards", Path(__file__).parents[2] / "model_cards")
@@ -124,10 +125,7 @@ def write_run_facts(path: str | Path, facts: RunFacts | Mapping[str, Any]) -> No
     if values["command"] is not None:
         values["command"] = redact(values["command"]).replace(str(Path.home()), "~")
     known = {name: value for name, value in values.items() if value not in (None, {}, [])}
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, known)
 
 
 def read_run_facts(path: str | Path) -> RunFacts:

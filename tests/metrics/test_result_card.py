@@ -53,6 +53,15 @@ def test_files_that_are_no_cards_are_refused(tmp_path):
     path.write_text(json.dumps({"format": 99, "metrics": {}, "protocol": {}}))
     with pytest.raises(ValueError, match="another format"):
         ResultCard.load(path)
+    for part, value, complaint in (
+        ("metrics", [1], "its metrics is a list"),
+        ("metrics", {"fid": "low"}, "names to numbers"),
+        ("task", ["generation"], "its task is a list"),
+        ("settings", None, "its settings is a NoneType"),
+    ):
+        path.write_text(json.dumps({"format": 1, "metrics": {}, "protocol": {}, part: value}))
+        with pytest.raises(ValueError, match=complaint):
+            ResultCard.load(path)
     path.write_text(json.dumps({"format": 1, "metrics": {}, "protocol": {}, "colour": 1}))
     with pytest.raises(ValueError, match="holds colour"):
         ResultCard.load(path)

@@ -127,7 +127,7 @@ def test_a_killed_run_continues_to_the_same_bytes(repository, vae, pictures, tmp
     # Whatever the moment of the kill, a later shard is now missing and a half-written one lies about.
     (killed / "manifest.json").unlink(missing_ok=True)
     (killed / "shard-00002.safetensors").unlink(missing_ok=True)
-    (killed / "shard-00002.safetensors.tmp").write_bytes(b"half")
+    (killed / ".shard-00002.safetensors.1.tmp").write_bytes(b"half")
     before = (killed / "shard-00000.safetensors").stat().st_mtime_ns
     run(repository, vae, pictures, killed)
     assert (killed / "shard-00000.safetensors").stat().st_mtime_ns == before

@@ -169,6 +169,11 @@ def test_a_dataset_as_reference_needs_a_size(script, material, tmp_path):
         script.main(words(material, **options))
 
 
+def test_a_reference_that_does_not_exist_is_named(script, material):
+    with pytest.raises(ValueError, match=r"owner/pictures is no file or folder; a dataset needs --reference_split"):
+        script.main(words(material, reference="owner/pictures"))
+
+
 @pytest.mark.parametrize("evaluator", ["inception", "squeezenet", "cifar_resnet", "dinov2"])
 def test_missing_weights_are_named(script, material, evaluator, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"(?s)not found at .*absent\.pth.*(curl -LO|hf download).*--weights"):

@@ -185,7 +185,7 @@ def test_ranks_share_all_blocks(tmp_path, world_size):
         sampling.pending_blocks(tmp_path, blocks, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     assert sorted((block for share in shares for block in share), key=lambda block: block.start) == blocks
-    sampling.write_npz(sampling.part_path(tmp_path, blocks[1]), arr_0=np.zeros(1))
+    sampling.write_part(tmp_path, blocks[1], {"arr_0": np.zeros(1)})
     assert sampling.pending_blocks(tmp_path, blocks) == [blocks[0], *blocks[2:]]
     resumed = [len(sampling.pending_blocks(tmp_path, blocks, rank=rank, world_size=3)) for rank in range(3)]
     assert resumed == [1, 1, 1]
@@ -196,12 +196,10 @@ def test_merged_samples_open_as_a_memory_map(tmp_path):
     samples = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
     for block in blocks[1:]:
         part = {"arr_0": samples[list(block)], "arr_1": np.array(block), "seconds": 0.5, "nfe": 4.0}
-        sampling.write_npz(sampling.part_path(tmp_path, block), **part)
+        sampling.write_part(tmp_path, block, part)
     with pytest.raises(FileNotFoundError, match="1 of 3 parts"):
         sampling.merge_parts(tmp_path, blocks)
-    sampling.write_npz(
-        sampling.part_path(tmp_path, blocks[0]), arr_0=samples[:3], arr_1=np.arange(3), seconds=0.5, nfe=4.0
-    )
+    sampling.write_part(tmp_path, blocks[0], {"arr_0": samples[:3], "arr_1": np.arange(3), "seconds": 0.5, "nfe": 4.0})
     assert sampling.merge_parts(tmp_path, blocks) == {"nfe": 4.0, "seconds": 1.5}
     merged, labels = read(tmp_path)
     assert np.array_equal(merged, samples) and labels.tolist() == list(range(7))

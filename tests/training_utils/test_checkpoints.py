@@ -139,14 +139,19 @@ def test_files_inside_folders_are_flushed_too(tmp_path, monkeypatch):
         (tmp_path / name).write_text("x")
     flushed = []
     monkeypatch.setattr(os, "fsync", flushed.append)
-    checkpoints.flush_to_disk(tmp_path)
-    assert len(flushed) == 2
+    checkpoints.flush_tree(tmp_path)
+    assert len(flushed) == 4  # two files, two folders
 
 
 def test_the_marker_is_written_last(tmp_path, monkeypatch):
-    """Whatever is flushed before the rename, the marker comes after all the data."""
+    """All the data is on disk before the marker is written, and the marker before the directory takes its name."""
     order = []
-    monkeypatch.setattr(checkpoints, "flush_to_disk", lambda path: order.append(path.name))
+    write_json = checkpoints.write_json
+    monkeypatch.setattr(checkpoints, "flush_tree", lambda path: order.append(f"flush {path.name}"))
+    monkeypatch.setattr(
+        checkpoints, "write_json", lambda path, content: (order.append(path.name), write_json(path, content))
+    )
+    monkeypatch.setattr(checkpoints, "replace", lambda source, target: (order.append("rename"), source.rename(target)))
     path = write(tmp_path, 5)
-    assert order == ["step-00000005.tmp", "complete.json"]
+    assert order == ["flush step-00000005.tmp", "complete.json", "rename"]
     assert json.loads((path / "complete.json").read_text())["step"] == 5

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -170,17 +168,3 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "Encode the data again or install the version that wrote it."
         )
     return manifest
-
-
-def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a temporary file, which appears under its name all at once and survives a power cut."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..autoencoders import Posterior
+from ..files import UNFINISHED, write_json, written_aside
 from ..latents import LatentStatistics, check_fingerprint
 from .latent_format import (
     FORMAT_VERSION,
@@ -35,7 +35,6 @@ from .latent_format import (
     TORCH_DTYPES,
     ShardHeader,
     StoreSettings,
-    publish,
     read_manifest,
     shard_name,
 )
@@ -125,7 +124,8 @@ class LatentStoreWriter:
             "skipped": list(skipped),
         }
         metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True)}
-        publish(self.path / shard_name(shard), partial(save_file, tensors, metadata=metadata))
+        with written_aside(self.path / shard_name(shard)) as sibling:
+            save_file(tensors, sibling, metadata=metadata)
 
     def statistics(self) -> LatentStatistics:
         """Statistics of all shards, merged in their order, so equal to the last bit however they were written."""
@@ -169,8 +169,9 @@ class LatentStoreWriter:
                 for shard in range(self.settings.num_shards)
             ],
         }
-        content = json.dumps(manifest, indent=2) + "\n"
-        publish(self.path / MANIFEST, lambda file: file.write_text(content))
+        write_json(self.path / MANIFEST, manifest)
+        for leftover in self.path.glob(f".*{UNFINISHED}"):
+            leftover.unlink(missing_ok=True)
         return manifest
 
     def _headers(self) -> list[ShardHeader]:

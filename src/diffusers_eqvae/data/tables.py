@@ -108,7 +108,7 @@ def _picture_folder(root: Path, split: str) -> datasets.Dataset:
     if split not in folders:
         raise ValueError(f"There is no split {split!r} in {root}; it has {', '.join(sorted(folders))}.")
     top = folders[split]
-    paths = sorted(str(path) for path in _pictures(top))
+    paths = sorted(str(path) for path in picture_files(top))
     columns: dict[str, list] = {"image": paths}
     features = datasets.Features({"image": datasets.Image()})
     parents = [Path(path).relative_to(top).parts[:-1] for path in paths]
@@ -125,8 +125,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     folders = {SPLIT_FOLDERS[name]: root / name for name in names if name in SPLIT_FOLDERS}
     if not folders or len(folders) < len(names):
         return {}
-    holds_classes = any(path.parent != folder for folder in folders.values() for path in _pictures(folder))
-    if holds_classes and not any(_is_picture(name) for name in files):
+    holds_classes = any(path.parent != folder for folder in folders.values() for path in picture_files(folder))
+    if holds_classes and not any(is_picture(name) for name in files):
         return folders
     logger.warning(
         "%s: the folders %s are read as classes; splits would hold class folders.", root, ", ".join(sorted(names))
@@ -134,12 +134,14 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {}
 
 
-def _pictures(directory: Path) -> Iterator[Path]:
-    return (folder / name for folder, _, files in _walk(directory) for name in files if _is_picture(name))
+def picture_files(directory: Path) -> Iterator[Path]:
+    """Files below a directory whose names end as pictures' do, through links, without hidden ones."""
+    return (folder / name for folder, _, files in _walk(directory) for name in files if is_picture(name))
 
 
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in PICTURE_SUFFIXES
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as pictures' do; hidden files, which some systems put beside them, are none."""
+    return not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -155,7 +157,7 @@ def _directory_kind(directory: Path) -> str:
     empty = []
     for folder, subfolders, files in _walk(directory):
         suffixes = [Path(name).suffix.lower() for name in files]
-        pictures = sum(suffix in PICTURE_SUFFIXES for suffix in suffixes)
+        pictures = sum(map(is_picture, files))
         counts["imagefolder"] += pictures
         counts["parquet"] += suffixes.count(".parquet")
         counts["webdataset"] += suffixes.count(".tar")

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 from tqdm.auto import tqdm
 
+from ..files import write_json
 from ..training_utils.arguments import parse
 from .photographs import write_photographs
 
@@ -97,7 +98,7 @@ class Stage:
         if finished.returncode:
             raise SystemExit(f"The stage {self.name} failed (exit status {finished.returncode}); its output is above.")
         seconds = time.perf_counter() - start
-        marker.write_text(json.dumps({"lineage": self.lineage, "seconds": seconds}, indent=2) + "\n")
+        write_json(marker, {"lineage": self.lineage, "seconds": seconds})
 
     @property
     def seconds(self) -> float:
@@ -155,8 +156,8 @@ def wall_seconds(waves: list[Lanes]) -> float:
 def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
     """Waves of lanes of stages; the two branches, with and without EQ, differ in the regulariser alone."""
     train, held_out = _pictures(arguments, output_dir)
-    (output_dir / "autoencoder.json").write_text(json.dumps(AUTOENCODER, indent=2) + "\n")
-    (output_dir / "transformer.json").write_text(json.dumps(TRANSFORMER, indent=2) + "\n")
+    write_json(output_dir / "autoencoder.json", AUTOENCODER)
+    write_json(output_dir / "transformer.json", TRANSFORMER)
 
     def stage(name: str, title: str, script: str, after: Stage | None = None, **flags: Any) -> Stage:
         words = [str(ROOT / script), "--output_dir", str(output_dir / name)]

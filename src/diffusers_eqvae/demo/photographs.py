@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..files import UNFINISHED
 
 # File in scikit-image's data folder -> label: colour photographs that are told apart at 64 px.
 PHOTOGRAPHS = {
@@ -19,7 +22,7 @@ CROP_SIDES = (0.6, 1.0)
 
 
 def write_photographs(directory: Path, *, per_class: int, side_px: int, seed: int) -> Path:
-    """Writes `per_class` random square crops of every photograph as directory/<label>/<n>.png.
+    """Writes `per_class` random square crops of every photograph as directory/<label>/<n>.png, all of them or none.
 
     Args:
         side_px: side of the written pictures; a crop covers `CROP_SIDES` of the photograph's short side.
@@ -27,15 +30,18 @@ def write_photographs(directory: Path, *, per_class: int, side_px: int, seed: in
     """
     import skimage
 
+    aside = directory.with_name(directory.name + UNFINISHED)
+    shutil.rmtree(aside, ignore_errors=True)
     source = Path(skimage.__file__).parent / "data"
     rng = np.random.default_rng(seed)
     for name, label in PHOTOGRAPHS.items():
         with Image.open(source / name) as file:
             photograph = file.convert("RGB")
-        (directory / label).mkdir(parents=True, exist_ok=True)
+        (aside / label).mkdir(parents=True)
         for number in range(per_class):
             crop = _random_crop(photograph, rng).resize((side_px, side_px), Image.Resampling.BICUBIC, reducing_gap=2)
-            crop.save(directory / label / f"{number:03d}.png")
+            crop.save(aside / label / f"{number:03d}.png")
+    aside.rename(directory)
     return directory
 
 

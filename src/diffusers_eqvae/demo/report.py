@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..data.images import PixelDataset, load_image_dataset
+from ..files import write_json, write_text
 from ..pictures import CAPTIONS, comparison_rows, grid, image_grid
 from ..training_utils.autoencoder_arguments import AutoencoderArguments
 from ..training_utils.autoencoder_parts import build_autoencoder
@@ -55,7 +56,7 @@ def write_report(output_dir: Path, stages: list[Any], *, seconds: float) -> None
         "seconds": {stage.name: stage.seconds for stage in stages},
         "seconds_in_all": seconds,
     }
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(output_dir / "metrics.json", metrics)
 
     pictures = _shown_pictures(output_dir)
     for branch in BRANCHES:
@@ -64,7 +65,7 @@ def write_report(output_dir: Path, stages: list[Any], *, seconds: float) -> None
         )
         _enlarged(grid(comparison_rows(vae, pictures))).save(output_dir / f"latents_{branch}.png")
     _draw(output_dir, metrics)
-    (output_dir / "report.html").write_text(_page(metrics, stages), encoding="utf-8")
+    write_text(output_dir / "report.html", _page(metrics, stages))
 
 
 def _figures(run: Path) -> dict[str, float]:

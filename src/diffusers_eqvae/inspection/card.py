@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..autoencoders import decode, downsampling_factor, encode
 from ..equivariance import rotation, scaling
+from ..files import write_json
 from ..metrics.reconstruction import psnr
-from ..metrics.result_card import strict_json
 from ..pictures import latent_pca, to_image
 from . import measuring
 from .measuring import PUBLISHED, Inspection, compare
@@ -120,7 +120,7 @@ def _decibels(images: Tensor, targets: Tensor, index: int) -> str:
     return f"{psnr(images[index : index + 1], targets[index : index + 1]).item():.1f} dB"
 
 
-def write_json(path: Path, inspections: list[Inspection], settings: dict[str, Any]) -> None:
+def write_figures(path: Path, inspections: list[Inspection], settings: dict[str, Any]) -> None:
     """Every figure (null where undefined), what it was measured on and the published values beside the verdict."""
     content: dict[str, Any] = {
         "settings": settings,
@@ -135,7 +135,7 @@ def write_json(path: Path, inspections: list[Inspection], settings: dict[str, An
     }
     if len(inspections) == 2:
         content["comparison"] = compare(*inspections)
-    path.write_text(strict_json(content), encoding="utf-8")
+    write_json(path, content)
 
 
 def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[Tile]]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autoencoders import load_autoencoder
 from ..data.images import adm_center_crop, load_image_dataset, to_pixels
 from ..losses.perceptual import LPIPS
-from .card import SHOWN_PICTURES, strips, write_html, write_json, write_png
+from .card import SHOWN_PICTURES, strips, write_figures, write_html, write_png
 from .measuring import Inspection, inspect_autoencoder
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def run_inspection(
     }
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "card.json", inspections, settings)
+    write_figures(folder / "card.json", inspections, settings)
     shown = np.linspace(0, len(pictures) - 1, min(SHOWN_PICTURES, len(pictures))).round().astype(int).tolist()
     write_png(folder / "card.png", inspections, strips(vaes, pictures[shown]))
     write_html(folder / "card.html", inspections, settings)

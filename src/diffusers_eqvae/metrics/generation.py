@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..data.npz import open_npz_array
+from ..files import write_npz
 from .collecting import ALONE, Collected, Processes
 from .features import FeatureExtractor
 from .frechet import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
@@ -79,12 +80,8 @@ class Reference:
         arrays |= {"mu_s": self.spatial_mean, "sigma_s": self.spatial_covariance}
         stored: dict[str, Any] = {key: value.numpy() for key, value in arrays.items() if value is not None}
         count = -1 if self.count is None else self.count
-        path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(
-                file, **stored, name=self.name, hash=self.hash, weights_hash=self.weights_hash, count=np.int64(count)
-            )
-        os.replace(temporary, path)
+        stored |= {"name": self.name, "hash": self.hash, "weights_hash": self.weights_hash, "count": np.int64(count)}
+        write_npz(path, **stored)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], extractor: FeatureExtractor) -> Reference:

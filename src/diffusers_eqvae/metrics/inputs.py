@@ -12,8 +12,7 @@ from PIL import Image
 
 from ..data.images import DECODE_ERRORS, ImageSource, adm_center_crop, to_rgb
 from ..data.npz import npz_keys, open_npz_array
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+from ..data.tables import picture_files
 
 
 class PictureSet:
@@ -129,7 +128,7 @@ def check_array(array: np.ndarray, name: str) -> None:
 def open_pictures(
     path: str | os.PathLike[str], *, resolution: int | None = None, limit: int | None = None
 ) -> PictureSet:
-    """The pictures of an .npz (arr_0, ADM's format) or of a folder and its subfolders, by name.
+    """The pictures of an .npz (arr_0, ADM's format) or of a folder and its subfolders, by name; hidden ones are none.
 
     Raises:
         FileNotFoundError: neither a file nor a folder.
@@ -138,7 +137,7 @@ def open_pictures(
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files = sorted(picture_files(path))
         return PictureSet(files, name=path.name, resolution=resolution, limit=limit)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither an .npz nor a folder of pictures.")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..files import write_json
 
 FORMAT = 1
 UINT8_RULE = "clamp(127.5 x + 128), truncated"
@@ -107,11 +107,7 @@ class ResultCard:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """JSON that is either whole or absent."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(strict_json({"format": FORMAT, **asdict(self)}))
-        os.replace(temporary, path)
+        write_json(path, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ResultCard:
@@ -120,53 +116,26 @@ class ResultCard:
             content = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no result card: {error}.") from error
-        if not isinstance(content, dict) or "metrics" not in content or "protocol" not in content:
+        if not isinstance(content, dict) or not {"metrics", "protocol"} <= content.keys():
             raise ValueError(f"{path} is no result card: it must hold metrics and protocol.")
         if content.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is a card of another format than {FORMAT}; read it with the version it names.")
         unknown = sorted(set(content) - {entry.name for entry in fields(cls)})
         if unknown:
             raise ValueError(f"{path} holds {', '.join(unknown)}, which no card of format {FORMAT} has.")
+        for key, value in content.items():
+            if not isinstance(value, str if key == "task" else dict):
+                raise ValueError(f"{path} is no result card: its {key} is a {type(value).__name__}.")
+        if not all(isinstance(value, int | float | None) for value in content["metrics"].values()):
+            raise ValueError(f"{path} is no result card: its metrics map names to numbers.")
         return cls(**content)
 
 
-def strict_json(content: Any) -> str:
-    """JSON that every reader takes: NaN and infinity, for which it has no word, are null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Creates the parent folders of a file that is written after long work, and tries whether it can be.
-
-    Raises:
-        ValueError: it cannot; says why.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written: {error}. Name a file in a folder that can be written to."
-        ) from error
-
-
-def hardware(**versions: str) -> dict[str, Any]:
-    """Where and when: device, threads, versions (those given besides torch and Python), date (UTC)."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+def hardware(device: torch.device | str = "cpu", **versions: str) -> dict[str, Any]:
+    """Where and when: name of the device, threads, versions (those given besides torch and Python), date (UTC)."""
+    on_cuda = torch.device(device).type == "cuda"
     return {
-        "hardware": device,
+        "hardware": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {**versions, "torch": torch.__version__, "python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..data.images import DECODE_ERRORS, adm_center_crop, to_pixels, to_rgb
+from ..data.tables import is_picture
 from ..metrics.perception import SegmentationConfusion, depth_errors
 from ..models.alignment_network import AlignmentOutput
 from .features import to_size
@@ -21,7 +22,6 @@ from .heads import LinearDepthHead, LinearSegmentationHead
 from .show import draw_depth, draw_labels
 from .transfer import IGNORE_INDEX, CellTransfer, cell_labels, cell_values, label_targets, target_means
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 MILLIMETRES = 1000.0
 # From the features of pictures to maps (B, K, h, w): what is measured.
 Method: TypeAlias = Callable[[AlignmentOutput], Tensor]
@@ -105,7 +105,7 @@ def paired_files(images: str | os.PathLike[str], targets: str | os.PathLike[str]
 def _by_name(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*")):
-        if file.suffix.lower() not in SUFFIXES:
+        if not is_picture(file.name):
             continue
         if file.stem in files:
             raise ValueError(

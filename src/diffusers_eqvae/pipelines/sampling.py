@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,10 @@ from PIL import Image
 from torch import nn
 
 from ..data.npz import map_npz_array
+from ..files import strict_json, write_json, write_npz, written_aside
 from ..metrics.result_card import UINT8_RULE
 from ..metrics.revisions import model_revision
+from .pipeline_class_conditional import ClassConditionalPipeline
 
 LABEL_POLICIES = ("random", "balanced")
 PARTS_DIR = "parts"
@@ -33,6 +34,27 @@ SETTINGS_FILE = "sampling.json"
 SAMPLES_FILE = "samples.npz"
 # Independent streams of one picture.
 _NOISE, _LABEL = 0, 1
+
+
+def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
+    """A saved pipeline to sample many pictures of, without a progress bar of its own.
+
+    Args:
+        model: directory or Hub repository.
+        options: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: it is another pipeline; said before its weights are read.
+    """
+    kind = ClassConditionalPipeline.load_config(model)["_class_name"]
+    if kind != ClassConditionalPipeline.__name__:
+        raise ValueError(
+            f"{model} is a {kind}, and only a {ClassConditionalPipeline.__name__} is sampled here; sample it by its "
+            "own script."
+        )
+    pipeline = ClassConditionalPipeline.from_pretrained(model, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -78,6 +100,11 @@ def part_path(output_dir: str | Path, block: range) -> Path:
     return Path(output_dir) / PARTS_DIR / f"part-{block.start:08d}.npz"
 
 
+def write_part(output_dir: str | Path, block: range, arrays: Mapping[str, Any]) -> None:
+    """Keeps one block's arr_0, arr_1, nfe and seconds until `finish` joins them."""
+    write_npz(part_path(output_dir, block), **arrays)
+
+
 def pending_blocks(
     output_dir: str | Path, blocks: Sequence[range], *, rank: int = 0, world_size: int = 1
 ) -> list[range]:
@@ -88,23 +115,6 @@ def pending_blocks(
     return [block for block in blocks if not part_path(output_dir, block).exists()][rank::world_size]
 
 
-def write_npz(path: str | Path, **arrays: Any) -> None:
-    """Writes an uncompressed .npz that is either whole or absent, also after a kill."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON that is either whole or absent, also after a kill."""
-    temporary = _temporary(Path(path))
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool:
     """Takes a directory for one set of pictures; True where that set is already finished there.
 
@@ -112,7 +122,7 @@ def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool
         ValueError: the directory holds (part of) a set made with other settings; names what differs.
     """
     output_dir = Path(output_dir)
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(strict_json(settings))
     finished, begun = output_dir / SETTINGS_FILE, output_dir / PARTS_DIR / "settings.json"
     for path in (finished, begun):
         if path.exists():
@@ -129,7 +139,6 @@ def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool
                 # A run killed after it had finished leaves its parts behind.
                 shutil.rmtree(begun.parent, ignore_errors=True)
             return path == finished
-    begun.parent.mkdir(parents=True, exist_ok=True)
     write_json(begun, settings)
     return False
 
@@ -148,9 +157,8 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
     missing = [block for block in blocks if not part_path(output_dir, block).exists()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(blocks)} parts are missing in {output_dir}; run it again.")
-    temporary = Path(output_dir) / PARTS_DIR / f".{SAMPLES_FILE}.tmp"
     labels, seconds, nfe = [], 0.0, 0.0
-    with zipfile.ZipFile(temporary, "w") as archive:
+    with written_aside(Path(output_dir) / SAMPLES_FILE) as sibling, zipfile.ZipFile(sibling, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             for block in blocks:
                 with np.load(part_path(output_dir, block)) as part:
@@ -164,7 +172,6 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
                 stream.write(samples.tobytes())
         with archive.open("arr_1.npy", "w") as stream:
             np.lib.format.write_array(stream, np.concatenate(labels))
-    os.replace(temporary, Path(output_dir) / SAMPLES_FILE)
     return {"nfe": nfe, "seconds": seconds}
 
 
@@ -180,13 +187,11 @@ def open_samples(path: str | Path) -> np.ndarray:
 def write_pngs(samples: np.ndarray, directory: str | Path) -> None:
     """One PNG per sample, numbered from 000000.png; pictures that are there already are left alone."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(samples):
         path = directory / f"{index:06d}.png"
         if not path.exists():
-            temporary = _temporary(path)
-            Image.fromarray(np.asarray(sample)).save(temporary, format="png")
-            os.replace(temporary, path)
+            with written_aside(path) as sibling:
+                Image.fromarray(np.asarray(sample)).save(sibling, format="png")
 
 
 def finish(
@@ -218,7 +223,3 @@ def revisions(pipeline: Any) -> dict[str, str]:
     """Commit or weights' hash of the two models of a pipeline, under the names of a result card."""
     parts = ("vae", "transformer")
     return {f"{part}_revision": model_revision(getattr(pipeline, part)) for part in parts}
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

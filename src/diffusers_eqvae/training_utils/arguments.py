@@ -5,6 +5,7 @@ import difflib
 import inspect
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from ..data.images import ImageSource, load_image_dataset
+from ..files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +179,12 @@ class DataArguments:
 
 
 def warn_without_effect(arguments: Any, names: Iterable[str], reason: str) -> None:
-    """Names in one warning those fields of a dataclass that were changed although `reason` leaves them no effect."""
+    """Names in one warning those fields of a dataclass that were changed although `reason` leaves them no effect.
+
+    Of the processes that a launcher started, the first one says it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     defaults = {
         entry.name: entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
         for entry in fields(arguments)
@@ -292,5 +299,5 @@ def resolved(*arguments: Any) -> dict[str, Any]:
 
 def save_resolved(values: dict[str, Any], directory: Path) -> None:
     """Writes `resolved_arguments.json` and `.yaml` (which is a preset that repeats the run)."""
-    (directory / "resolved_arguments.json").write_text(json.dumps(values, indent=2) + "\n")
-    (directory / "resolved_arguments.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    write_text(directory / "resolved_arguments.json", json.dumps(values, indent=2) + "\n")
+    write_text(directory / "resolved_arguments.yaml", yaml.safe_dump(values, sort_keys=False))

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import UNFINISHED, flush_to_disk, write_json
 from .tracking import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-UNFINISHED = ".tmp"
 FINISHED = ("model_index.json", "config.json")  # one of them lies at the root of a finished run
 
 # Arguments that may differ between a checkpoint and its continuation without changing the trajectory.
@@ -140,22 +140,20 @@ def write_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
-    flush_to_disk(aside)
-    (aside / MARKER).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n")
-    flush_to_disk(aside / MARKER)
+    flush_tree(aside)
+    write_json(aside / MARKER, {"step": step, **facts})
     replace(aside, target)
+    flush_to_disk(output_dir)
     if limit is not None:
         for old in complete_checkpoints(output_dir, warn=False)[:-limit]:
             replace_by_nothing(old)
     return target
 
 
-def flush_to_disk(path: Path) -> None:
-    """A file, or all files below a directory."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+def flush_tree(path: Path) -> None:
+    """Returns when a file, or a directory with all below it, would survive a power cut."""
+    for entry in [*path.rglob("*"), path]:
+        flush_to_disk(entry)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -186,6 +184,7 @@ def publish(output_dir: Path, save: Callable[[Path], None]) -> None:
     save(aside)
     index_last = sorted(aside.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
     for path in index_last:
-        flush_to_disk(path)
+        flush_tree(path)
         replace(path, output_dir / path.name)
     aside.rmdir()
+    flush_to_disk(output_dir)

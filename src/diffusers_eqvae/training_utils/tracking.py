@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import write_text
 from ..pictures import image_grid
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,5 @@ def _drop_lines_after(path: Path, step: int) -> list[set[str]]:
         if 0 < step >= record["step"]:
             kept.append(line + "\n")
             present += [set(record)] if record["step"] == step else []
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    write_text(path, "".join(kept))
     return present

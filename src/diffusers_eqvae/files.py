@@ -1,0 +1,94 @@
+"""Writing files that are either whole or absent: after an error, a kill or a power cut nobody reads half a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+UNFINISHED = ".tmp"
+
+
+@contextmanager
+def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden sibling to write to; when the block ends, it is on disk and has the name `path`.
+
+    The parent folders are created. An error in the block leaves `path` as it was and no sibling; a kill may leave the
+    sibling, which ends in .tmp.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        yield sibling
+        flush_to_disk(sibling)
+        os.replace(sibling, path)
+    except BaseException:
+        sibling.unlink(missing_ok=True)
+        raise
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Returns when a file, or the names in a directory, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text that is either whole or absent."""
+    with written_aside(path) as sibling:
+        sibling.write_text(text, encoding="utf-8")
+
+
+def write_npz(path: str | os.PathLike[str], **arrays: Any) -> None:
+    """Writes an uncompressed .npz that is either whole or absent."""
+    with written_aside(path) as sibling, open(sibling, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes `strict_json(content)` that is either whole or absent."""
+    write_text(path, strict_json(content))
+
+
+def strict_json(content: Any) -> str:
+    """JSON that every reader takes: NaN and infinity, for which it has no word, are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Creates the parent folders of a file that is written after long work, and tries whether it can be.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error}. Name a file in a folder that can be written to."
+        ) from error
