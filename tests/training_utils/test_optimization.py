@@ -16,6 +16,7 @@ from diffusers_eqvae.training_utils.optimization import (
     build_optimizer,
     check_master_weights,
     learning_rate_factor,
+    lerp_without_waiting,
 )
 
 
@@ -50,6 +51,17 @@ def test_ema_is_the_exact_recursion_from_the_initial_weights():
         expected = 0.9 * expected + 0.1 * value
     assert torch.allclose(entry.ema.module.weight.double(), expected, rtol=0, atol=1e-6)
     assert entry.ema.module.weight.dtype == torch.float32
+
+
+def test_the_form_for_devices_gives_the_same_average():
+    entry = optimized(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), decay=0.9)
+    averages = [weight.clone() for weight in entry.ema.module.parameters()]
+    nn.init.constant_(entry.module[0].weight, 2.0)
+    for nonfinite in (torch.zeros(()), torch.ones(())):
+        entry.update_ema(nonfinite)
+        lerp_without_waiting(averages, list(entry.module.parameters()), 0.1 * (1 - nonfinite))
+        for average, weight in zip(averages, entry.ema.module.parameters(), strict=True):
+            assert torch.allclose(average, weight, rtol=0, atol=1e-7)
 
 
 def test_ema_copies_buffers_and_shares_frozen_weights():

@@ -70,11 +70,23 @@ class ExponentialAverage:
         ]
         averages: list[Tensor] = [averaged for averaged, _ in trained]
         currents: list[Tensor] = [current for _, current in trained]
-        steps = torch._foreach_sub(currents, averages)
-        torch._foreach_mul_(steps, (1 - self.decay) * (1 - nonfinite))
-        torch._foreach_add_(averages, steps)
+        share = (1 - self.decay) * (1 - nonfinite)
+        if share.device.type == "cpu":
+            torch._foreach_lerp_(averages, currents, share.item())
+        else:
+            lerp_without_waiting(averages, currents, share)
         for averaged, current in zip(self.module.buffers(), module.buffers(), strict=True):
             averaged.copy_(torch.where(nonfinite.bool(), averaged, current))
+
+
+def lerp_without_waiting(averages: list[Tensor], currents: list[Tensor], share: Tensor) -> None:
+    """averages += share * (currents - averages) in place; the device is not asked for `share`, as lerp would.
+
+    Holds one more copy of the weights meanwhile.
+    """
+    steps = torch._foreach_sub(currents, averages)
+    torch._foreach_mul_(steps, share)
+    torch._foreach_add_(averages, steps)
 
 
 @dataclass
