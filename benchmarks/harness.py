@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+
+from diffusers_eqvae.files import write_json
+from diffusers_eqvae.metrics.result_card import hardware
 
 Step = Callable[[], object]
 
@@ -46,18 +46,5 @@ def save_result(path: Path | None, *, device: str, arguments: Mapping[str, Any],
     """Writes the result with date, device and versions, where a path is given."""
     if path is None:
         return
-    is_gpu = device.startswith("cuda")
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
-        "arguments": {name: str(value) for name, value in arguments.items()},
-        **results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    named = {name: str(value) for name, value in arguments.items() if name != "output"}
+    write_json(path, {**hardware(device, diffusers=diffusers.__version__), "arguments": named, **results})

@@ -108,7 +108,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     FID (Heusel et al., arXiv 1706.08500, section 3) on Inception's pool features, sFID (Nash et al., arXiv 2103.03841)
     on its spatial ones. With C1 = L L^T (Cholesky) the trace is the sum of the square roots of the eigenvalues of the
     symmetric L^T C2 L. Where a covariance has (numerically) lower rank, as with fewer samples than dimensions, it is
-    the nuclear norm of F1^T F2 with C = F F^T from an eigendecomposition, which takes no root of rounding errors.
+    the nuclear norm of F1^T F2 with C = F F^T, of that matrix from an eigendecomposition: no root of rounding errors.
 
     Differs from the reference: no scipy `sqrtm` of a matrix that is not symmetric, no 1e-6 added to the diagonal, no
     imaginary part to discard.
@@ -129,11 +129,13 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
         raise ValueError(f"Means must be (D,) and covariances (D, D) with one D; got {shapes}.")
     if not all(each.isfinite().all() for each in (mean1, covariance1, mean2, covariance2)):
         raise ValueError("Means and covariances must be finite; got NaN or infinity.")
-    factor = _cholesky(covariance1)
-    if factor is not None and _cholesky(covariance2) is not None:
-        trace = torch.linalg.eigvalsh(factor.T @ covariance2 @ factor).clamp_min(0).sqrt().sum()
+    factor1, factor2 = _cholesky(covariance1), _cholesky(covariance2)
+    if factor1 is not None and factor2 is not None:
+        trace = torch.linalg.eigvalsh(factor1.T @ covariance2 @ factor1).clamp_min(0).sqrt().sum()
     else:
-        trace = torch.linalg.svdvals(_thin_factor(covariance1).T @ _thin_factor(covariance2)).sum()
+        factor1 = _thin_factor(covariance1) if factor1 is None else factor1
+        factor2 = _thin_factor(covariance2) if factor2 is None else factor2
+        trace = torch.linalg.svdvals(factor1.T @ factor2).sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * trace
     return float(distance)
 
