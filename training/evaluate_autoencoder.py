@@ -1,4 +1,4 @@
-"""Measures an autoencoder on exactly N centre-cropped pictures of a data set and writes a result card (JSON).
+r"""Measures an autoencoder on exactly N centre-cropped pictures of a data set and writes a result card (JSON).
 
     accelerate launch training/evaluate_autoencoder.py --vae runs/eq-vae --train_data_dir PICTURES \
         --resolution 256 --num_images 5000 --output eq-vae.json
@@ -25,7 +25,7 @@ from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, split_summary, summarize
-from diffusers_eqvae.metrics.features import hash_tensors, load_extractor
+from diffusers_eqvae.metrics.features import EvaluatorName, hash_tensors, load_extractor
 from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_reconstruction, network_facts
 from diffusers_eqvae.metrics.inputs import PictureSet
 from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
@@ -62,7 +62,7 @@ class EvaluateArguments:
     )
     lpips_linear_weights: str | None = field(default=None, metadata={"help": "Its linear heads, v0.1."})
     rfid: bool = field(default=False, metadata={"help": "Measure rFID, by the network of --evaluator."})
-    evaluator: Literal["inception", "dinov2", "squeezenet", "cifar_resnet"] = field(
+    evaluator: EvaluatorName = field(
         default="inception", metadata={"help": "inception gives rfid; the others name themselves in the number."}
     )
     weights: str | None = field(

@@ -1,4 +1,4 @@
-"""Measures generated pictures against a reference: FID, sFID, Inception score, KID, precision and recall, in one pass.
+r"""Measures generated pictures against a reference in one pass: FID, sFID, Inception score, KID, precision, recall.
 
     python training/evaluate_generation.py --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256.npz \
         --weights weights-inception-2015-12-05-6726825d.pth
@@ -24,7 +24,7 @@ from diffusers_eqvae.autoencoders import is_pipeline
 from diffusers_eqvae.data.images import load_image_dataset
 from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.metrics.collecting import Collected, Processes, collect
-from diffusers_eqvae.metrics.features import load_extractor
+from diffusers_eqvae.metrics.features import EvaluatorName, load_extractor
 from diffusers_eqvae.metrics.generation import evaluate_generation, load_reference, network_facts
 from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
 from diffusers_eqvae.metrics.result_card import ResultCard, hardware, run_facts, sampling_facts
@@ -46,7 +46,7 @@ class EvaluationArguments:
     reference_split: str | None = field(
         default=None, metadata={"help": "Read --reference as a dataset, and this split of it (needs --resolution)."}
     )
-    evaluator: Literal["inception", "dinov2", "squeezenet", "cifar_resnet"] = field(
+    evaluator: EvaluatorName = field(
         default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
     )
     weights: str | None = field(

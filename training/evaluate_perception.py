@@ -1,4 +1,4 @@
-"""Measures what latents know about classes or depths: a few annotated pictures are carried over to the others.
+r"""Measures what latents know about classes or depths: a few annotated pictures are carried over to the others.
 
     python training/evaluate_perception.py --vae runs/eq-vae --images PICTURES --targets MASKS \
         --num_annotated 5 --output perception.json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 
 from diffusers_eqvae.metrics import features
 from diffusers_eqvae.metrics.features import (
+    EVALUATORS,
+    EvaluatorName,
     FeatureExtractor,
     InceptionFID,
     ModuleFeatures,
@@ -214,3 +217,7 @@ def test_squeezenet_from_a_file(tmp_path):
 def test_the_interface_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         FeatureExtractor()
+
+
+def test_the_choices_of_the_flag_are_the_networks():
+    assert get_args(EvaluatorName) == tuple(EVALUATORS)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +124,8 @@ class InceptionFID(FeatureExtractor):
         if path is None or not Path(path).is_file():
             raise FileNotFoundError(
                 f"FID's Inception weights were not found at {path}. They are the file {INCEPTION_FILE} (95 MB): fetch "
-                f"it with `curl -LO {INCEPTION_URL}` and give its path (--weights). No other weights give FID."
+                f"it with `curl -LO {INCEPTION_URL}` and give its path (--weights; in training "
+                "--evaluator_weights). No other weights give FID."
             )
         with _weights_of("FID's Inception", path):
             return cls(read_weights(path), weights_hash=hash_file(path))
@@ -317,6 +318,7 @@ def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures
     )
 
 
+EvaluatorName: TypeAlias = Literal["inception", "dinov2", "squeezenet", "cifar_resnet"]
 EVALUATORS: dict[str, Callable[..., FeatureExtractor]] = {
     "inception": InceptionFID.from_file,
     "dinov2": dinov2_features,
@@ -342,7 +344,7 @@ def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
     if path is None or not Path(path).is_file():
         raise FileNotFoundError(
             f"{what} were not found at {path}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO "
-            f"{url}` and give its path (--weights)."
+            f"{url}` and give its path (--weights; in training --evaluator_weights)."
         )
     return Path(path)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..guidance import validate_interval
+from ..metrics.features import EvaluatorName
 from ..models.transformer_sit import SIT_PRESETS
 from .arguments import warn_without_effect
 
@@ -116,7 +117,7 @@ class GenerationEvaluationArguments:
     num_evaluation_samples: int = field(
         default=1000, metadata={"help": "Samples per measurement. Curves of few compare with each other alone."}
     )
-    evaluator: Literal["inception", "dinov2", "squeezenet", "cifar_resnet"] = field(
+    evaluator: EvaluatorName = field(
         default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
     )
     evaluator_weights: str | None = field(
