@@ -135,6 +135,10 @@ def test_continues_from_a_saved_transformer_and_a_deterministic_autoencoder(scri
     finished = DiffusionPipeline.from_pretrained(tmp_path / "run").transformer
     assert torch.allclose(finished.patch_embed.weight, start.patch_embed.weight)
     assert finished.config.latent_fingerprint == vae_fingerprint(tiny_autoencoder_tiny)
+    again = {"model": tmp_path / "run", "output_dir": tmp_path / "again", "learning_rate": 1e-30}
+    script.main(flags(tmp_path, latents_dir=store, validation_steps=0, **again))
+    continued = DiffusionPipeline.from_pretrained(tmp_path / "again").transformer
+    assert torch.allclose(continued.patch_embed.weight, start.patch_embed.weight)
 
 
 def other_autoencoder(tmp_path, vae):

@@ -19,7 +19,8 @@ class TransformerArguments:
         default="SiT-B/2",
         metadata={
             "help": "A size of the papers (SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2; patch 1, 2, 4 or 8), a JSON file with "
-            "the init arguments of SiTTransformer2DModel, or a directory with a saved one to continue from."
+            "the init arguments of SiTTransformer2DModel, or the directory of a saved one or of its pipeline, to "
+            "continue from."
         },
     )
     latents_dir: str | None = field(

@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
-from ..autoencoders import Posterior, downsampling_factor, encode, latent_channels, load_autoencoder
+from ..autoencoders import Posterior, downsampling_factor, encode, is_pipeline, latent_channels, load_autoencoder
 from ..data.images import PixelDataset
 from ..data.latent_store import LatentStore
 from ..hub import RunFacts, write_run_facts
@@ -132,6 +132,8 @@ def build_transformer(
     }
     options = {"class_dropout_prob": arguments.class_dropout_prob, "qk_norm": arguments.qk_norm}
     path = Path(arguments.model)
+    if path.is_dir() and is_pipeline(arguments.model):
+        path = path / "transformer"
     if path.is_dir():
         warn_without_effect(arguments, options, f"the saved model {path} has its own")
         model = SiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
