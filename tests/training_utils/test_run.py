@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffusers_eqvae.training_utils.run import TrainingRun
@@ -71,6 +72,37 @@ def test_endless_nan_stops_with_a_finite_emergency_checkpoint(make_run, make_mod
         train(run, make_model(), numbers(64, broken=frozenset(range(64))))
     saved = torch.load(run.output_dir / "checkpoints" / "step-00000004" / "model.pt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in saved["module"].values())
+
+
+def test_a_nan_loss_with_finite_gradients_is_skipped_too(make_run, make_model, numbers, caplog):
+    """L1 passes no gradient where the output is NaN; the other terms must not train alone."""
+    run = make_run(max_train_steps=3)
+    model = make_model()
+    wrapped, seen = run.add("model", model), []
+    for batch in run.steps(run.loader(numbers())):
+        seen.append(weights(model))
+        output = wrapped(batch["x"])
+        broken = output.detach() * (float("nan") if run.step == 1 else 1.0)
+        loss = F.l1_loss(output - output.detach() + broken, batch["x"])
+        assert torch.isfinite(loss) == (run.step != 1)
+        run.backward(loss + weight_decay(model))
+    seen.append(weights(model))
+    assert [not torch.equal(before, after) for before, after in pairwise(seen)] == [True, False, True]
+    assert metrics(run)[-1]["nonfinite_steps"] == 1
+    assert "steps up to 2 were skipped" in caplog.text
+
+
+def weight_decay(model):
+    return sum(parameter.square().sum() for parameter in model.parameters())
+
+
+def test_a_run_that_never_stepped_publishes_nothing(make_run, make_model, numbers):
+    run = make_run(max_train_steps=2, max_nonfinite_steps=20)
+    train(run, make_model(), numbers(64, broken=frozenset(range(64))))
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        run.finish(lambda directory: (directory / "config.json").write_text("{}"))
+    assert not (run.output_dir / "config.json").exists()
+    assert (run.output_dir / "checkpoints" / "step-00000002").is_dir()
 
 
 def test_two_modules_step_on_their_own_gradients_only(make_run, make_model, numbers):

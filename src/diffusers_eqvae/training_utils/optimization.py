@@ -198,13 +198,19 @@ def check_master_weights(name: str, module: nn.Module) -> list[nn.Parameter]:
 
 
 class NonfiniteGuard:
-    """Counts skipped steps on the device; the host looks only when it reads the logs."""
+    """Counts skipped steps on the device; the host looks only when it reads the logs.
+
+    Attributes:
+        steps: counted in all, skipped or not.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.steps = 0
         self._in_a_row = torch.zeros((), device=device)
         self._total = torch.zeros((), device=device)
 
     def count(self, nonfinite: Tensor) -> None:
+        self.steps += 1
         self._in_a_row = (self._in_a_row + nonfinite) * nonfinite
         self._total = self._total + nonfinite
 

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -239,8 +239,13 @@ class TrainingRun:
             self.save_checkpoint()
 
     def backward(self, loss: Tensor, *, inputs: Sequence[Tensor] | None = None, retain_graph: bool = False) -> None:
-        """Accumulates the gradients of loss / gradient_accumulation_steps, into `inputs` only where given."""
-        self.accelerator.backward(loss, inputs=inputs, retain_graph=retain_graph)
+        """Accumulates the gradients of loss / gradient_accumulation_steps, into `inputs` only where given.
+
+        Those of a loss that is not finite are NaN, on all ranks, so that the step is skipped: of themselves they need
+        not be (the gradient of |NaN| is 0).
+        """
+        factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+        self.accelerator.backward(factor * loss, inputs=inputs, retain_graph=retain_graph)
 
     def due(self, every: int | None, *, at_start: bool = False) -> bool:
         """True in the first micro-batch after every so many optimizer steps, and of step 0 where `at_start`."""
@@ -276,9 +281,16 @@ class TrainingRun:
             self._tracking.images(self.step, name, images)
 
     def finish(self, save: Callable[[Path], None]) -> None:
-        """Calls `save(directory)` on the main process and moves what it wrote to the root of output_dir."""
+        """Calls `save(directory)` on the main process and moves what it wrote to the root of output_dir.
+
+        Raises:
+            RuntimeError: not one step was taken, since all had NaN or infinite gradients.
+        """
         self.accelerator.wait_for_everyone()
         self._report()
+        in_a_row, _ = self._guard.read()
+        if 0 < in_a_row == self._guard.steps:
+            self._stop_at_nonfinite(in_a_row)
         if self.is_main:
             publish(self.output_dir, save)
             logger.info("Finished after %d steps; the result is in %s.", self.step, self.output_dir)
@@ -382,18 +394,23 @@ class TrainingRun:
         in_a_row, total = self._guard.read()
         values["learning_rate"] = self.arguments.learning_rate * self._factor
         values["nonfinite_steps"] = total
+        if in_a_row and self.is_main:
+            logger.warning("The last %d steps up to %d were skipped: NaN or infinite.", in_a_row, self.step)
         for name, entry in self._modules.items():
             if entry.ema is not None:
                 values[f"ema_distance/{name}"] = entry.ema_distance()
         self._tracking.scalars(self.step, values, images_per_step=self.global_batch_size)
         if in_a_row >= self.arguments.max_nonfinite_steps:
-            self.save_checkpoint()
-            self._close()
-            raise RuntimeError(
-                f"The gradients were NaN or infinite in {in_a_row} steps in a row, up to step {self.step}. The "
-                f"weights are untouched by them and saved in {self.output_dir}/checkpoints. Lower --learning_rate, "
-                "set --max_grad_norm, or look for broken input; then continue with --resume_from_checkpoint latest."
-            )
+            self._stop_at_nonfinite(in_a_row)
+
+    def _stop_at_nonfinite(self, in_a_row: int) -> NoReturn:
+        self.save_checkpoint()
+        self._close()
+        raise RuntimeError(
+            f"Loss or gradients were NaN or infinite in {in_a_row} steps in a row, up to step {self.step}. The weights "
+            f"are untouched by them and saved in {self.output_dir}/checkpoints. Lower --learning_rate, set "
+            "--max_grad_norm, or look for broken input; then continue with --resume_from_checkpoint latest."
+        )
 
     def _close(self) -> None:
         if self._tracking is not None:
