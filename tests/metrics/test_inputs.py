@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,6 +53,25 @@ def test_python_objects_are_neither_mapped_nor_unpickled(save, tmp_path):
     save(tmp_path / "objects.npz", np.array([[1.0], "two"], dtype=object))
     with pytest.raises(ValueError, match=r"[oO]bject"):
         open_npz_array(tmp_path / "objects.npz", "arr_0")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_an_array_shorter_than_its_header_is_not_read_on_into_its_neighbour(compression, version, tmp_path):
+    """numpy says EOF; a map would give the bytes of arr_1 as pictures."""
+    array = levels(5)
+    stored = io.BytesIO()
+    np.lib.format.write_array(stored, array, version=version)
+    with zipfile.ZipFile(tmp_path / "short.npz", "w", compression) as archive:
+        archive.writestr("arr_0.npy", stored.getvalue().replace(b"(5, 12,", b"(9, 12,"))
+        archive.writestr("arr_1.npy", stored.getvalue() * 9)
+    with pytest.raises(
+        ValueError, match=r"arr_0 of .*short\.npz (is cut short: .*3240 bytes, and 1800 |cannot be read)"
+    ):
+        open_pictures(tmp_path / "short.npz")
+    with zipfile.ZipFile(tmp_path / "long.npz", "w", compression) as archive:  # numpy takes what is claimed
+        archive.writestr("arr_0.npy", stored.getvalue().replace(b"(5, 12,", b"(4, 12,"))
+    assert np.array_equal(read(open_pictures(tmp_path / "long.npz")), array[:4])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
