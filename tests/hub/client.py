@@ -78,6 +78,14 @@ def load_pipeline(source):
     return {"names": names, "weights": digest(pipeline.transformer), "mean": float(images.mean())}
 
 
+def load_alignment_network_of_pipeline(source):
+    from diffusers import DiffusionPipeline
+
+    import diffusers_eqvae  # noqa: F401
+
+    return digest(DiffusionPipeline.from_pretrained(source).vae.alignment_network)
+
+
 def digest(module):
     """sha256 over the names and the bytes of a module's parameters and buffers."""
     state = hashlib.sha256()

@@ -6,6 +6,7 @@ import json
 import yaml
 from safetensors.torch import load_file, save_file
 
+from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned, ClassConditionalPipeline, FlowMatchODEScheduler
 from tests.hub.conftest import OWNER, TOKEN, save_autoencoder_run
 
 AUTOENCODER_FILES = {
@@ -95,6 +96,19 @@ def test_a_pipeline_loads_from_the_hub_and_offline(hub, owner, stranger, offline
     own = owner.call("load_autoencoder_of_pipeline", source=str(pipeline_run))
     assert stranger.call("load_autoencoder_of_pipeline", source=f"{OWNER}/sit") == own
     assert offline.call("load_autoencoder_of_pipeline", source=f"{OWNER}/sit") == own
+
+
+def test_a_pipeline_brings_its_alignment_network(
+    hub, owner, stranger, offline, tmp_path, tiny_sit, tiny_autoencoder_kl
+):
+    """diffusers fetches the weights of a folder inside a component's folder, but not their config."""
+    vae = AutoencoderKLAligned.from_config(tiny_autoencoder_kl.config)
+    vae.set_alignment_network(AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6))
+    ClassConditionalPipeline(tiny_sit, vae, FlowMatchODEScheduler()).save_pretrained(tmp_path / "sit")
+    expected = owner.call("load_alignment_network_of_pipeline", source=str(tmp_path / "sit"))
+    assert owner.call("push_run", output_dir=str(tmp_path / "sit"), repo_id=f"{OWNER}/aligned-sit")
+    assert stranger.call("load_alignment_network_of_pipeline", source=f"{OWNER}/aligned-sit") == expected
+    assert offline.call("load_alignment_network_of_pipeline", source=f"{OWNER}/aligned-sit") == expected
 
 
 def test_push_to_hub_of_a_model_is_diffusers_own(hub, owner, stranger, autoencoder_run):

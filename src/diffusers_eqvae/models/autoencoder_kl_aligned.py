@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,17 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
 
 
 def _holds_network(name: str | os.PathLike[str], folder: str, where: dict[str, Any]) -> bool:
-    """Whether a directory or Hub repository has a network's config in `folder`."""
+    """Whether a directory or Hub repository has a network's config in `folder`, which is then at hand."""
     if Path(name).is_dir():
-        return (Path(name) / folder).is_dir()
+        path = Path(name) / folder
+        if not path.is_dir() or (path / "config.json").is_file():
+            return path.is_dir()
+        # Loading a pipeline from the Hub fetches the weights below a component's folder and leaves out their config.
+        cached = re.search(r"(.+)/models--([^/]+)/snapshots/([^/]+)/(.+)$", path.as_posix())
+        if cached is None:
+            return True  # damaged; loading it says how
+        cache_dir, repository, revision, folder = cached.groups()
+        name, where = repository.replace("--", "/"), {**where, "revision": revision, "cache_dir": cache_dir}
     try:
         hf_hub_download(str(name), f"{folder}/config.json", **where)
     except LocalEntryNotFoundError:

@@ -407,8 +407,8 @@ class TrainingRun:
         self.save_checkpoint()
         self._close()
         raise RuntimeError(
-            f"Loss or gradients were NaN or infinite in {in_a_row} steps in a row, up to step {self.step}. The weights "
-            f"are untouched by them and saved in {self.output_dir}/checkpoints. Lower --learning_rate, set "
+            f"Loss or gradients were NaN or infinite in {in_a_row} steps in a row, up to step {self.step}. The "
+            f"weights are untouched by them and saved in {self.output_dir}/checkpoints. Lower --learning_rate, set "
             "--max_grad_norm, or look for broken input; then continue with --resume_from_checkpoint latest."
         )
 
