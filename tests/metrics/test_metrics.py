@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,116 @@ def test_an_offset_flatters_the_plain_error_only():
     )
     assert shifted["equivariance_rotation"] < 0.01 * plain["equivariance_rotation"]
     assert shifted["equivariance_rotation_centred"] == pytest.approx(plain["equivariance_rotation_centred"], rel=1e-3)
+
+
+FACTOR = 4
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """Another weight at every cell, so that nothing but the identity commutes with it."""
+    return 0.5 + 0.05 * np.arange(height)[:, None] + 0.03 * np.arange(width)
+
+
+class WeightedAutoencoder(nn.Module):
+    """Cell means times a ramp, and pixels that repeat a cell times the ramp: linear and not equivariant."""
+
+    config = SimpleNamespace(block_out_channels=(1, 1, 1), encoder_block_out_channels=None)
+
+    def encode(self, pixels):
+        means = F.avg_pool2d(pixels, FACTOR)
+        return SimpleNamespace(latents=means * torch.from_numpy(ramp(*means.shape[-2:])).to(means))
+
+    def decode(self, latents):
+        weighted = latents * torch.from_numpy(ramp(*latents.shape[-2:])).to(latents)
+        return SimpleNamespace(sample=F.interpolate(weighted, scale_factor=FACTOR, mode="nearest"))
+
+
+class ByHand:
+    """The same autoencoder, the transforms and the figures of one picture (3, H, W), in float64 NumPy."""
+
+    def __init__(self, picture: np.ndarray) -> None:
+        self.picture = picture
+        self.latents = self.encode(picture)
+
+    @staticmethod
+    def encode(picture):
+        channels, height, width = picture.shape
+        cells = picture.reshape(channels, height // FACTOR, FACTOR, width // FACTOR, FACTOR).mean((2, 4))
+        return cells * ramp(*cells.shape[1:])
+
+    @staticmethod
+    def decode(latents):
+        return np.kron(latents * ramp(*latents.shape[1:]), np.ones((1, FACTOR, FACTOR)))
+
+    @staticmethod
+    def turn(images, quarter_turns):
+        return np.rot90(images, quarter_turns, axes=(1, 2))
+
+    @staticmethod
+    def scale(images, scale):
+        """Bilinear between pixel centres, without a low-pass."""
+        for axis in (1, 2):
+            side = images.shape[axis]
+            places = (np.arange(round(side * scale)) + 0.5) / scale - 0.5
+            weights = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(side)))
+            images = np.moveaxis(np.moveaxis(images, axis, -1) @ weights.T, -1, axis)
+        return images
+
+    def error(self, transform, values, *, centred=False):
+        each = []
+        for value in values:
+            reference = self.encode(transform(self.picture, value))
+            difference = transform(self.latents, value) - reference
+            offset = reference.mean((1, 2), keepdims=True) if centred else 0
+            each.append((difference**2).sum() / ((reference - offset) ** 2).sum())
+        return np.mean(each)
+
+    def psnr(self, latents, target):
+        return 10 * np.log10(4 / np.mean((self.decode(latents).clip(-1, 1) - target) ** 2))
+
+    def figures(self):
+        figures = {"psnr": self.psnr(self.latents, self.picture)}
+        for name, transform, values in (
+            ("rotation", self.turn, (1, 2, 3)),
+            ("scale", self.scale, (0.25, 0.5, 0.75)),
+        ):
+            figures[f"equivariance_{name}"] = self.error(transform, values)
+            figures[f"equivariance_{name}_centred"] = self.error(transform, values, centred=True)
+        for name, transform, value in (("rotated", self.turn, 1), ("halved", self.scale, 0.5)):
+            target = transform(self.picture, value)
+            figures[f"psnr_{name}_latent"] = self.psnr(transform(self.latents, value), target)
+            figures[f"psnr_{name}_pixels"] = self.psnr(self.encode(target), target)
+        return figures
+
+
+def test_figures_of_a_map_that_is_not_equivariant_are_those_worked_out_by_hand():
+    """R over {90, 180, 270} degrees, S over {.25, .5, .75}, one quarter turn, half the size: EQ-VAE, table 1."""
+    pixels = F.interpolate(pictures(2, 8), size=(32, 32), mode="bilinear") + 0.1
+    measured = measure_equivariance(WeightedAutoencoder(), [pixels])
+    by_hand = [ByHand(picture).figures() for picture in pixels.double().numpy()]
+    expected = {name: np.mean([figures[name] for figures in by_hand]) for name in by_hand[0]}
+    assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert set(measured) == {*expected, "latent_std"}
+
+
+class PixelwiseAutoencoder(nn.Module):
+    """One linear map at every pixel, which commutes with resizing and turning."""
+
+    config = SimpleNamespace(block_out_channels=(1,), encoder_block_out_channels=None)
+    matrix = torch.tensor([[1.0, 0.5, -0.25], [0.0, 2.0, 0.5], [0.25, 0.0, 1.0]])
+
+    def encode(self, pixels):
+        return SimpleNamespace(latents=torch.einsum("ij,bjhw->bihw", self.matrix, pixels) + 0.5)
+
+    def decode(self, latents):
+        return SimpleNamespace(sample=torch.einsum("ij,bjhw->bihw", self.matrix.inverse(), latents - 0.5))
+
+
+def test_a_map_of_pixels_has_no_error_at_all():
+    figures = measure_equivariance(PixelwiseAutoencoder(), [pictures()])
+    for name in ("rotation", "rotation_centred", "scale", "scale_centred"):
+        assert figures[f"equivariance_{name}"] == pytest.approx(0, abs=1e-12)
+    assert min(figures[f"psnr_{name}_latent"] for name in ("rotated", "halved")) > 100
 
 
 def test_figures_do_not_depend_on_the_batches():
