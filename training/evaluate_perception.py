@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
-from diffusers_eqvae.files import write_json
+from diffusers_eqvae.files import require_writable, write_json
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.metrics.features import hash_file, hash_tensors
 from diffusers_eqvae.metrics.result_card import hardware
@@ -84,6 +84,7 @@ class PerceptionArguments:
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    require_writable(arguments.output)
     pairs = paired_files(arguments.images, arguments.targets)
     if arguments.order == "random":
         pairs = [pairs[index] for index in np.random.default_rng(arguments.seed).permutation(len(pairs))]

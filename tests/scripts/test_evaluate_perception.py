@@ -139,6 +139,7 @@ def test_what_cannot_be_measured_is_refused(repository, folders):
         (["--num_annotated", "7"], r"--num_tested must be 1\.\.0"),
         (["--num_tested", "5"], r"--num_tested must be 1\.\.4"),
         (["--num_classes", "2"], "Labels must be 0..1"),
+        (["--output", str(folders / "images" / "0.png" / "x.json"), "--vae", "nowhere"], "cannot be written"),
         *(
             ([f"--{name}", value], f"--{name} must be positive; got {value}")
             for name in POSITIVE
@@ -157,6 +158,20 @@ def test_files_that_cannot_be_measured_are_named_before_anything_is_loaded(repos
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(folders / "depths" / "6.png")
     with pytest.raises(ValueError, match=r"depths/6\.png has no valid depth"):
         run(repository, folders, "depths", "--task", "depth", "--order", "name", "--vae", str(folders / "nowhere"))
+
+
+@pytest.mark.parametrize("broken", ["vae", "network"])
+def test_latents_and_features_that_are_not_finite_are_no_measurement(
+    repository, folders, network, broken, tiny_autoencoder_kl
+):
+    model = tiny_autoencoder_kl if broken == "vae" else AlignmentNetwork.from_pretrained(network)
+    last = model.encoder.conv_out if broken == "vae" else list(model.modules())[-1]
+    torch.nn.init.constant_(last.bias, torch.nan)
+    model.save_pretrained(folders / broken)
+    message = r"latents of .*images/\d\.png hold NaN" if broken == "vae" else "check the weights of the alignment network"
+    with pytest.raises(ValueError, match=message):
+        run(repository, folders, "masks", "--ignore_index", str(VOID), "--alignment_network", str(network))
+    assert not list((folders / "out").iterdir())
 
 
 def test_a_network_is_found_beside_its_autoencoder(repository, folders, network, tiny_autoencoder_kl):

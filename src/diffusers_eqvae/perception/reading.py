@@ -55,7 +55,7 @@ class AnnotatedReader:
         """Pixels (B, 3, S, S), features, and annotations (B, S, S).
 
         Raises:
-            ValueError: a file that cannot be read; names it.
+            ValueError: a file that cannot be read; names it. Latents or features with NaN or infinity.
         """
         for start in range(0, len(pairs), self.batch_size):
             images, targets = zip(*pairs[start : start + self.batch_size], strict=True)
@@ -63,7 +63,11 @@ class AnnotatedReader:
             self._digests["pictures_hash"] += picture_digests(to_uint8(pixels).permute(0, 2, 3, 1).numpy())
             self._digests["targets_hash"] += picture_digests(truth.numpy())
             latents = encode(self.vae, pixels.to(self.vae.device)).mode()
-            yield pixels, latent_features(latents, self.network, window=self.window), truth
+            _require_finite(latents, "latents", "autoencoder", images)
+            seen = latent_features(latents, self.network, window=self.window)
+            for features in (seen.patch, *(() if seen.cls is None else (seen.cls,))):
+                _require_finite(features, "features", "alignment network", images)
+            yield pixels, seen, truth
 
     def cells(self, pairs: Sequence[tuple[Path, Path]]) -> tuple[Tensor, Tensor]:
         """Features (N, D, h, w) and targets (N, K, h, w) of every cell of annotated pictures, on the vae's device."""
@@ -73,3 +77,13 @@ class AnnotatedReader:
             known.append((seen.patch, self.task.cell_targets(truth, (height, width))))
         features, targets = (torch.cat(parts) for parts in zip(*known, strict=True))
         return features, targets.to(features)
+
+
+def _require_finite(values: Tensor, what: str, origin: str, images: Sequence[Path]) -> None:
+    """NaN is nearest to nothing: any cells would be the neighbours, and figures would come out all the same."""
+    for path, finite in zip(images, values.isfinite().flatten(1).all(1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"The {what} of {path} hold NaN or infinity, and no figure means anything; check the weights of the "
+                f"{origin}."
+            )
