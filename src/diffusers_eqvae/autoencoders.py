@@ -1,7 +1,7 @@
 """What every diffusers autoencoder has in common: pixels -> posterior -> raw latents -> pixels.
 
-`AutoencoderKL` gives a Gaussian posterior, `AutoencoderTiny` a deterministic one; the rest of the package speaks to
-both through the functions here and never asks which it holds.
+`AutoencoderKL` gives a Gaussian posterior, `AutoencoderTiny` and `AutoencoderDC` a deterministic one; the rest of the
+package speaks to all through the functions here and never asks which it holds.
 """
 
 from __future__ import annotations
@@ -113,7 +113,11 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
 
 
 def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
-    """The posterior of pixels (B, 3, H, W) in [-1, 1]; H and W must be multiples of `downsampling_factor(vae)`."""
+    """The posterior of pixels (B, 3, H, W) in [-1, 1]; H and W must be multiples of `downsampling_factor(vae)`.
+
+    Raises:
+        ValueError: another height or width, or an autoencoder whose encoder gives neither posterior nor latents.
+    """
     factor = downsampling_factor(vae)
     if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
         raise ValueError(
@@ -123,7 +127,13 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     output = vae.encode(pixels)
     if hasattr(output, "latent_dist"):
         return Posterior(output.latent_dist.mean, output.latent_dist.logvar)
-    return Posterior(output.latents)
+    for name in ("latents", "latent"):  # AutoencoderTiny's word and AutoencoderDC's
+        if hasattr(output, name):
+            return Posterior(getattr(output, name))
+    raise ValueError(
+        f"An autoencoder's encode must give latent_dist, latents or latent; {type(vae).__name__} gives "
+        f"{type(output).__name__} with {', '.join(vars(output)) or 'nothing'}."
+    )
 
 
 def decode(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
@@ -148,7 +158,7 @@ def decode_upcast(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
 
 
 def is_deterministic(vae: Autoencoder) -> bool:
-    """True where the encoder gives latents and no variance (AutoencoderTiny)."""
+    """True where the encoder gives latents and no variance (AutoencoderTiny, AutoencoderDC)."""
     return last_encoder_layer(vae).out_channels == latent_channels(vae)
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers import AutoencoderDC
 
-from diffusers_eqvae.autoencoders import autoencoder_location, load_autoencoder
+from diffusers_eqvae.autoencoders import (
+    autoencoder_location,
+    decode,
+    downsampling_factor,
+    encode,
+    is_deterministic,
+    load_autoencoder,
+)
+from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 
 
@@ -30,3 +41,34 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
         load_autoencoder(str(tmp_path))
     with pytest.raises(OSError, match="nowhere"):
         load_autoencoder(str(tmp_path / "nowhere"))
+
+
+def test_a_deep_compression_autoencoder_is_one_like_others(tmp_path):
+    """Its encoder gives `latent` where AutoencoderTiny's gives `latents`."""
+    widths, one_each, none_each = (8, 16, 16), (1, 1, 1), ((), (), ())
+    AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=one_each,
+        decoder_layers_per_block=one_each,
+        encoder_qkv_multiscales=none_each,
+        decoder_qkv_multiscales=none_each,
+        scaling_factor=0.5,
+    ).save_pretrained(tmp_path)
+    vae = load_autoencoder(str(tmp_path))
+    assert downsampling_factor(vae) == 4 and is_deterministic(vae)
+    pixels = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        posterior = encode(vae, pixels)
+        assert posterior.logvar is None and posterior.mean.shape == (2, 4, 4, 6) and posterior.mean.std() > 0
+        decoded, expected = decode(vae, posterior.sample()), vae(pixels).sample
+    assert decoded.shape == pixels.shape and torch.equal(decoded, expected)
+    assert LatentNormalization.from_vae(vae).scaling_factor == 0.5
+
+
+def test_an_encoder_that_gives_no_latents_is_named(tiny_autoencoder_kl, monkeypatch):
+    monkeypatch.setattr(tiny_autoencoder_kl, "encode", lambda pixels: SimpleNamespace(codes=pixels))
+    with pytest.raises(ValueError, match="AutoencoderKL gives SimpleNamespace with codes"):
+        encode(tiny_autoencoder_kl, torch.zeros(1, 3, 16, 16))
