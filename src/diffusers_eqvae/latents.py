@@ -292,14 +292,23 @@ class LatentStatistics:
 
 
 def vae_fingerprint(vae: Autoencoder) -> str:
-    """ "<weights>-<normalisation>", 16 hexadecimal digits each: which latent space a model or a store belongs to.
+    """Which latent space a model or a store belongs to: "<weights>-<normalisation>-<bfloat16>-<float16>".
 
-    The first half is a SHA-256 of the encoder side's weights, read as float32, and of the padding of its convolutions
-    where that is not zeros: a decoder-only fine-tune keeps it. The second is one of the normalisation in the config.
+    Each part is 16 hexadecimal digits of a SHA-256. The first is one of the encoder side's weights, read as float32,
+    and of the padding of its convolutions where that is not zeros: a decoder-only fine-tune keeps it. The second is
+    one of the normalisation in the config, the others of the weights rounded to half precision, by which
+    `check_fingerprint` knows such a copy.
 
     Raises:
         ValueError: no encoder parameters, as in a wrapped autoencoder.
     """
+    weights, *rounded = (_encoder_digest(vae, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    normalization = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
+    return "-".join((weights, hashlib.sha256(normalization.encode()).hexdigest()[:16], *rounded))
+
+
+def _encoder_digest(vae: Autoencoder, dtype: torch.dtype) -> str:
+    """Of the encoder side's weights rounded to `dtype`, and its padding."""
     digest = hashlib.sha256()
     encoder_side = sorted(
         (name, value) for name, value in vae.state_dict().items() if name.startswith(ENCODER_PREFIXES)
@@ -311,31 +320,29 @@ def vae_fingerprint(vae: Autoencoder) -> str:
         )
     for name, value in encoder_side:
         digest.update(f"{name}:{tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().to(dtype).float().cpu().contiguous().numpy().tobytes())
     for name, module in vae.named_modules():
         padding_mode = module.padding_mode if isinstance(module, torch.nn.Conv2d) else "zeros"
         if name.startswith(ENCODER_PREFIXES) and padding_mode != "zeros":
             digest.update(f"{name}:{padding_mode}".encode())
-    normalization = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
-    return f"{digest.hexdigest()[:16]}-{hashlib.sha256(normalization.encode()).hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def check_fingerprint(expected: str, vae: Autoencoder) -> None:
     """Refuses an autoencoder whose latents are not those that `expected` was taken from.
 
-    The weight half is compared only for a float32 autoencoder: rounding to half precision changes every weight.
+    A copy rounded to bfloat16 or float16 as a whole passes, in whatever precision it is now.
 
     Raises:
         ValueError: the encoder's weights or the normalisation differ.
     """
+    weights, normalization, *rounded = expected.split("-")
     actual = vae_fingerprint(vae)
-    expected_weights, _, expected_normalization = expected.partition("-")
-    weights, _, normalization = actual.partition("-")
-    is_float32 = all(p.dtype == torch.float32 for n, p in vae.named_parameters() if n.startswith(ENCODER_PREFIXES))
+    own_weights, own_normalization, *_ = actual.split("-")
     differing = []
-    if is_float32 and weights != expected_weights:
+    if own_weights not in (weights, *rounded):
         differing.append("encoder weights")
-    if normalization != expected_normalization:
+    if own_normalization != normalization:
         differing.append("latent normalisation (latents_mean, latents_std, scaling_factor, shift_factor)")
     if differing:
         raise ValueError(

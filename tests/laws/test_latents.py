@@ -184,12 +184,14 @@ def test_state_of_nothing_survives():
 @pytest.mark.parametrize("build", [tiny_kl, tiny_taesd])
 def test_fingerprint_tells_the_latent_space_and_nothing_else(build):
     vae = build()
-    weights, normalization = vae_fingerprint(vae).split("-")
-    assert len(weights) == len(normalization) == 16
-    assert vae_fingerprint(build()) == f"{weights}-{normalization}"
+    fingerprint = vae_fingerprint(vae)
+    weights, normalization, *rounded = fingerprint.split("-")
+    assert [len(part) for part in (weights, normalization, *rounded)] == [16] * 4
+    assert len({weights, *rounded}) == 3
+    assert vae_fingerprint(build()) == fingerprint
     with torch.no_grad():
         next(vae.decoder.parameters()).add_(1.0)
-    assert vae_fingerprint(vae) == f"{weights}-{normalization}"
+    assert vae_fingerprint(vae) == fingerprint
     SDXL.apply_to(vae)
     assert vae_fingerprint(vae).split("-")[0] == weights and vae_fingerprint(vae).split("-")[1] != normalization
     with torch.no_grad():
@@ -216,19 +218,19 @@ def test_padding_of_the_encoder_counts():
     assert vae_fingerprint(reflect).split("-")[0] != vae_fingerprint(zeros).split("-")[0]
 
 
-def test_check_fingerprint_compares_weights_in_float32_and_normalisation_always():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_check_fingerprint_compares_weights_and_normalisation_in_any_precision(dtype):
     vae = tiny_kl()
     expected = vae_fingerprint(vae)
-    check_fingerprint(expected, vae)
-    check_fingerprint(expected, vae.to(torch.bfloat16))
+    check_fingerprint(expected, vae.to(dtype))
+    check_fingerprint(expected, vae.to(torch.float32))
     other = tiny_kl()
     with torch.no_grad():
-        other.encoder.conv_in.weight.add_(1.0)
+        other.encoder.conv_in.weight[0, 0, 0, 0] += 0.1
     with pytest.raises(ValueError, match="its encoder weights differ"):
-        check_fingerprint(expected, other)
-    check_fingerprint(expected, other.to(torch.bfloat16))
+        check_fingerprint(expected, other.to(dtype))
     SD3.apply_to(other)
-    with pytest.raises(ValueError, match=r"its latent normalisation .* differ"):
+    with pytest.raises(ValueError, match=r"encoder weights and latent normalisation .* differ"):
         check_fingerprint(expected, other)
 
 

@@ -36,7 +36,7 @@ class StoreSettings:
         resolution: side of the pictures in pixels.
         downsampling_factor: pixels per latent cell.
         labelled: whether shards hold labels.
-        encoder: first half of `vae_fingerprint`.
+        encoder: first part of `vae_fingerprint`.
         mixed_precision: "no" or "bf16", how the encoder computed.
         source: which data (name, split, columns, hashes of the labels and of the files' names and sizes); free,
             compared for equality.
