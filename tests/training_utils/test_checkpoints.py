@@ -5,12 +5,14 @@ import logging
 import os
 
 import pytest
+import torch
 
 from diffusers_eqvae.training_utils import checkpoints
 from diffusers_eqvae.training_utils.checkpoints import (
     complete_checkpoints,
     find_checkpoint,
     publish,
+    read_module,
     resumed_step,
     write_checkpoint,
 )
@@ -155,3 +157,48 @@ def test_the_marker_is_written_last(tmp_path, monkeypatch):
     path = write(tmp_path, 5)
     assert order == ["flush step-00000005.tmp", "complete.json", "rename"]
     assert json.loads((path / "complete.json").read_text())["step"] == 5
+
+
+def test_a_damaged_file_is_named_with_the_checkpoint_to_go_back_to(tmp_path):
+    def save(directory):
+        torch.save({"module": {"weight": torch.randn(1000)}}, directory / "net.pt")
+
+    first, second = (write_checkpoint(tmp_path, step=step, write=save, facts=FACTS, limit=None) for step in (5, 10))
+    assert read_module(second, "net")["module"]["weight"].shape == (1000,)
+    with pytest.raises(ValueError, match="holds no 'other'"):
+        read_module(second, "other")
+    whole = (second / "net.pt").read_bytes()
+    for damaged in (b"", whole[:300], whole[:-1], bytes(len(whole)), b"a text\n" * 500):
+        for path, remedy in ((second, f"by --resume_from_checkpoint {first}"), (first, "no older one")):
+            (path / "net.pt").write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{path}/net.pt is damaged.*{remedy}") as caught:
+                read_module(path, "net")
+            assert "weights_only=False" not in str(caught.value) and "\n" not in str(caught.value)
+    (second / "complete.json").write_text('{"step"')
+    with pytest.raises(ValueError, match=f"complete.json is damaged.*{first}"):
+        resumed_step(second, FACTS)
+
+
+def test_a_run_does_not_start_from_a_damaged_checkpoint(make_run, make_model, numbers):
+    run = make_run(max_train_steps=4, checkpointing_steps=2)
+    run.add("net", make_model())
+    for batch in run.steps(run.loader(numbers())):
+        run.backward(run.module("net")(batch["x"]).square().mean())
+    first, second = complete_checkpoints(run.output_dir)
+    (second / "net.pt").write_bytes((second / "net.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=f"net.pt is damaged.*{first}"):
+        make_run(resume_from_checkpoint="latest").add("net", make_model())
+    resumed = make_run(resume_from_checkpoint=str(first))
+    resumed.add("net", make_model())
+    assert resumed.step == 2
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Command:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"module": Command()}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_module(tmp_path, "net")
+    assert not (tmp_path / "made").exists()

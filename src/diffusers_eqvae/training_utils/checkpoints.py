@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files import UNFINISHED, flush_to_disk, write_json
 from .tracking import METRICS_FILE
 
@@ -104,8 +106,11 @@ def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) ->
         checkpoint: a complete one.
         now: "arguments" (resolved), "global_batch_size" and "world_size" of the present run.
         warn: False on all but one process.
+
+    Raises:
+        ValueError: a marker that cannot be read.
     """
-    then = json.loads((checkpoint / MARKER).read_text())
+    then = _read(checkpoint, MARKER, lambda file: json.loads(file.read_text()))
     if not warn:
         return int(then["step"])
     logger.info("Resuming from %s.", checkpoint)
@@ -126,6 +131,34 @@ def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) ->
             now["world_size"],
         )
     return int(then["step"])
+
+
+def read_module(checkpoint: Path, name: str) -> dict[str, Any]:
+    """The state of the module `name` in a checkpoint, on the CPU.
+
+    Raises:
+        ValueError: no such module there, or a file that cannot be read.
+    """
+    if not (checkpoint / f"{name}.pt").is_file():
+        raise ValueError(f"{checkpoint} holds no {name!r}; it was written by a run without that module.")
+    return _read(checkpoint, f"{name}.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _read(checkpoint: Path, name: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """`load` of a file of a checkpoint; where it fails, a ValueError that names the checkpoint to go back to."""
+    try:
+        return load(checkpoint / name)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
+        # Other messages than the system's advise to load without weights_only, which would run what the file says.
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__
+        whole = sorted(marker.parent for marker in checkpoint.parent.glob(f"step-*/{MARKER}"))
+        older = [path for path in whole if path.name < checkpoint.name and path.suffix != UNFINISHED]
+        remedy = "There is no older one to resume from: start again in another --output_dir, or delete this one."
+        if older:
+            remedy = f"Resume from an older one by --resume_from_checkpoint {older[-1]}."
+        raise ValueError(f"{checkpoint / name} is damaged and cannot be read ({reason}). {remedy}") from error
 
 
 def write_checkpoint(

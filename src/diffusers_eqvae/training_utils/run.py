@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from . import arguments as cli
 from .acceleration import build_accelerator, wrap
-from .checkpoints import find_checkpoint, publish, resumed_step, write_checkpoint
+from .checkpoints import find_checkpoint, publish, read_module, resumed_step, write_checkpoint
 from .estimate import SavedActivations, first_example, report
 from .optimization import (
     ExponentialAverage,
@@ -129,10 +129,7 @@ class TrainingRun:
         built = build_optimizer(optimizer, parameters, lr=rate, betas=betas, weight_decay=weight_decay)
         entry = OptimizedModule(name, module, module, built, rate, average)
         if self._checkpoint is not None:
-            file = self._checkpoint / f"{name}.pt"
-            if not file.is_file():
-                raise ValueError(f"{self._checkpoint} holds no {name!r}; it was written by a run without that module.")
-            entry.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            entry.load_state_dict(read_module(self._checkpoint, name))
         if self.arguments.compile:
             module.compile()
         entry.wrapped = wrap(self.accelerator, module)
