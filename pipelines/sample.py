@@ -102,6 +102,7 @@ def sample_block(
         guided_channels=arguments.guided_channels,
         num_inference_steps=arguments.num_inference_steps,
         generator=sampling.sample_generators(arguments.seed, block),
+        callback_on_step_end=sampling.require_finite,
     )
     samples = np.stack([np.asarray(image) for image in output.images])
     return {"arr_0": samples, "arr_1": np.array(labels), "nfe": output.nfe, "seconds": output.seconds}

@@ -156,6 +156,17 @@ def test_weights_retrained_under_the_same_path_are_refused(script, model, tiny_s
         script.main(words(model, tmp_path / "set"))
 
 
+def test_nan_is_no_picture_and_an_unwritable_folder_is_named(script, model, tiny_sit, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        script.main(words(model, tmp_path / "file" / "samples"))
+    tiny_sit.proj_out.bias.data.fill_(float("nan"))
+    tiny_sit.save_pretrained(model / "transformer")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        script.main(words(model, tmp_path / "out"))
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
 def test_seeds_are_distinct_and_reproducible():
     seeds = {sampling.sample_seed(seed, index) for seed in range(3) for index in range(500)}
     assert len(seeds) == 1500 and min(seeds) >= 0 and max(seeds) < 2**63

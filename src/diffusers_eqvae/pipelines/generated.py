@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..metrics.result_card import UINT8_RULE
-from .sampling import plan_blocks, revisions, sample_generators, sample_labels, weights_digest
+from .sampling import plan_blocks, require_finite, revisions, sample_generators, sample_labels, weights_digest
 
 
 class GeneratedPictures:
@@ -71,13 +70,6 @@ class GeneratedPictures:
         for block in self.blocks:
             labels = sample_labels(self.class_ids, block, seed=self.seed, policy=self.label_policy)
             generators = sample_generators(self.seed, block)
-            output = self.pipeline(labels, generator=generators, callback_on_step_end=_require_finite, **self.options)
+            output = self.pipeline(labels, generator=generators, callback_on_step_end=require_finite, **self.options)
             self.facts["nfe"] = output.nfe
             yield np.stack([np.asarray(image) for image in output.images])
-
-
-def _require_finite(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Looks at the latents of the last step only: looking makes the host wait for the device."""
-    if step == len(pipeline.scheduler.timesteps) - 1 and not tensors["latents"].isfinite().all():
-        raise ValueError("Sampling gave NaN or infinity. Check the transformer's weights and dtype.")
-    return tensors

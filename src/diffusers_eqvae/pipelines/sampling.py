@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.npz import map_npz_array
-from ..files import strict_json, write_json, write_npz, written_aside
+from ..files import require_writable, strict_json, write_json, write_npz, written_aside
 from ..metrics.result_card import UINT8_RULE
 from ..metrics.revisions import model_revision
 from .pipeline_class_conditional import ClassConditionalPipeline
@@ -89,6 +89,16 @@ def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int
     return [class_ids[int(np.random.default_rng((seed, index, _LABEL)).integers(len(class_ids)))] for index in indices]
 
 
+def require_finite(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A pipeline's `callback_on_step_end` that refuses latents which 8 bits would turn into a picture like any other.
+
+    Looks at the last step only: looking makes the host wait for the device.
+    """
+    if step == len(pipeline.scheduler.timesteps) - 1 and not tensors["latents"].isfinite().all():
+        raise ValueError("Sampling gave NaN or infinity. Check the transformer's weights and dtype.")
+    return tensors
+
+
 def plan_blocks(num_samples: int, batch_size: int) -> list[range]:
     """Consecutive picture numbers in blocks of `batch_size`, the last one shorter where it does not divide."""
     if num_samples < 1 or batch_size < 1:
@@ -119,11 +129,13 @@ def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool
     """Takes a directory for one set of pictures; True where that set is already finished there.
 
     Raises:
-        ValueError: the directory holds (part of) a set made with other settings; names what differs.
+        ValueError: the directory cannot be written to, or holds (part of) a set made with other settings; names what
+            differs.
     """
     output_dir = Path(output_dir)
     settings = json.loads(strict_json(settings))
     finished, begun = output_dir / SETTINGS_FILE, output_dir / PARTS_DIR / "settings.json"
+    require_writable(begun)
     for path in (finished, begun):
         if path.exists():
             present = json.loads(path.read_text())
