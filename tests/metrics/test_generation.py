@@ -9,7 +9,7 @@ from torch import nn
 
 from diffusers_eqvae.metrics.collecting import Collected, Collector, Processes, collect, picture_digests, to_levels
 from diffusers_eqvae.metrics.features import FeatureExtractor, ModuleFeatures, hash_tensors
-from diffusers_eqvae.metrics.frechet import frechet_distance, inception_score, precision_recall
+from diffusers_eqvae.metrics.frechet import FeatureStatistics, frechet_distance, inception_score, precision_recall
 from diffusers_eqvae.metrics.generation import (
     Reference,
     evaluate_generation,
@@ -91,6 +91,35 @@ def test_the_protocols_constants():
     many = Reference.from_collected(Collected(features, None, None, []), name="x", weights_hash="x")
     assert torch.equal(many.features, features[:10_000]) and many.count == 10_003
     torch.testing.assert_close(many.mean, features.double().mean(0))
+
+
+def test_the_inception_score_is_of_splits_of_5000_in_order():
+    """Two classes one after the other: a split of one class scores 1, one of both in equal parts scores 2."""
+    extractor = TinyInception()
+    collected = collect(extractor, [levels(10)])
+    classes = torch.arange(12_500) // 2_500 % 2  # 2500 of each in the first two splits, one class in the third
+    logits = 50 * torch.nn.functional.one_hot(classes, 8).float()
+    samples = Collected(collected.features, logits, None, collected.digests)
+    metrics = evaluate_generation(samples, reference_of(extractor), extractor=extractor).metrics
+    assert metrics["inception_score"] == pytest.approx((2 + 2 + 1) / 3)
+    assert metrics["inception_score_std"] == pytest.approx(np.std([2, 2, 1]))
+
+
+def test_statistics_are_fed_in_blocks_and_keep_every_bit(monkeypatch):
+    """20 000 features of Inception at once would take 800 MB beside themselves."""
+    features = torch.randn(5000, 3)
+    whole = FeatureStatistics(3)
+    whole.update(features)
+    fed, update = [], FeatureStatistics.update
+
+    def recorded(self, rows):
+        fed.append(len(rows))
+        update(self, rows)
+
+    monkeypatch.setattr(FeatureStatistics, "update", recorded)
+    blocks = feature_statistics(features)
+    assert max(fed) <= 1024 and blocks.count == 5000
+    assert torch.equal(blocks.mean, whole.mean) and torch.equal(blocks.covariance, whole.covariance)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 128])
