@@ -120,10 +120,13 @@ def _decibels(images: Tensor, targets: Tensor, index: int) -> str:
     return f"{psnr(images[index : index + 1], targets[index : index + 1]).item():.1f} dB"
 
 
-def write_figures(path: Path, inspections: list[Inspection], settings: dict[str, Any]) -> None:
-    """Every figure (null where undefined), what it was measured on and the published values beside the verdict."""
+def write_figures(
+    path: Path, inspections: list[Inspection], settings: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    """Every figure (null where undefined), how, where and when it was measured, and the published values beside it."""
     content: dict[str, Any] = {
         "settings": settings,
+        "provenance": provenance,
         "published": PUBLISHED,
         "thresholds": {
             "small_gap_db": measuring.SMALL_GAP_DB,
@@ -262,7 +265,9 @@ def table_rows(inspections: list[Inspection]) -> list[tuple[str, ...]]:
     return rows
 
 
-def write_html(path: Path, inspections: list[Inspection], settings: dict[str, Any]) -> None:
+def write_html(
+    path: Path, inspections: list[Inspection], settings: dict[str, Any], provenance: dict[str, Any]
+) -> None:
     """The card as a page that shows card.png."""
     sections = "".join(_section(inspection) for inspection in inspections)
     names = "".join(f"<th>{html.escape(inspection.name)}</th>" for inspection in inspections)
@@ -275,7 +280,9 @@ def write_html(path: Path, inspections: list[Inspection], settings: dict[str, An
         first, second = inspections
         items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in compare(first, second))
         changed = f"<h2>{html.escape(second.name)} against {html.escape(first.name)}</h2><ul>{items}</ul>"
-    described = ", ".join(f"{html.escape(key)}: {html.escape(str(value))}" for key, value in settings.items())
+    facts = {**settings, **provenance, **provenance["versions"]}
+    del facts["versions"]
+    described = ", ".join(f"{html.escape(key)}: {html.escape(str(value))}" for key, value in facts.items())
     title = html.escape(" and ".join(inspection.name for inspection in inspections))
     path.write_text(
         f"""<!doctype html>

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..autoencoders import load_autoencoder
 from ..data.images import adm_center_crop, load_image_dataset, to_pixels
+from ..files import require_writable
 from ..losses.perceptual import LPIPS
+from ..metrics.collecting import hash_digests, picture_digests, to_levels
+from ..metrics.features import hash_tensors
+from ..metrics.result_card import hardware
 from .card import SHOWN_PICTURES, strips, write_figures, write_html, write_png
-from .measuring import Inspection, inspect_autoencoder
+from .measuring import Inspection, inspect_autoencoder, require_fitting, result_card
 
 logger = logging.getLogger(__name__)
 
@@ -56,45 +64,51 @@ def run_inspection(
     lpips_backbone_weights: str | None = None,
     lpips_linear_weights: str | None = None,
 ) -> list[Inspection]:
-    """The command: measures one or two autoencoders and writes card.json, card.png and card.html to `output_dir`.
+    """The command: measures one or two autoencoders and writes to `output_dir`.
+
+    card.json, card.png and card.html are the health card of all, card.NAME.json the result card of each.
 
     Raises:
-        ValueError, OSError: a model, folder or weights file that cannot be read, or an unfitting resolution.
+        ValueError, OSError: a model, folder or weights file that cannot be read, an unfitting resolution, or an
+            `output_dir` that cannot be written to.
     """
     if lpips_linear_weights is not None and lpips_backbone_weights is None:
         raise ValueError("--lpips_linear_weights needs --lpips_backbone_weights beside it; give both or neither.")
-    pictures = load_pictures(data, resolution=resolution, num_images=num_images).to(device)
+    folder = Path(output_dir)
+    require_writable(folder / "card.json")
+    pictures = load_pictures(data, resolution=resolution, num_images=num_images)
+    provenance = {"data": Path(data).name}
+    provenance |= hardware(device, diffusers_eqvae=__version__, diffusers=diffusers.__version__)
+    protocol: dict[str, Any] = {"data_hash": hash_digests(picture_digests(to_levels(pictures)))}
+    protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
     perceptual = None
     if lpips_backbone_weights is not None:
         perceptual = LPIPS.from_pretrained(
             lpips_net, backbone_weights=lpips_backbone_weights, linear_weights=lpips_linear_weights
         ).to(device)
+        protocol |= {"lpips_net": lpips_net, "lpips_weights_hash": hash_tensors(perceptual)}
     locations = [(model, subfolder)] + ([(compare, compare_subfolder)] if compare is not None else [])
+    models = ["/".join(filter(None, location)) for location in locations]
     names = _short_names([name for name, _ in locations])
     vaes = [
-        load_autoencoder(name, subfolder=folder).to(device, memory_format=torch.channels_last)
-        for name, folder in locations
+        load_autoencoder(name, subfolder=inside).to(device, memory_format=torch.channels_last)
+        for name, inside in locations
     ]
+    for vae in vaes:
+        require_fitting(vae, resolution)
+    pictures = pictures.to(device)
     inspections = [
         inspect_autoencoder(vae, pictures, name=name, perceptual=perceptual)
         for vae, name in zip(vaes, names, strict=True)
     ]
-    settings = {
-        "data": Path(data).name,
-        "pictures": len(pictures),
-        "crop": f"ADM centre crop of {resolution} px",
-        "posterior": "mean",
-        "lpips": lpips_net if perceptual is not None else None,
-        "ssim": "Gaussian window of 11 px, sigma 1.5, range 2",
-        "device": device,
-        "torch": torch.__version__,
-    }
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_figures(folder / "card.json", inspections, settings)
+    for file, name, inspection in zip(_card_names(names), models, inspections, strict=True):
+        result_card(inspection, name, protocol=protocol, provenance=provenance).save(folder / file)
+    settings = {"pictures": len(pictures), **protocol, "posterior": "mean"}
+    settings["ssim"] = "Gaussian window of 11 px, sigma 1.5, range 2"
+    write_figures(folder / "card.json", inspections, settings, provenance)
     shown = np.linspace(0, len(pictures) - 1, min(SHOWN_PICTURES, len(pictures))).round().astype(int).tolist()
     write_png(folder / "card.png", inspections, strips(vaes, pictures[shown]))
-    write_html(folder / "card.html", inspections, settings)
+    write_html(folder / "card.html", inspections, settings, provenance)
     return inspections
 
 
@@ -104,3 +118,11 @@ def _short_names(names: list[str]) -> list[str]:
     if len(set(short)) == len(names):
         return short
     return names if len(set(names)) == len(names) else [f"{name} ({index + 1})" for index, name in enumerate(names)]
+
+
+def _card_names(names: list[str]) -> list[str]:
+    """A file name for each: card.NAME.json, numbered where two would be one file on some system."""
+    plain = [re.sub(r"[^\w.+-]+", "_", name) for name in names]
+    if len({name.lower() for name in plain}) < len(plain):
+        plain = [f"{name}.{index + 1}" for index, name in enumerate(plain)]
+    return [f"card.{name}.json" for name in plain]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor, is_deterministic, latent_channels
 from ..latents import vae_fingerprint
-from ..metrics.autoencoder import measure_autoencoder
+from ..metrics.autoencoder import DEFINITIONS, measure_autoencoder, split_summary
+from ..metrics.result_card import ResultCard
+from ..metrics.revisions import model_revision
 
 # EQ-VAE (arXiv 2502.09509, v3), equivariance errors of SD-VAE on ImageNet 256 before and after EQ fine-tuning.
 PUBLISHED = {"rotation": {"SD-VAE": 0.89, "EQ-VAE": 0.56}, "scale": {"SD-VAE": 0.69, "EQ-VAE": 0.43}}
@@ -50,24 +52,50 @@ def inspect_autoencoder(
     Raises:
         ValueError: a picture size that the autoencoder's stride does not divide, or cannot halve and quarter.
     """
-    factor, side = downsampling_factor(vae), pictures.shape[-1]
-    if side % factor or side < 4 * factor:
-        raise ValueError(
-            f"--resolution must be a multiple of the autoencoder's stride {factor} and at least {4 * factor}; "
-            f"got {side}."
-        )
+    require_fitting(vae, pictures.shape[-1])
     start = time.perf_counter()
     figures = measure_autoencoder(vae, pictures.split(batch_size), perceptual=perceptual)
     description = {
         "class": type(vae).__name__,
         "latent_channels": latent_channels(vae),
-        "downsampling_factor": factor,
+        "downsampling_factor": downsampling_factor(vae),
         "posterior": "point" if is_deterministic(vae) else "Gaussian, measured at its mean",
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+        "revision": model_revision(vae),
         "fingerprint": vae_fingerprint(vae),
         "seconds": round(time.perf_counter() - start, 2),
     }
     return Inspection(name, description, figures, judge(figures))
+
+
+def require_fitting(vae: nn.Module, side: int) -> None:
+    """Raises ValueError where pictures of this side cannot be encoded, or not be halved and quartered."""
+    factor = downsampling_factor(vae)
+    if side % factor or side < 4 * factor:
+        raise ValueError(
+            f"--resolution must be a multiple of the autoencoder's stride {factor} and at least {4 * factor}; "
+            f"got {side}."
+        )
+
+
+def result_card(
+    inspection: Inspection, model: str, *, protocol: dict[str, Any], provenance: dict[str, Any]
+) -> ResultCard:
+    """The numbers as `training/evaluate_autoencoder.py` writes them, for `eqvae compare`.
+
+    Args:
+        model: its directory or Hub name.
+        protocol: `data_hash`, `resize_rule` and, where LPIPS was measured, `lpips_net` and `lpips_weights_hash`.
+        provenance: where and when, as `metrics.result_card.hardware` says it.
+    """
+    metrics, marks, details = split_summary(inspection.figures)
+    points = details["intrinsic_dimension_points"]
+    protocol = {"num_images": details["num_images"], "intrinsic_dimension_points": points, **protocol}
+    protocol |= {"posterior": "mean", "definitions": DEFINITIONS}
+    described = inspection.description
+    settings = {"model": model, "model_class": described["class"], "weights": described["fingerprint"]}
+    settings |= {"vae_revision": described["revision"], "dtype": "float32"}
+    return ResultCard(metrics, protocol, settings, marks, provenance, "reconstruction", details)
 
 
 def judge(figures: dict[str, Any]) -> Verdict:
