@@ -95,6 +95,22 @@ def test_both_regularisers_on_one_autoencoder(folder, tiny_autoencoder_kl):
     assert not any("teacher" in name for name in last_checkpoint(folder / "run", "objective")["module"])
 
 
+def test_the_discriminator_is_trained(folder, tiny_autoencoder_kl):
+    options = {"disc_weight": 0.5, "disc_start": 1, "disc_channels": 8, "disc_num_layers": 1}
+    options |= {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 3, "validation_steps": 0}
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
+    saved = folder / "run" / "checkpoints"
+    first, second, third = (
+        torch.load(saved / f"step-{step:08d}" / "discriminator.pt", weights_only=True)["module"] for step in (1, 2, 3)
+    )
+    learned = [name for name in first if name.endswith((".weight", ".bias"))]
+    assert all(torch.isfinite(third[name]).all() for name in learned)
+    assert sum(not torch.equal(first[name], second[name]) for name in learned) > len(learned) // 2
+    assert sum(not torch.equal(second[name], third[name]) for name in learned) > len(learned) // 2
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["loss/discriminator"] > 0
+
+
 def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
     """At lr 4.5e-6 a bfloat16 weight would not move; the masters are float32 and the average follows them."""
     options = {"mixed_precision": "bf16", "learning_rate": 4.5e-6, "max_train_steps": 200, "ema_decay": 0.9}

@@ -114,6 +114,19 @@ def test_the_objective_is_the_one_of_the_paper(script, tmp_path, store, monkeypa
     assert seen["drop"].dtype == torch.bool and seen["drop"].shape == seen["labels"].shape
 
 
+def test_labels_drop_as_often_as_the_model_says(script, tmp_path, store, monkeypatch):
+    dropped, original = [], SiTTransformer2DModel.forward
+
+    def forward(self, hidden_states, timestep, class_labels, drop_labels=None, return_dict=True):
+        dropped.append(drop_labels)
+        return original(self, hidden_states, timestep, class_labels, drop_labels, return_dict)
+
+    monkeypatch.setattr(SiTTransformer2DModel, "forward", forward)
+    options = {"max_train_steps": 8, "train_batch_size": 16, "validation_steps": 0, "class_dropout_prob": 0.3}
+    script.main(flags(tmp_path, latents_dir=store, **options))
+    assert 20 < torch.cat(dropped).sum() < 58  # 38.4 expected of 128, standard deviation 5.2
+
+
 def test_pictures_on_the_fly(script, tmp_path, tiny_autoencoder_kl):
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
     for label in CLASS_NAMES.values():
@@ -205,7 +218,7 @@ def test_push_gets_the_finished_directory(script, tmp_path, store, monkeypatch):
 
 def test_dry_run_leaves_nothing(script, tmp_path, store, capsys):
     with pytest.raises(SystemExit) as stopped:
-        script.main(flags(tmp_path, "--dry_run", latents_dir=store))
+        script.main(flags(tmp_path, "--dry_run", latents_dir=store, report_to="tensorboard"))
     assert stopped.value.code == 0 and not (tmp_path / "run").exists()
     assert "Disk per checkpoint" in capsys.readouterr().out
 

@@ -216,6 +216,7 @@ def test_kl_is_of_the_untransformed_posterior():
     pixels, noise = make_batch()
     kls = {kind: objective(pixels, noise, draw_of_kind(objective, kind))["kl"] for kind in ("plain", "equivariance")}
     assert torch.equal(kls["plain"], kls["equivariance"])
+    assert torch.allclose(kls["plain"], objective.vae.encode(pixels).latent_dist.kl().mean(), rtol=1e-5)
 
 
 def test_deterministic_autoencoder_trains():

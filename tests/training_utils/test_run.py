@@ -236,7 +236,7 @@ def test_sigterm_saves_at_the_step_boundary_and_exits_cleanly(make_run, make_mod
 
 
 def test_dry_run_writes_nothing_and_says_what_is_needed(make_run, make_model, numbers, capsys):
-    run = make_run(dry_run=True, train_batch_size=32, resume_from_checkpoint="latest")
+    run = make_run(dry_run=True, report_to="tensorboard", train_batch_size=32, resume_from_checkpoint="latest")
     with pytest.raises(SystemExit) as stopped:
         train(run, make_model(), numbers())
     text = capsys.readouterr().out

@@ -8,7 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from torch import nn
 
 from .arguments import RunArguments
@@ -18,17 +19,24 @@ LONGEST_WAIT = timedelta(hours=2)
 
 
 def build_accelerator(arguments: RunArguments) -> Accelerator:
-    """An Accelerator for one process or many; raises ValueError for float16, wherever it was asked for."""
+    """An Accelerator for one process or many, with its tracker; a dry run has none.
+
+    Raises:
+        ValueError: float16, wherever it was asked for, or a tracker that is not installed.
+    """
     precision = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise ValueError(
             f"Mixed precision must be no or bf16; got {precision}. float16 ends at 65504, which activations and sums "
             "over pixels exceed: the run would end in NaN. Use --mixed_precision bf16."
         )
+    tracker = arguments.report_to
+    if tracker != "none" and LoggerType(tracker) not in get_available_trackers():  # accelerate goes on without it
+        raise ValueError(f"--report_to {tracker} needs a package: pip install {tracker}. Or use --report_to none.")
     return Accelerator(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=precision,
-        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        log_with=None if arguments.dry_run or arguments.report_to == "none" else arguments.report_to,
         project_dir=None if arguments.dry_run else Path(arguments.output_dir) / "logs",
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False),
