@@ -108,7 +108,7 @@ def test_the_discriminator_is_trained(folder, tiny_autoencoder_kl):
     assert sum(not torch.equal(first[name], second[name]) for name in learned) > len(learned) // 2
     assert sum(not torch.equal(second[name], third[name]) for name in learned) > len(learned) // 2
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["loss/discriminator"] > 0
+    assert any(record.get("loss/discriminator", 0) > 0 for record in records)
 
 
 def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
