@@ -36,7 +36,7 @@ def build_accelerator(arguments: RunArguments) -> Accelerator:
     return Accelerator(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=precision,
-        log_with=None if arguments.dry_run or arguments.report_to == "none" else arguments.report_to,
+        log_with=None if arguments.dry_run or tracker == "none" else tracker,
         project_dir=None if arguments.dry_run else Path(arguments.output_dir) / "logs",
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False),
