@@ -188,6 +188,25 @@ def test_pictures_that_changed_since_a_shard_was_written_are_noticed(repository,
         run(repository, vae, changed, tmp_path / "store")
 
 
+def test_unreadable_pictures_are_replaced_counted_and_named(repository, vae, pictures, tmp_path, caplog) -> None:
+    """Each by the picture after it, with that one's label; the last one by the first."""
+    broken = tmp_path / "broken"
+    shutil.copytree(pictures, broken)
+    for name in ("cat/6.png", "dog/6.png"):
+        (broken / name).write_bytes((broken / name).read_bytes()[:200])  # the header is whole, the pixels are not
+    with caplog.at_level(logging.WARNING):
+        run(repository, vae, broken, tmp_path / "store")
+    store = LatentStore(tmp_path / "store", vae=AutoModel.from_pretrained(str(tmp_path / "store" / "vae")))
+    assert store.manifest["skipped"] == ["cat/6.png", "dog/6.png"]
+    assert "Skipped picture cat/6.png (1 so far)" in caplog.text
+    assert "Skipped picture dog/6.png (2 so far)" in caplog.text
+    assert "2 unreadable pictures were replaced" in caplog.text
+    assert store.labels.tolist() == [0] * 6 + [1] * 7 + [0] and len(store) == 14
+    moments = store.get_many(range(14))["moments"]
+    for replaced, used in ((6, 7), (13, 0)):
+        torch.testing.assert_close(moments[replaced], moments[used], rtol=1e-5, atol=1e-6)
+
+
 def test_disk_without_room_is_refused(repository, vae, pictures, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="disk is too small"):
