@@ -6,13 +6,13 @@ r"""Measures what latents know about classes or depths: a few annotated pictures
 Nothing is trained: each cell of a latent takes the label, or the depth, of the most similar annotated cells. Beside it
 stand two answers that never look at the picture: the mean of all annotated cells (for classes: the most frequent one),
 and the mean at each place. With --alignment_network the features are those that it predicts, and --head applies a
-published linear head to them instead. Writes figures as JSON and an overview as PNG beside it.
+published linear head to them instead. Writes a result card (JSON) for `eqvae compare`, and an overview (PNG).
 """
 
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
-from diffusers_eqvae.files import require_writable, write_json
+from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.metrics.features import hash_file, hash_tensors
-from diffusers_eqvae.metrics.result_card import hardware
+from diffusers_eqvae.metrics.result_card import ResultCard, hardware
 from diffusers_eqvae.metrics.revisions import model_revision
 from diffusers_eqvae.perception.features import load_alignment_network
-from diffusers_eqvae.perception.reading import AnnotatedReader
+from diffusers_eqvae.perception.reading import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
 from diffusers_eqvae.pictures import grid
 from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
@@ -40,7 +40,7 @@ class PerceptionArguments:
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
     images: str = field(metadata={"help": "Folder of pictures, taken as ADM centre crops."})
     targets: str = field(metadata={"help": "Folder of annotations: 8-bit masks, or 16-bit depths in mm (0: invalid)."})
-    output: str = field(metadata={"help": "JSON file to write; the overview gets the same name with .png."})
+    output: str = field(metadata={"help": "The card, a JSON file; the overview gets the same name with .png."})
     task: Literal["segmentation", "depth"] = field(default="segmentation", metadata={"help": "What targets hold."})
     num_annotated: int = field(default=5, metadata={"help": "Pictures whose annotations may be used; 0 with --head."})
     num_tested: int | None = field(default=None, metadata={"help": "Of the last pictures; unset: all not annotated."})
@@ -69,6 +69,8 @@ class PerceptionArguments:
         for name in (*positive, "num_shown"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive; got {getattr(self, name)}.")
+        if Path(self.output).suffix == ".png":
+            raise ValueError(f"--output names the JSON file, and the overview gets .png; got {self.output}.")
         if self.head is not None and (self.alignment_network is None or (self.window or 1) != 1):
             raise ValueError("--head reads single features of a teacher: give --alignment_network and no --window.")
         if (self.head is None and self.num_annotated < 1) or self.num_annotated < 0:
@@ -81,7 +83,7 @@ class PerceptionArguments:
             warn_without_effect(self, ("seed",), "--order is name")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> ResultCard:
     (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     require_writable(arguments.output)
@@ -102,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         masks = [target for _, target in pairs]
         task = SegmentationTask.of_files(masks, arguments.num_classes, ignore_index=arguments.ignore_index)
     vae, network = load_autoencoder(arguments.vae).requires_grad_(False), None
-    origin = {"weights": model_revision(vae), "fingerprint": vae_fingerprint(vae)}
-    facts = {"vae": {"name": arguments.vae, "class": type(vae).__name__, **origin}}
+    facts: dict[str, Any] = {"model": arguments.vae, "model_class": type(vae).__name__, "dtype": "float32"}
+    facts |= {"weights": vae_fingerprint(vae), "vae_revision": model_revision(vae)}
     if arguments.alignment_network is not None:
         network = load_alignment_network(arguments.alignment_network).to(arguments.device)
         facts["alignment_network"] = {"name": arguments.alignment_network, "weights_hash": hash_tensors(network)}
@@ -116,8 +118,10 @@ def main(argv: list[str] | None = None) -> None:
         head, methods["head"] = task.head(arguments.head)
         head.to(arguments.device)
         facts["head"] = {"name": arguments.head, "file_hash": hash_file(arguments.head)}
+        facts["head"] |= {"max_depth": task.max_depth} if isinstance(task, DepthTask) else {}
     if annotated:
         methods |= transfer_methods(*reader.cells(annotated), neighbours=arguments.neighbours)
+        facts |= {"window": window, "neighbours": arguments.neighbours}
 
     rows: list[list[torch.Tensor]] = []
     shown = np.linspace(0, num_tested - 1, min(arguments.num_shown, num_tested)).round().astype(int).tolist()
@@ -128,20 +132,17 @@ def main(argv: list[str] | None = None) -> None:
         for index in (place - number * arguments.batch_size for place in shown):
             if 0 <= index < len(pixels):
                 rows.append([pixels[index], *task.draw([answer[index] for answer in answers.values()], truth[index])])
-    content = {
-        "evaluator": f"diffusers_eqvae {diffusers_eqvae.__version__}",
-        **hardware(arguments.device, diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__),
-        **facts,
-        "arguments": asdict(arguments),
-        "window": window,
-        "annotated": [image.name for image, _ in annotated],
-        "tested": [image.name for image, _ in tested],
-        **reader.hashes,
-        "figures": task.figures(),
-    }
-    output = Path(arguments.output)
-    write_json(output, content)
-    grid(rows, ("picture", "truth", *methods)).save(output.with_suffix(".png"))
+    metrics, marks = split_figures(task.figures())
+    protocol = {**reader.protocol, "num_annotated": len(annotated), "num_tested": num_tested}
+    provenance = {"data": Path(arguments.images).name, "targets": Path(arguments.targets).name}
+    versions = {"diffusers_eqvae": diffusers_eqvae.__version__, "diffusers": diffusers.__version__}
+    provenance |= hardware(arguments.device, **versions)
+    used = {"annotated": [image.name for image, _ in annotated], "tested": [image.name for image, _ in tested]}
+    details = {"figures": task.figures(), "arguments": asdict(arguments), **used}
+    card = ResultCard(metrics, protocol, facts, marks, provenance, "perception", details)
+    card.save(arguments.output)
+    grid(rows, ("picture", "truth", *methods)).save(Path(arguments.output).with_suffix(".png"))
+    return card
 
 
 if __name__ == "__main__":

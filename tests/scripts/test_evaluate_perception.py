@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import runpy
 import subprocess
@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned
+from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned, cli
 from diffusers_eqvae.autoencoders import encode
 from diffusers_eqvae.data.images import to_uint8
 from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.metrics.collecting import hash_digests, picture_digests
 from diffusers_eqvae.metrics.features import hash_file, hash_tensors
 from diffusers_eqvae.metrics.perception import SegmentationConfusion
+from diffusers_eqvae.metrics.result_card import PERCEPTION_PROTOCOL, ResultCard, compare_cards
 from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
+from diffusers_eqvae.perception.reading import split_figures
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
 from diffusers_eqvae.training_utils.arguments import parse
 
@@ -64,16 +66,24 @@ def flags(folders: Path, targets: str, *more: str) -> list[str]:
     return [str(word) for word in words]
 
 
-def run(repository: Path, folders: Path, targets: str, *more: str) -> dict:
-    runpy.run_path(str(repository / "training" / "evaluate_perception.py"))["main"](flags(folders, targets, *more))
-    return json.loads((folders / "out" / "figures.json").read_text())
+def run(repository: Path, folders: Path, targets: str, *more: str) -> ResultCard:
+    script = runpy.run_path(str(repository / "training" / "evaluate_perception.py"))["main"]
+    card = script(flags(folders, targets, *more))
+    assert ResultCard.load(folders / "out" / "figures.json") == card and card.task == "perception"
+    return card
+
+
+def figures(card: ResultCard) -> dict:
+    return card.details["figures"]
 
 
 def test_classes_are_carried_over_as_the_library_does(repository, folders, tiny_autoencoder_kl):
     more = ("--ignore_index", str(VOID), "--order", "name", "--window", "1")
-    content = run(repository, folders, "masks", *more, "--batch_size", "2")
-    assert content["annotated"] == ["0.png", "1.png", "2.png"] and len(content["tested"]) == 4
-    assert set(content["figures"]) == METHODS
+    card = run(repository, folders, "masks", *more, "--batch_size", "2")
+    assert card.details["annotated"] == ["0.png", "1.png", "2.png"] and len(card.details["tested"]) == 4
+    assert set(figures(card)) == METHODS and card.settings["window"] == 1
+    assert card.metrics.keys() == {f"{name}_{method}" for name in ("mean_iou", "accuracy") for method in METHODS}
+    assert card.metrics["accuracy_nearest_cells"] == figures(card)["nearest_cells"]["accuracy"]
 
     paths = [[folders / name / f"{index}.png" for index in range(COUNT)] for name in ("images", "masks")]
     with torch.no_grad():
@@ -83,24 +93,24 @@ def test_classes_are_carried_over_as_the_library_does(repository, folders, tiny_
     confusion = SegmentationConfusion(2, ignore_index=VOID)
     answer = CellTransfer(features[:3], targets)(features[3:])
     confusion.update(to_size(answer, (SIDE, SIDE)).argmax(1), truth[3:])
-    measured = content["figures"]["nearest_cells"]
-    assert measured["mean_iou"] == pytest.approx(confusion.mean_iou(), abs=1e-3)
+    assert card.metrics["mean_iou_nearest_cells"] == pytest.approx(confusion.mean_iou(), abs=1e-3)
     with Image.open(folders / "out" / "figures.png") as overview:
         assert overview.size == (5 * (SIDE + 4) - 4, 16 + 4 * (SIDE + 4) - 4)
 
 
 def test_depths_are_carried_over(repository, folders):
-    content = run(repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "1")
-    figures = content["figures"]
-    assert set(figures) == METHODS and len(content["tested"]) == 2
-    assert set(content["tested"]).isdisjoint(content["annotated"])
-    assert figures["nearest_cells"]["rmse"] < figures["mean_of_all_cells"]["rmse"]
+    card = run(repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "1")
+    assert set(figures(card)) == METHODS and len(card.details["tested"]) == 2
+    assert set(card.details["tested"]).isdisjoint(card.details["annotated"])
+    assert card.metrics["rmse_nearest_cells"] < card.metrics["rmse_mean_of_all_cells"]
     other = run(repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "2")
-    assert other["annotated"] != content["annotated"]
+    assert other.details["annotated"] != card.details["annotated"]
     scaled = run(
         repository, folders, "depths", "--task", "depth", "--num_tested", "2", "--seed", "2", "--median_scaling"
     )
-    assert scaled["figures"]["mean_of_all_cells"] != other["figures"]["mean_of_all_cells"]
+    assert scaled.metrics["rmse_mean_of_all_cells"] != other.metrics["rmse_mean_of_all_cells"]
+    (sentence,) = compare_cards(["scaled", "other"], [scaled, other]).incomparable
+    assert sentence.startswith("annotation differs (depth up to a factor per picture, depth in metres)")
 
 
 def test_heads_read_the_features_of_a_network(repository, folders, network):
@@ -113,11 +123,11 @@ def test_heads_read_the_features_of_a_network(repository, folders, network):
     with_network = ("--alignment_network", str(network), "--num_annotated", "0")
     with_head = ("--task", "depth", *with_network, "--head", str(folders / "depth.pth"))
     farther = run(repository, folders, "depths", *with_head, "--max_depth", "800")
-    content = run(repository, folders, "depths", *with_head)
-    assert farther["figures"]["head"]["rmse"] > 10 * content["figures"]["head"]["rmse"]
-    assert set(content["figures"]) == {"head"} and len(content["tested"]) == COUNT
-    assert content["window"] == 1
-    assert content["head"]["file_hash"] == hash_file(folders / "depth.pth")
+    card = run(repository, folders, "depths", *with_head)
+    assert farther.metrics["rmse_head"] > 10 * card.metrics["rmse_head"]
+    assert set(figures(card)) == {"head"} and len(card.details["tested"]) == COUNT
+    assert card.settings["head"]["file_hash"] == hash_file(folders / "depth.pth")
+    assert (card.settings["head"]["max_depth"], farther.settings["head"]["max_depth"]) == (10, 800)
 
     classes = {
         "conv_seg.weight": torch.randn(3, 6, 1, 1, generator=generator),
@@ -128,8 +138,8 @@ def test_heads_read_the_features_of_a_network(repository, folders, network):
     more = ("--ignore_index", str(VOID), "--alignment_network", str(network), "--head", str(folders / "classes.pth"))
     with pytest.raises(ValueError, match="knows 3 classes, the masks hold 2"):
         run(repository, folders, "masks", *more)
-    content = run(repository, folders, "masks", *more, "--num_classes", "3")
-    assert set(content["figures"]) == {"head", *METHODS}
+    card = run(repository, folders, "masks", *more, "--num_classes", "3")
+    assert set(figures(card)) == {"head", *METHODS} and card.settings["window"] == 1
 
 
 def test_what_cannot_be_measured_is_refused(repository, folders):
@@ -139,6 +149,7 @@ def test_what_cannot_be_measured_is_refused(repository, folders):
         (["--num_annotated", "7"], r"--num_tested must be 1\.\.0"),
         (["--num_tested", "5"], r"--num_tested must be 1\.\.4"),
         (["--num_classes", "2"], "Labels must be 0..1"),
+        (["--output", "figures.png"], "the overview gets .png"),
         (["--output", str(folders / "images" / "0.png" / "x.json"), "--vae", "nowhere"], "cannot be written"),
         *(
             ([f"--{name}", value], f"--{name} must be positive; got {value}")
@@ -183,40 +194,49 @@ def test_a_network_is_found_beside_its_autoencoder(repository, folders, network,
     (folders / "pipeline" / "model_index.json").write_text("{}")
     facts = []
     for name in ("network", "aligned", "aligned/alignment_network", "pipeline"):
-        content = run(
+        card = run(
             repository, folders, "masks", "--ignore_index", str(VOID), "--alignment_network", str(folders / name)
         )
-        facts.append((content["alignment_network"]["weights_hash"], content["figures"]))
+        facts.append((card.settings["alignment_network"]["weights_hash"], card.metrics))
     assert facts[0][0] == hash_tensors(AlignmentNetwork.from_pretrained(network)) and facts == facts[:1] * 4
     with pytest.raises(ValueError, match="holds a AutoencoderKL and no alignment network"):
         run(repository, folders, "masks", "--ignore_index", str(VOID), "--alignment_network", str(folders / "vae"))
 
 
 def test_figures_say_what_they_were_measured_on(repository, folders, network, tiny_autoencoder_kl):
-    def facts(**more) -> dict:
+    def measured(**more) -> ResultCard:
         flags = {"ignore_index": VOID, "order": "name", "alignment_network": network} | more
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         return run(repository, folders, "masks", *words)
 
-    content = facts()
-    assert content["vae"]["fingerprint"] == vae_fingerprint(tiny_autoencoder_kl)
-    assert content["vae"]["weights"] == f"weights {hash_tensors(tiny_autoencoder_kl)}"
-    assert set(content["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"} and content["date"]
+    card = measured()
+    assert set(card.protocol) == set(PERCEPTION_PROTOCOL)
+    assert card.settings["weights"] == vae_fingerprint(tiny_autoencoder_kl)
+    assert card.settings["vae_revision"] == f"weights {hash_tensors(tiny_autoencoder_kl)}"
+    assert set(card.provenance["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"}
+    assert card.provenance["date"] and (card.provenance["data"], card.provenance["targets"]) == ("images", "masks")
     pixels = read_pixels([folders / "images" / f"{index}.png" for index in range(COUNT)], SIDE)
     levels = to_uint8(pixels).permute(0, 2, 3, 1).numpy()
-    assert content["pictures_hash"] == hash_digests(picture_digests(levels))
+    assert card.protocol["pictures_hash"] == hash_digests(picture_digests(levels))
 
-    keys = ("pictures_hash", "targets_hash")
-    first = [content[key] for key in keys]
-    assert [facts(batch_size=2)[key] for key in keys] == first
-    assert all(
-        before != after for before, after in zip(first, [facts(num_tested=3)[key] for key in keys], strict=True)
-    )
+    def differences(other: ResultCard) -> set[str]:
+        return {sentence.split()[0] for sentence in compare_cards(["a", "b"], [card, other]).incomparable}
+
+    assert differences(measured(batch_size=2, neighbours=2)) == set()
+    hashes = {"pictures_hash", "targets_hash"}
+    assert differences(measured(num_tested=3)) == hashes | {"num_tested"}
+    assert differences(measured(num_annotated=2, num_tested=5)) == {"num_annotated", "num_tested"}
+    assert differences(measured(resolution=16)) == hashes | {"resize_rule"}
+    assert differences(measured(ignore_index=8)) == {"annotation"}
     mask = np.asarray(Image.open(folders / "masks" / "6.png")).copy()
     mask[-1, -1] = 1 - mask[-1, -1]
     Image.fromarray(mask).save(folders / "masks" / "6.png")
-    content = facts()
-    assert content["pictures_hash"] == first[0] and content["targets_hash"] != first[1]
+    assert differences(measured()) == {"targets_hash"}
+
+
+def test_a_figure_that_is_not_finite_is_a_mark():
+    measured = {"head": {"mean_iou": math.nan, "accuracy": 0.5, "iou": [None, None]}}
+    assert split_figures(measured) == ({"accuracy_head": 0.5}, {"mean_iou_head": "nan for these pictures"})
 
 
 @pytest.mark.parametrize(
@@ -240,4 +260,6 @@ def test_the_real_command_line(repository, folders):
     words = flags(folders, "masks", "--ignore_index", str(VOID))
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, env=os.environ.copy())
     assert done.returncode == 0, done.stderr
-    assert json.loads((folders / "out" / "figures.json").read_text())["arguments"]["ignore_index"] == VOID
+    path = str(folders / "out" / "figures.json")
+    assert ResultCard.load(path).details["arguments"]["ignore_index"] == VOID
+    assert cli.main(["compare", path, path]) == 0

@@ -41,7 +41,20 @@ RECONSTRUCTION_PROTOCOL = {
     "lpips_weights_hash": "distances by different weights have different units",
     **{key: PROTOCOL[key] for key in ("evaluator", "evaluator_version", "weights_hash", "input_rule", "uint8_rule")},
 }
-PROTOCOLS = {"generation": PROTOCOL, "reconstruction": RECONSTRUCTION_PROTOCOL}
+# The same for what latents know of annotated pictures.
+PERCEPTION_PROTOCOL = {
+    "annotation": "classes and depths, and what of them counts, have different figures",
+    "pictures_hash": "figures of other pictures are other figures",
+    "targets_hash": "other annotations are another truth",
+    "num_annotated": "more annotated pictures teach more",
+    "num_tested": "figures of other pictures are other figures",
+    "resize_rule": "resized and cropped pictures have other spectra",
+}
+PROTOCOLS = {
+    "generation": PROTOCOL,
+    "reconstruction": RECONSTRUCTION_PROTOCOL,
+    "perception": PERCEPTION_PROTOCOL,
+}
 # Facts that matter only where all cards have a number whose name begins like this.
 _RFID = ("rfid", "rfd_", "rsfid", "rsfd_")
 CONCERNS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -52,6 +65,7 @@ CONCERNS: dict[str, dict[str, tuple[str, ...]]] = {
         "lpips_weights_hash": ("lpips",),
         **dict.fromkeys(("evaluator", "evaluator_version", "weights_hash", "input_rule", "uint8_rule"), _RFID),
     },
+    "perception": {},
 }
 # What an experiment varies; compared numbers may differ in these, and the table shows where.
 SETTINGS = (
@@ -60,6 +74,10 @@ SETTINGS = (
     "weights",
     "vae_revision",
     "transformer_revision",
+    "alignment_network",
+    "head",
+    "window",
+    "neighbours",
     "guidance_scale",
     "guidance_interval",
     "guided_channels",
@@ -82,7 +100,7 @@ class ResultCard:
         protocol: the facts in `PROTOCOLS[task]`; what is not stated is unknown.
         settings: the facts in `SETTINGS`, of the model and its sampler.
         provenance: name of the reference, hash of the samples, hardware, versions, date.
-        task: "generation" or "reconstruction".
+        task: "generation", "reconstruction" or "perception".
         details: what is measured beside numbers, such as spectra.
     """
 
@@ -224,7 +242,10 @@ def _differences(cards: Sequence[ResultCard]) -> list[tuple[str, list[Any]]]:
 def _incomparable(names: Sequence[str], cards: Sequence[ResultCard]) -> list[str]:
     tasks = [card.task for card in cards]
     if len(set(tasks)) > 1:
-        reason = "a reconstruction is measured against its own picture, a sample against a distribution"
+        reason = (
+            "a reconstruction is measured against its own picture, a sample against a distribution, what latents know "
+            "against annotations"
+        )
         return [f"task differs ({', '.join(tasks)}): {reason}"]
     sentences = []
     shared = set.intersection(*(set(card.metrics) for card in cards))

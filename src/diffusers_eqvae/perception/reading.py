@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,19 @@ class AnnotatedReader:
         """Of the crops of all pictures read so far, pixel by pixel and in order, and of those of their annotations."""
         return {name: hash_digests(digests) for name, digests in self._digests.items()}
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a result card of the task "perception" states of all that was read so far."""
+        if isinstance(self.task, DepthTask):
+            annotation = "depth" + (" up to a factor per picture" if self.task.median_scaling else " in metres")
+        else:
+            annotation = f"classes, {self.task.ignore_index} is void"
+        return {
+            "annotation": annotation,
+            "resize_rule": f"ADM centre crop to {self.resolution} px",
+            **self.hashes,
+        }
+
     @torch.no_grad()
     def batches(self, pairs: Sequence[tuple[Path, Path]]) -> Iterator[tuple[Tensor, AlignmentOutput, Tensor]]:
         """Pixels (B, 3, S, S), features, and annotations (B, S, S).
@@ -77,6 +92,21 @@ class AnnotatedReader:
             known.append((seen.patch, self.task.cell_targets(truth, (height, width))))
         features, targets = (torch.cat(parts) for parts in zip(*known, strict=True))
         return features, targets.to(features)
+
+
+def split_figures(figures: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, str]]:
+    """`figures` of a task as `metrics` and `marks` of a result card, FIGURE_METHOD each; lists are left out.
+
+    A figure that is not finite is no number and leaves a mark in its place.
+    """
+    values = {
+        f"{name}_{method}": value
+        for method, measured in figures.items()
+        for name, value in measured.items()
+        if isinstance(value, float)
+    }
+    numbers = {name: value for name, value in values.items() if math.isfinite(value)}
+    return numbers, {name: f"{value} for these pictures" for name, value in values.items() if name not in numbers}
 
 
 def _require_finite(values: Tensor, what: str, origin: str, images: Sequence[Path]) -> None:
