@@ -3,7 +3,7 @@ r"""Samples many pictures of a saved pipeline into samples.npz, on any number of
     python pipelines/sample.py --model runs/sit --num_samples 64 --output_dir runs/samples --save_png
     accelerate launch pipelines/sample.py --model runs/sit --num_samples 50000 --output_dir runs/samples \
         --label_policy balanced --guidance_scale 1.8 --guidance_interval 0 0.75 --scheduler sde
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 pipelines/sample.py --model runs/sit --output_dir runs/samples
+    torchrun --nproc_per_node 2 pipelines/sample.py --model runs/sit --output_dir runs/samples
 
 Picture n depends on (seed, n) alone, so the set does not depend on how many processes made it. A killed run continues
 where it stopped when it is started again with the same flags.
@@ -11,14 +11,12 @@ where it stopped when it is started again with the same flags.
 
 import logging
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -28,6 +26,7 @@ from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from diffusers_eqvae.training_utils.arguments import parse
+from diffusers_eqvae.training_utils.processes import build_state, run_script
 
 GRID_SAMPLES = 64
 
@@ -111,39 +110,38 @@ def sample_block(
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse(SampleArguments, argv=argv, description=__doc__.partition("\n")[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait at the end for the slowest
-    accelerator, output_dir = Accelerator(kwargs_handlers=[patience]), Path(arguments.output_dir)
-    pipeline = load_pipeline(arguments, accelerator.device)
+    state, output_dir = build_state(), Path(arguments.output_dir)
+    pipeline = load_pipeline(arguments, state.device)
     wanted = arguments.class_labels or range(pipeline.transformer.config.num_classes)
     class_ids = pipeline.resolve_class_labels([int(each) if str(each).isdecimal() else each for each in wanted])
     settings = what_decides_the_pictures(arguments, pipeline, class_ids)
-    with accelerator.main_process_first():
+    with state.main_process_first():
         finished = sampling.claim_directory(output_dir, settings)
 
     blocks = sampling.plan_blocks(arguments.num_samples, arguments.batch_size)
     if not finished:
-        rank, world_size = accelerator.process_index, accelerator.num_processes
+        rank, world_size = state.process_index, state.num_processes
         mine = sampling.pending_blocks(output_dir, blocks, rank=rank, world_size=world_size)
-        accelerator.wait_for_everyone()  # no part may be written before every rank has listed those that are missing
-        with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as progress:
+        state.wait_for_everyone()  # no part may be written before every rank has listed those that are missing
+        with tqdm(total=sum(map(len, mine)), unit="image", disable=not state.is_main_process) as progress:
             for block in mine:
                 part = sample_block(pipeline, arguments, block, class_ids)
                 sampling.write_part(output_dir, block, part)
                 progress.update(len(block))
-        accelerator.wait_for_everyone()
+        state.wait_for_everyone()
 
-    if accelerator.is_main_process:
+    if state.is_main_process:
         if not finished:
             versions = {module.__name__: module.__version__ for module in (diffusers_eqvae, diffusers, torch)}
-            facts = {"model": arguments.model, "device": str(accelerator.device), "versions": versions}
+            facts = {"model": arguments.model, "device": str(state.device), "versions": versions}
             sampling.finish(output_dir, blocks, settings=settings, facts=facts | sampling.revisions(pipeline))
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
         image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")
         if arguments.save_png:
             sampling.write_pngs(samples, output_dir / "png")
         logging.getLogger("sample").info("%d pictures in %s", len(samples), output_dir / sampling.SAMPLES_FILE)
-    accelerator.end_training()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,20 +10,19 @@ processes. An interrupted run continues where it stopped when started again with
 
 import logging
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_picture
+from diffusers_eqvae.data.images import model_files
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
 from diffusers_eqvae.latents import LatentNormalization, vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse
+from diffusers_eqvae.training_utils.processes import build_state, run_script, runs_on_cpu
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -69,10 +68,13 @@ class EncodeArguments:
 def main(argv: list[str] | None = None) -> None:
     arguments, data = parse(EncodeArguments, PictureArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # PartialState sees several ranks on a CPU only where it is told that it runs on one. They wait for the slowest at
-    # the end, which may take longer than the default of ten minutes.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+    output_dir = Path(arguments.output_dir)
+    if found := model_files(output_dir):
+        raise ValueError(
+            f"--output_dir {output_dir} is a model's directory (it holds {', '.join(found)}), and a store would "
+            "overwrite its mean_std.json; choose another."
+        )
+    state = build_state()
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     with state.main_process_first():
         source = data.load()
@@ -93,28 +95,31 @@ def main(argv: list[str] | None = None) -> None:
             "label_column": data.label_column if source.labels is not None else None,
         },
     )
-    output_dir = Path(arguments.output_dir)
     plan = f"{len(source)} pictures, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
+    if source.labels is None:
+        state.print("No labels: the store is good for statistics, not for train_transformer.py.")
     if arguments.dry_run:
         state.print(f"{plan}; {check_disk(output_dir, settings.bytes(len(source)))}")
         return
 
     writer = LatentStoreWriter(output_dir, settings)
     missing = sum(len(settings.examples(shard)) for shard in writer.pending()[0])
-    state.print(f"{plan}; {check_disk(output_dir, settings.bytes(missing))}")
+    state.print(f"{plan}; {check_disk(output_dir, settings.bytes(missing)) if missing else 'all encoded before'}")
     shards, complaints = writer.pending(state.process_index, state.num_processes)
     for complaint in complaints:
         logger.warning("Encoding a shard again: %s", complaint)
     total = sum(len(settings.examples(shard)) for shard in shards)
-    if on_cpu:
+    if runs_on_cpu():
         torch.set_num_threads(arguments.cpu_threads)  # torchrun and plain python start with different numbers
     vae.to(state.device, memory_format=torch.channels_last)
-    with tqdm(total=total, unit="img", desc="encoding (this process)", disable=not state.is_main_process) as bar:
+    silent = not (total and state.is_main_process)
+    with tqdm(total=total, unit="img", desc="encoding (this process)", disable=silent) as bar:
         options = {"device": state.device, "num_workers": arguments.num_workers, "progress": bar.update}
         encode_shards(vae, source, writer, shards=shards, **options)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer)
+        state.print(f"The store is complete: {output_dir}")
     state.destroy_process_group()
 
 
@@ -137,4 +142,4 @@ def finish(arguments: EncodeArguments, vae: torch.nn.Module, source, writer: Lat
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import diffusers
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -31,6 +30,7 @@ from diffusers_eqvae.metrics.inputs import PictureSet
 from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
 from diffusers_eqvae.metrics.revisions import model_revision
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse, warn_without_effect
+from diffusers_eqvae.training_utils.processes import build_state, run_script
 
 
 @dataclass
@@ -83,7 +83,7 @@ def warn_of_unused(arguments: EvaluateArguments) -> None:
 def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, data = parse(EvaluateArguments, PictureArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    state = PartialState()
+    state = build_state()
     require_writable(arguments.output)
     if state.is_main_process:
         warn_of_unused(arguments)
@@ -134,4 +134,4 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

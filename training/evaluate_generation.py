@@ -11,7 +11,6 @@ result card (JSON) that `eqvae compare` reads. The number of processes changes n
 
 import logging
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +30,7 @@ from diffusers_eqvae.metrics.result_card import ResultCard, hardware, run_facts,
 from diffusers_eqvae.pipelines.generated import GeneratedPictures
 from diffusers_eqvae.pipelines.sampling import load_pipeline
 from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
+from diffusers_eqvae.training_utils.processes import build_state, run_script
 
 
 @dataclass
@@ -103,7 +103,7 @@ def card_path(evaluation: EvaluationArguments) -> Path:
 def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, options = parse(EvaluationArguments, PipelineArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    state, path, resolution = PartialState(timeout=timedelta(days=7)), Path(arguments.samples), arguments.resolution
+    state, path, resolution = build_state(), Path(arguments.samples), arguments.resolution
     output = card_path(arguments)
     for written in filter(None, (output, arguments.save_reference)):
         require_writable(written)
@@ -144,4 +144,4 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

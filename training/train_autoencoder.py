@@ -21,6 +21,7 @@ from diffusers_eqvae.training_utils import autoencoder_parts as parts
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
 from diffusers_eqvae.training_utils.autoencoder_result import autoencoder_facts, save_autoencoder
 from diffusers_eqvae.training_utils.autoencoder_step import AutoencoderObjective, AutoencoderStep
+from diffusers_eqvae.training_utils.processes import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
 
 ADAM_BETAS = (0.5, 0.9)  # of VQGAN and LDM, for autoencoder and discriminator
@@ -117,4 +118,4 @@ def validate(run: TrainingRun, held_out: Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

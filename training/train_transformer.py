@@ -17,6 +17,7 @@ from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.losses.diffusion import flow_matching_loss
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
 from diffusers_eqvae.training_utils.generation_evaluation import GenerationEvaluation
+from diffusers_eqvae.training_utils.processes import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
 from diffusers_eqvae.training_utils.transformer_arguments import (
     FlowArguments,
@@ -110,4 +111,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -42,7 +42,7 @@ def run_script(path: Path, flags: list[str]) -> None:
 def torchrun(path: Path, flags: list[str], *, processes: int) -> subprocess.CompletedProcess:
     """Launches the script on `processes` gloo ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": str(torch.accelerator.is_available()), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, str(path), *flags], env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -69,7 +69,7 @@ def launch(repository: Path, steps: list, folder: Path, processes: int) -> None:
     worker = repository / "tests" / "scripts" / "evaluation_worker.py"
     done = subprocess.run(
         [*launcher, str(worker), str(folder / "plan.json")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ACCELERATE_USE_CPU": str(torch.accelerator.is_available()), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,

@@ -62,7 +62,7 @@ def start(repository, arguments, log, *, processes=1):
     with open(log, "w") as stderr:
         return subprocess.Popen(
             [sys.executable, *(launcher if processes > 1 else []), repository / "pipelines" / "sample.py", *arguments],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "ACCELERATE_USE_CPU": str(torch.accelerator.is_available()), "OMP_NUM_THREADS": "1"},
             stderr=stderr,
         )
 

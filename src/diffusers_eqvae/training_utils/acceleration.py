@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from .arguments import RunArguments
+from .processes import runs_on_cpu
 
 # The other ranks wait while the main process validates, measures statistics and saves.
 LONGEST_WAIT = timedelta(hours=2)
@@ -34,6 +35,7 @@ def build_accelerator(arguments: RunArguments) -> Accelerator:
     if tracker != "none" and LoggerType(tracker) not in get_available_trackers():  # accelerate goes on without it
         raise ValueError(f"--report_to {tracker} needs a package: pip install {tracker}. Or use --report_to none.")
     return Accelerator(
+        cpu=runs_on_cpu(),
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=precision,
         log_with=None if arguments.dry_run or tracker == "none" else tracker,
