@@ -204,6 +204,11 @@ def test_refuses_a_model_for_other_latents(script, tmp_path, store):
         script.main(flags(tmp_path, latents_dir=store, model=tmp_path / "start"))
 
 
+def test_refuses_an_autoencoder_as_the_model(script, tmp_path, store):
+    with pytest.raises(ValueError, match="holds an AutoencoderKL; a SiTTransformer2DModel is trained here"):
+        script.main(flags(tmp_path, latents_dir=store, model=store / "vae"))
+
+
 def test_refuses_neither_store_nor_pictures(script, tmp_path):
     with pytest.raises(ValueError, match="--latents_dir"):
         script.main(flags(tmp_path))

@@ -48,6 +48,8 @@ def test_resumed_run_draws_the_same_dropout(make_run, make_model, numbers):
     resumed = make_run(resume_from_checkpoint="step-00000003")
     torch.rand(7)
     assert resumed.step == 3 and torch.equal(weights(train(resumed, make_model(), numbers())), whole)
+    saved = json.loads((resumed.output_dir / "resolved_arguments.json").read_text())
+    assert saved["resume_from_checkpoint"] is None  # the preset repeats the run instead of opening it again
 
 
 def test_nan_batch_leaves_weights_bit_equal_and_the_next_step_continues(make_run, make_model, numbers):

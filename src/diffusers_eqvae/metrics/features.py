@@ -121,14 +121,9 @@ class InceptionFID(FeatureExtractor):
             FileNotFoundError: no such file; says which one is meant and how to get it.
             ValueError: weights of another network, or no file of weights.
         """
-        if path is None or not Path(path).is_file():
-            raise FileNotFoundError(
-                f"FID's Inception weights were not found at {path}. They are the file {INCEPTION_FILE} (95 MB): fetch "
-                f"it with `curl -LO {INCEPTION_URL}` and give its path (--weights; in training "
-                "--evaluator_weights). No other weights give FID."
-            )
-        with _weights_of("FID's Inception", path):
-            return cls(read_weights(path), weights_hash=hash_file(path))
+        file = _existing(path, "FID's Inception weights, which no others can stand for,", INCEPTION_URL)
+        with _weights_of("FID's Inception", file):
+            return cls(read_weights(file), weights_hash=hash_file(file))
 
     def _keep_spatial(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]
@@ -342,9 +337,10 @@ def load_extractor(evaluator: str, weights: str | os.PathLike[str] | None = None
 
 def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
     if path is None or not Path(path).is_file():
+        missing = "were not given" if path is None else f"were not found at {path}"
         raise FileNotFoundError(
-            f"{what} were not found at {path}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO "
-            f"{url}` and give its path (--weights; in training --evaluator_weights)."
+            f"{what} {missing}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO {url}` and give "
+            "its path (--weights; in training --evaluator_weights)."
         )
     return Path(path)
 

@@ -79,7 +79,8 @@ class TrainingRun:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.allow_tf32
         reseed_global(arguments.seed, 0, 0, 0)
-        self._resolved = cli.resolved(arguments, *others)
+        # Without the resumption: what is saved is to repeat the run, not to open it again.
+        self._resolved = {**cli.resolved(arguments, *others), "resume_from_checkpoint": None}
         self._checkpoint = find_checkpoint(arguments.resume_from_checkpoint, self.output_dir, warn=self.is_main)
         self.step = 0
         if self._checkpoint is not None:

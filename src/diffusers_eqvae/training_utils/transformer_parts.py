@@ -136,6 +136,9 @@ def build_transformer(
         path = path / "transformer"
     if path.is_dir():
         warn_without_effect(arguments, options, f"the saved model {path} has its own")
+        kind = SiTTransformer2DModel.load_config(path)["_class_name"]
+        if kind != SiTTransformer2DModel.__name__:
+            raise ValueError(f"--model {path} holds an {kind}; a {SiTTransformer2DModel.__name__} is trained here.")
         model = SiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
         _refuse_mismatch(path, dict(model.config), fitting)
         model.register_to_config(latent_fingerprint=fitting["latent_fingerprint"])
