@@ -222,6 +222,7 @@ def test_parquet_directory_with_splits_and_text_labels(tmp_path: Path) -> None:
         ({"image_column": "image"}, "no image column 'image'; the columns are img, kind, n"),
         ({"image_column": "n"}, "not pictures; the columns are img, kind, n"),
         ({"require_labels": True}, "no label column 'label'; the columns are img, kind, n"),
+        ({"label_column": "kinds"}, "no label column 'kinds'; the columns are img, kind, n"),
         ({"split": "val"}, "no split 'val' .* it has train, test"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -97,6 +97,7 @@ def test_store_holds_the_posteriors_of_both_views(repository, vae, pictures, tmp
     written = json.loads((tmp_path / "store" / "mean_std.json").read_text())
     assert written["latents_mean"] == pytest.approx(mean.mean((0, 2, 3)).tolist(), rel=1e-9)
     assert written["latents_std"] == pytest.approx(std.tolist(), rel=1e-9) and written["num_samples"] == 14
+    assert store.manifest["statistics"]["num_samples"] == 14 * 2  # posteriors, of both views
     assert normalised.config.scaling_factor == 1.0 and normalised.config.latents_std == written["latents_std"]
     with Image.open(tmp_path / "store" / "verify.png") as verification:
         assert verification.size[0] == 3 * 16 + 2 * 4
@@ -166,6 +167,7 @@ def test_deterministic_autoencoder_and_other_normalisations(
 def test_bad_input_ends_before_anything_is_written(repository, vae, pictures, tmp_path, capsys) -> None:
     for flags, message in (
         (["--resolution", "18"], "--resolution must be a multiple of the autoencoder's stride 4; got 18"),
+        (["--label_column", "clas"], "no label column 'clas'; the columns are image, label"),
         (["--image_column", "jpg"], "no image column 'jpg'; the columns are image, label"),
         (["--output_dir", str(vae / "config.json")], "cannot be written"),
     ):
@@ -173,8 +175,34 @@ def test_bad_input_ends_before_anything_is_written(repository, vae, pictures, tm
             run(repository, vae, pictures, tmp_path / "store", *flags)
     run(repository, vae, pictures, tmp_path / "store", "--dry_run")
     printed = capsys.readouterr().out
-    assert "14 pictures, 3 shard(s)" in printed and "free at" in printed
+    assert "14 pictures, 3 shard(s)" in printed and "free at" in printed and "No labels" not in printed
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model_index.json", "run_facts.json"])
+def test_the_directory_of_a_model_is_left_as_it_is(repository, vae, pictures, tmp_path, file) -> None:
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    for name in (file, "mean_std.json"):
+        (finished / name).write_text("{}")
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match=f"finished is a model's directory .it holds {file}.*choose another"):
+            run(repository, vae, pictures, finished, *more)
+    assert {path.name: path.read_text() for path in finished.iterdir()} == {file: "{}", "mean_std.json": "{}"}
+
+
+def test_the_end_says_where_the_store_is_and_what_it_is_good_for(repository, vae, pictures, tmp_path, capsys) -> None:
+    unlabelled, place = pictures / "cat", f"The store is complete: {tmp_path / 'store'}\n"
+    run(repository, vae, unlabelled, tmp_path / "store", "--dry_run")
+    said = capsys.readouterr()
+    assert "No labels: the store is good for statistics, not for train_transformer.py." in said.out
+    run(repository, vae, unlabelled, tmp_path / "store")
+    said = capsys.readouterr()
+    assert "No labels" in said.out and "still to write" in said.out and said.out.endswith(place)
+    run(repository, vae, unlabelled, tmp_path / "store")
+    said = capsys.readouterr()
+    assert "7 pictures, 2 shard(s)" in said.out and "all encoded before" in said.out and said.out.endswith(place)
+    assert "img" not in said.err
 
 
 def test_pictures_that_changed_since_a_shard_was_written_are_noticed(repository, vae, pictures, tmp_path) -> None:

@@ -21,6 +21,9 @@ MIN_SIDE_PX = 8
 MAX_UNREADABLE_SHARE = 0.01
 MIN_UNREADABLE_ALLOWED = 3
 START_CHECKS = 256
+LABEL_COLUMN = "label"
+# At the root of a saved model, pipeline or training run.
+MODEL_FILES = ("config.json", "model_index.json", "run_facts.json")
 # What Pillow raises for files that are absent, cut short, no pictures, or hostile.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
@@ -267,7 +270,7 @@ def load_image_dataset(
     train_data_dir: str | Path | None = None,
     split: str = "train",
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str = LABEL_COLUMN,
     require_labels: bool = False,
     cache_dir: str | None = None,
 ) -> ImageSource:
@@ -278,7 +281,7 @@ def load_image_dataset(
         dataset_config_name: configuration of a Hub dataset.
         train_data_dir: local directory of pictures, parquet files or webdataset tars.
         split: split to read.
-        image_column, label_column: columns; `label_column` may be absent unless `require_labels`.
+        image_column, label_column: columns; a `label_column` other than the default must exist.
         require_labels: refuse a dataset without labels.
         cache_dir: of the `datasets` library.
 
@@ -300,9 +303,14 @@ def load_image_dataset(
         root if local else str(dataset_name), config_name=dataset_config_name, split=split, cache_dir=cache_dir
     )
     pictures = undecoded(table, image_column)
-    labels, names = read_labels(table, label_column, required=require_labels)
+    labels, names = read_labels(table, label_column, required=require_labels or label_column != LABEL_COLUMN)
     source = ImageSource(
         pictures, image_column=image_column, labels=labels, names=names, root=root.resolve() if local else None
     )
     source.check()
     return source
+
+
+def model_files(directory: Path) -> list[str]:
+    """Those of `MODEL_FILES` that a directory holds; then its pictures and statistics are a model's."""
+    return [name for name in MODEL_FILES if (directory / name).is_file()]
