@@ -129,3 +129,14 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:80])
     with pytest.raises(ValueError, match=r"b\.png cannot be read"):
         read(open_pictures(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model_index.json", "run_facts.json"])
+def test_the_directory_of_a_model_is_no_set_of_pictures(file, tmp_path):
+    """A run keeps comparison strips of its validation pictures there."""
+    (tmp_path / "run" / "validation").mkdir(parents=True)
+    Image.fromarray(levels(1)[0]).save(tmp_path / "run" / "validation" / "strip.png")
+    (tmp_path / "run" / file).write_text("{}")
+    with pytest.raises(ValueError, match=rf"run holds {file}: it is a model's directory.*\.npz .* folder .*pipeline"):
+        open_pictures(tmp_path / "run", resolution=8)
+    assert len(open_pictures(tmp_path / "run" / "validation")) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.images import DECODE_ERRORS, ImageSource, adm_center_crop, to_rgb
+from ..data.images import DECODE_ERRORS, ImageSource, adm_center_crop, model_files, to_rgb
 from ..data.npz import npz_keys, open_npz_array
 from ..data.tables import picture_files
 
@@ -132,11 +132,16 @@ def open_pictures(
 
     Raises:
         FileNotFoundError: neither a file nor a folder.
-        ValueError: no .npz, one without arr_0 or of another shape or dtype, a folder without pictures, fewer than
-            `limit`.
+        ValueError: no .npz, one without arr_0 or of another shape or dtype, the directory of a model, a folder without
+            pictures, fewer than `limit`.
     """
     path = Path(path)
     if path.is_dir():
+        if found := model_files(path):
+            raise ValueError(
+                f"{path} holds {', '.join(found)}: it is a model's directory, and pictures in it are not a set to "
+                "measure. Give an .npz with arr_0, a folder of pictures or, as samples, a pipeline."
+            )
         files = sorted(picture_files(path))
         return PictureSet(files, name=path.name, resolution=resolution, limit=limit)
     if not path.is_file():
