@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
             {**metrics, **result.metrics}, protocol, facts, marks | result.marks, provenance, "reconstruction", details
         )
         card.save(arguments.output)
+        print(card.summary(), f"card: {arguments.output}", sep="\n")
     state.wait_for_everyone()
     state.destroy_process_group()
     return card if state.is_main_process else None

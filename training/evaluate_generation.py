@@ -137,9 +137,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     card.save(output)
     if arguments.save_reference:
         target.save(arguments.save_reference)
-    for name, value in result.metrics.items():
-        logging.getLogger("evaluate_generation").info("%s = %.6g", name, value)
-    logging.getLogger("evaluate_generation").info("card: %s", output)
+    print(card.summary(), f"card: {output}", sep="\n")
     return card
 
 

@@ -31,6 +31,7 @@ from diffusers_eqvae.perception.reading import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
 from diffusers_eqvae.pictures import grid
 from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
+from diffusers_eqvae.training_utils.processes import run_script
 
 
 @dataclass
@@ -54,9 +55,7 @@ class PerceptionArguments:
     head: str | None = field(default=None, metadata={"help": "File of DINOv2's linear head for this task."})
     max_depth: float = field(default=10.0, metadata={"help": "Metres of the depth head's last bin; KITTI: 80."})
     neighbours: int = field(default=5, metadata={"help": "Annotated cells that a cell is compared with."})
-    window: int | None = field(
-        default=None, metadata={"help": "Cells around a cell that its feature holds; unset: 5x5 latents, 1 feature."}
-    )
+    window: int | None = field(default=None, metadata={"help": "Side in cells of a feature; unset: 5 for latents."})
     ignore_index: int = field(default=255, metadata={"help": "Label of pixels without a class."})
     num_classes: int | None = field(default=None, metadata={"help": "Unset: the highest label and 1."})
     median_scaling: bool = field(default=False, metadata={"help": "Compare depths up to a factor per picture."})
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
     annotated, others = pairs[: arguments.num_annotated], pairs[arguments.num_annotated :]
     num_tested = len(others) if arguments.num_tested is None else arguments.num_tested
     if not 0 < num_tested <= len(others):
-        raise ValueError(f"--num_tested must be 1..{len(others)}, the {len(pairs)} pictures less the annotated ones.")
+        raise ValueError(f"--num_annotated leaves {len(others)} pictures to test on; --num_tested is {num_tested}.")
     tested = others[-num_tested:]
 
     task: SegmentationTask | DepthTask
@@ -142,8 +141,9 @@ def main(argv: list[str] | None = None) -> ResultCard:
     card = ResultCard(metrics, protocol, facts, marks, provenance, "perception", details)
     card.save(arguments.output)
     grid(rows, ("picture", "truth", *methods)).save(Path(arguments.output).with_suffix(".png"))
+    print(card.summary(), f"card: {arguments.output}, the overview beside it", sep="\n")
     return card
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -213,7 +213,8 @@ def _draw_bars(axes: Any, inspections: list[Inspection], kind: str) -> None:
         for group, published in enumerate(PUBLISHED.values()):
             for (name, value), style in zip(published.items(), ("-", "--"), strict=True):
                 axes.plot([group - 0.45, group + 0.45], [value, value], style, color="#555", linewidth=1)
-                axes.text(group + 0.45, value, f"{name}*", fontsize=7, ha="right", va="bottom", color="#555")
+                text = axes.text(group + 0.45, value, f"{name}*", fontsize=7, ha="right", va="bottom", color="#555")
+                text.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5})
         axes.set_title("equivariance error (less is better)", fontsize=11)
         axes.set_xlabel("* published, ImageNet 256", fontsize=8)
     else:

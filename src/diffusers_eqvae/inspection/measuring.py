@@ -117,9 +117,12 @@ def judge(figures: dict[str, Any]) -> Verdict:
             f"{kind} error {_written(value)}, around the channel means {_written(centred)} (published on ImageNet "
             f"256: SD-VAE {published['SD-VAE']}, EQ-VAE {published['EQ-VAE']})"
         )
-    collapse = _collapse(figures)
-    if collapse:
-        return Verdict("poor", "The reconstruction or a channel has collapsed.", (*collapse, *reasons))
+    if figures["psnr"] < POOR_PSNR_DB:
+        reason = f"plain reconstruction has {figures['psnr']:.1f} dB, below {POOR_PSNR_DB:g} dB"
+        return Verdict("poor", "The reconstruction is too poor to judge the latents by it.", (reason, *reasons))
+    if dead := _dead_channels(figures):
+        reason = f"channels {', '.join(dead)} vary by less than {DEAD_CHANNEL_SHARE:.0%} of the largest"
+        return Verdict("poor", "A channel has collapsed.", (reason, *reasons))
     worst = max(gaps.values())
     if worst >= LARGE_GAP_DB:
         return Verdict("poor", "The decoder does not follow transformed latents.", tuple(reasons))
@@ -133,15 +136,9 @@ def _written(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "undefined"
 
 
-def _collapse(figures: dict[str, Any]) -> list[str]:
-    reasons = []
-    if figures["psnr"] < POOR_PSNR_DB:
-        reasons.append(f"plain reconstruction has {figures['psnr']:.1f} dB, below {POOR_PSNR_DB:g} dB")
+def _dead_channels(figures: dict[str, Any]) -> list[str]:
     stds = figures["channels"]["std"]
-    dead = [str(index) for index, std in enumerate(stds) if std <= DEAD_CHANNEL_SHARE * max(stds)]
-    if dead:
-        reasons.append(f"channels {', '.join(dead)} vary by less than {DEAD_CHANNEL_SHARE:.0%} of the largest")
-    return reasons
+    return [str(index) for index, std in enumerate(stds) if std <= DEAD_CHANNEL_SHARE * max(stds)]
 
 
 def compare(first: Inspection, second: Inspection) -> list[str]:

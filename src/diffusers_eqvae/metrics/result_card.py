@@ -123,6 +123,13 @@ class ResultCard:
             if unknown:
                 raise ValueError(f"A card's {name} holds {', '.join(known)}; got {', '.join(unknown)}.")
 
+    def summary(self) -> str:
+        """A line per number, with the reason where it is marked."""
+        return "\n".join(
+            f"{name} = {value:.6g}" + (f" ({self.marks[name]})" if name in self.marks else "")
+            for name, value in self.metrics.items()
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """JSON that is either whole or absent."""
         write_json(path, {"format": FORMAT, **asdict(self)})
