@@ -41,9 +41,31 @@ def test_the_dry_run_prints_the_card(tmp_path, tiny_autoencoder_kl, capsys):
     assert "diffusion_pytorch_model.safetensors" in text
     assert "license: mit" in text
     assert 'from_pretrained("me/x")' in text
-    with pytest.raises(SystemExit):
-        cli.main(["push", str(tmp_path / "nothing"), "--hub_model_id", "me/x", "--dry_run"])
-    assert "holds no saved model" in capsys.readouterr().err
+    for run, name, reason in (
+        (tmp_path / "nothing", "me/x", f"there is no directory {tmp_path / 'nothing'}"),
+        (tmp_path, "a b/c/d", "Repo id must be in the form"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["push", str(run), "--hub_model_id", name, "--dry_run"])
+        assert reason in capsys.readouterr().err
+
+
+def test_what_trying_again_cannot_mend_is_given_as_the_reason_alone(tmp_path, tiny_autoencoder_kl, caplog):
+    run, store = tmp_path / "run", tmp_path / "store"
+    tiny_autoencoder_kl.save_pretrained(run)
+    store.mkdir()
+    (store / "manifest.json").write_text("{}")
+    for directory, name, reason in (
+        (tmp_path / "nope", "x", f"there is no directory {tmp_path / 'nope'}."),
+        (store, "me/x", f"{store} holds no saved model (model_index.json, or config.json and *.safetensors)."),
+        (run, "a b/c/d", "namespace/repo_name': 'a b/c/d'. Use `repo_type` argument if needed."),
+        (run, "me/a b", "the maximum length is 96: 'me/a b'."),
+    ):
+        caplog.clear()
+        assert cli.main(["push", str(directory), "--hub_model_id", name]) == 1
+        (line,) = caplog.messages
+        assert line.startswith(f"Could not push {directory} to {name}: ") and line.endswith(reason)
+        assert "complete" not in line and "eqvae push" not in line
 
 
 def test_demo_gets_its_arguments_untouched(monkeypatch):

@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from diffusers_eqvae.model_card import (
     RunFacts,
@@ -61,9 +62,9 @@ def push_run(
 ) -> bool:
     """Publish a run's directory as one commit and say whether that worked.
 
-    Whatever goes wrong (no network, a refused token, a directory without a model) is logged in one sentence together
-    with the command that tries again, and nothing below `output_dir` is written or removed: a failing push never costs
-    a run. Call it on the main process only.
+    A directory without a model and a name that no repository can have are logged with the reason alone; whatever else
+    goes wrong (no network, a refused token) together with the command that tries again. Nothing below `output_dir` is
+    written or removed: a failing push never costs a run. Call it on the main process only.
 
     Args:
         output_dir: a finished run: an autoencoder, or a pipeline where there is a model_index.json.
@@ -73,6 +74,12 @@ def push_run(
         commit_message: default "Upload NAME".
         license: the licence that the card states; default the one in run_facts.json, else none.
     """
+    try:
+        validate_repo_id(repo_id)
+        publishable_files(Path(output_dir))
+    except Exception as error:
+        logger.error(redact(f"Could not push {output_dir} to {repo_id}: {_reason(error)}."))
+        return False
     try:
         url = _push(Path(output_dir), repo_id, private, revision, commit_message, license)
     except Exception as error:
@@ -99,9 +106,12 @@ def prepare_push(
     A README.md in the directory is taken as it is; otherwise the card is rendered from run_facts.json and from what
     the saved model itself says (normalisation, class, number of classes).
 
-    Raises ValueError where the directory holds no saved model, or where a text file holds the access token.
+    Raises ValueError where the directory holds no saved model, where no repository can be called `repo_id`, or where a
+    text file holds the access token.
     """
     root = Path(output_dir)
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     facts = _facts_of(root)
     if license is not None:
         facts.license = license
@@ -125,6 +135,8 @@ def publishable_files(root: Path) -> list[str]:
 
     Raises ValueError where there is no saved model at the root or one of a pipeline's components is missing.
     """
+    if not root.is_dir():
+        raise ValueError(f"there is no directory {root}")
     found = _matching(root, root, ROOT_FILES)
     components = list(EXTRA_COMPONENTS)
     if "model_index.json" in found:
@@ -218,8 +230,8 @@ def _reason(error: Exception) -> str:
     elif type(error).__module__.startswith("httpx"):
         text = f"{HfApi().endpoint} does not answer ({type(error).__name__}: {error})"
     else:
-        text = f"{type(error).__name__}: {error}"
-    return " ".join(redact(text).split())[:400]
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return " ".join(redact(text).split())[:400].rstrip(".")
 
 
 def _matching(root: Path, folder: Path, patterns: Sequence[str]) -> list[str]:

@@ -162,7 +162,7 @@ def test_a_directory_without_a_model_and_one_with_the_token_in_a_file_are_refuse
     assert "holds no saved model" in owner.log[0]
     (autoencoder_run / "metrics.jsonl").write_text(json.dumps({"note": f"Bearer {TOKEN}"}))
     assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id=f"{OWNER}/leak") is False
-    assert "metrics.jsonl holds your access token" in owner.log[0]
+    assert "metrics.jsonl holds your access token" in owner.log[0] and "to try again" in owner.log[0]
     assert not {f"{OWNER}/empty", f"{OWNER}/leak"} & set(hub.repositories)
 
 
