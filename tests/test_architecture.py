@@ -24,7 +24,7 @@ LAYERS = (
     ("pipelines",),
     ("",),
     ("hub", "inspection", "model_card", "training_utils"),
-    ("cli", "demo"),
+    ("__main__", "cli", "demo"),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 

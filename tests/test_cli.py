@@ -1,12 +1,13 @@
 """The `eqvae` command: what it says, what it passes on, how it ends."""
 
 import builtins
+import runpy
 import sys
 import types
 
 import pytest
 
-from diffusers_eqvae import cli
+from diffusers_eqvae import __version__, cli
 
 
 def test_help_lists_the_commands(capsys):
@@ -16,6 +17,21 @@ def test_help_lists_the_commands(capsys):
     text = capsys.readouterr().out
     for command, function in cli.COMMANDS.items():
         assert f"{command:8}{function.__doc__}" in text
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"eqvae {__version__}\n"
+
+
+def test_the_package_runs_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "compare", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("diffusers_eqvae", run_name="__main__")
+    assert stop.value.code == 0
+    assert "usage: eqvae compare" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["push"], ["push", "run"]])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from diffusers_eqvae.demo.line import DemoArguments, Stage, plan, run_lanes, wall_seconds
+from diffusers_eqvae.demo.line import DemoArguments, Stage, plan, read_arguments, run_lanes, wall_seconds
 
 WRITES = """
 import os, pathlib, sys, time
@@ -75,6 +76,23 @@ def test_the_branches_differ_in_the_regulariser_alone(tmp_path):
     differing = {flag for flag in flags[0].keys() | flags[1].keys() if flags[0].get(flag) != flags[1].get(flag)}
     assert differing == {"--output_dir", "--regularizers", "--p_equivariance", "--p_low_resolution"}
     assert len({json.dumps(stage.command) for lanes in waves for lane in lanes for stage in lane}) == 10
+
+
+def test_help_names_the_command_and_speaks_to_its_user(capsys):
+    program = sys.argv[0]
+    with pytest.raises(SystemExit):
+        read_arguments(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: eqvae demo [PRESET.yaml] [--flag value ...]\n\nRuns the whole line on a few pictures")
+    assert "lane" not in said and sys.argv[0] == program
+
+
+@pytest.mark.parametrize("flag", ["--dataset_name", "--dataset"])
+def test_a_dataset_goes_to_every_stage_that_reads_pictures(flag, tmp_path):
+    waves = plan(read_arguments([flag, "me/pets"]), tmp_path)
+    commands = [stage.command for lanes in waves for lane in lanes for stage in lane]
+    given = [command[command.index("--dataset_name") + 1] for command in commands if "--dataset_name" in command]
+    assert given == ["me/pets"] * 5
 
 
 def test_pictures_interrupted_halfway_are_written_again(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from diffusers_eqvae import __version__
+
 
 def push(argv: Sequence[str]) -> int:
     """publish a finished run on the Hub, also after a push that failed"""
@@ -132,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=f"Autoencoders whose latents are easy to generate.\n\ncommands:\n{summaries}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"eqvae {__version__}")
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1]).command
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")

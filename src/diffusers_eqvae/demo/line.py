@@ -28,6 +28,12 @@ from .photographs import write_photographs
 ROOT = Path(__file__).resolve().parents[3]
 DONE = "stage.json"
 THREADS = 2
+DESCRIPTION = """Runs the whole line on a few pictures in minutes and writes report.html.
+
+A small autoencoder from scratch, two copies of it fine-tuned without and with EQ-VAE's regulariser, their latents, a
+small SiT on each, samples, and the figures that show the difference. Every stage is one command of the repository,
+printed before it runs. What has run before is not run again. Needs no GPU and uses two CPU threads.
+"""
 # 0.9 M parameters, 8 pixels per latent cell, 4 channels.
 AUTOENCODER = {
     "block_out_channels": [32, 32, 64, 64],
@@ -49,8 +55,9 @@ class DemoArguments:
     train_data_dir: str | None = field(
         default=None, metadata={"help": "Your own pictures, in class folders, instead of the built-in photographs."}
     )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Or a dataset on the Hub with columns image and label."}
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"aliases": ["--dataset"], "help": "Or a dataset on the Hub with columns image and label."},
     )
     resolution: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
     autoencoder_steps: int = field(default=800, metadata={"help": "Steps of the small autoencoder from scratch."})
@@ -110,7 +117,7 @@ Lanes: TypeAlias = list[list[Stage]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all stages, then writes metrics.json, report.png and report.html; returns the exit status."""
-    (arguments,) = parse(DemoArguments, argv=argv, description=__doc__)
+    arguments = read_arguments(argv)
     if not (ROOT / "training").is_dir():
         raise SystemExit("The demo runs the scripts of the repository: clone it, and call `make demo` there.")
     from .report import write_report
@@ -129,6 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"are in {output_dir / 'metrics.json'}, the pipeline in {output_dir / 'sit_eq'}."
     )
     return 0
+
+
+def read_arguments(argv: Sequence[str] | None = None) -> DemoArguments:
+    """As `parse`, under the name that the user typed."""
+    program, sys.argv[0] = sys.argv[0], "eqvae demo"
+    try:
+        (arguments,) = parse(DemoArguments, argv=argv, description=DESCRIPTION)
+    finally:
+        sys.argv[0] = program
+    return arguments
 
 
 def run_lanes(lanes: Lanes, *, advance: Callable[[], object]) -> None:
@@ -268,12 +285,12 @@ def plan(arguments: DemoArguments, output_dir: Path) -> list[Lanes]:
 
 def _pictures(arguments: DemoArguments, output_dir: Path) -> tuple[dict[str, str], dict[str, str]]:
     """The flags that name training pictures and, for the built-in photographs, other crops of them to measure on."""
-    if arguments.train_data_dir and arguments.dataset:
-        raise SystemExit("Give either --train_data_dir or --dataset, not both.")
+    if arguments.train_data_dir and arguments.dataset_name:
+        raise SystemExit("Give either --train_data_dir or --dataset_name, not both.")
     if arguments.train_data_dir:
         return {"train_data_dir": arguments.train_data_dir}, {}
-    if arguments.dataset:
-        return {"dataset_name": arguments.dataset}, {}
+    if arguments.dataset_name:
+        return {"dataset_name": arguments.dataset_name}, {}
     side_px = arguments.resolution * 3 // 2
     pictures = output_dir / f"pictures_{side_px}px"
     for name, per_class, seed in (("train", 40, 0), ("held_out", 4, 1)):
