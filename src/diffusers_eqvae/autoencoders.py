@@ -6,6 +6,9 @@ package speaks to all through the functions here and never asks which it holds.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -84,13 +87,38 @@ def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
 
     Raises:
         ValueError: `name` is a model of another kind.
-        OSError: nothing is found there (diffusers says what it looked for).
+        OSError: nothing is found there.
     """
     location = autoencoder_location(name, subfolder=subfolder, revision=revision)
-    model = AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location)
+    try:
+        with _without_false_warning():
+            model = AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location)
+    except OSError as error:
+        folder = Path(name) / location.get("subfolder", "")
+        if (folder / "config.json").is_file():
+            raise  # it is there, and something else is wrong with it
+        if not Path(name).is_dir():
+            raise OSError(f"{name} is no directory here, and cannot be loaded from the Hub: {error}") from error
+        hint = f" Did you mean {folder / 'vae'}?" if (folder / "vae").is_dir() else ""
+        raise OSError(f"{name} holds no autoencoder: there is no {folder / 'config.json'}.{hint}") from error
     if not (hasattr(model, "encode") and hasattr(model, "decode")):
         raise ValueError(f"{name} is a {type(model).__name__}, not an autoencoder; name one, or its pipeline.")
     return model.eval()
+
+
+@contextmanager
+def _without_false_warning() -> Iterator[None]:
+    """diffusers warns that it ignores latents_mean of an AutoencoderTiny; it is in the config, and is read there."""
+    logger = logging.getLogger("diffusers.configuration_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "latents_mean" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def autoencoder_location(name: str, *, subfolder: str | None = None, revision: str | None = None) -> dict[str, str]:
