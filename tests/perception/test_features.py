@@ -16,7 +16,7 @@ from diffusers_eqvae.perception import (
     pooled_features,
 )
 from diffusers_eqvae.perception.clusters import _lloyd
-from diffusers_eqvae.perception.features import to_rows
+from diffusers_eqvae.perception.features import load_alignment_network, to_rows
 from diffusers_eqvae.pictures import latent_pca
 
 
@@ -61,6 +61,31 @@ def test_features_refuse_what_they_cannot_read(latents, network):
         latent_features(latents[0])
     with pytest.raises(ValueError, match="reads latents"):
         latent_features(latents[:, :3], network)
+
+
+def test_a_network_is_found_beside_its_autoencoder(tmp_path, network, tiny_autoencoder_kl):
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "run")
+    network.save_pretrained(tmp_path / "run" / "alignment_network")
+    for name in (tmp_path / "run", tmp_path / "run" / "alignment_network"):
+        loaded = load_alignment_network(str(name))
+        assert not loaded.training and all(map(torch.equal, loaded.parameters(), network.parameters()))
+
+
+def test_a_directory_without_a_network_is_named_without_asking_the_hub(tmp_path, tiny_autoencoder_kl):
+    (tmp_path / "empty").mkdir()
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "run")
+    pipeline = tmp_path / "pipeline"
+    tiny_autoencoder_kl.save_pretrained(pipeline / "vae")
+    (pipeline / "model_index.json").write_text("{}")
+    for folder, holds, missing in (
+        ("empty", "no model", "config.json"),
+        ("run", "a AutoencoderKL and no alignment network", "alignment_network/config.json"),
+        ("pipeline", "a AutoencoderKL and no alignment network", "vae/alignment_network/config.json"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            load_alignment_network(str(tmp_path / folder))
+        said = f"{tmp_path / folder} holds {holds}: there is no {tmp_path / folder / missing}. Name another, or train"
+        assert str(refused.value).startswith(said)
 
 
 def test_pooled_features_are_the_mean_and_the_cls(latents, network):

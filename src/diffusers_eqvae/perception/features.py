@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,15 @@ def load_alignment_network(name: str) -> AlignmentNetwork:
         name: of the network, or of the autoencoder or pipeline that it was saved beside.
 
     Raises:
-        ValueError: a model of another kind with no network beside it.
+        ValueError: a model of another kind with no network beside it, or a directory without a model.
         OSError: no model at all.
     """
     location = autoencoder_location(name)
+    _require_local(name, location, "no model")
     kind = AlignmentNetwork.load_config(name, **location).get("_class_name")
     if kind != AlignmentNetwork.__name__:
         location["subfolder"] = "/".join(filter(None, (location.get("subfolder"), ALIGNMENT_SUBFOLDER)))
+        _require_local(name, location, f"a {kind} and no alignment network")
     try:
         return AlignmentNetwork.from_pretrained(name, **location).eval()
     except OSError as error:
@@ -35,6 +38,18 @@ def load_alignment_network(name: str) -> AlignmentNetwork:
             f"{name} holds a {kind} and no alignment network that can be loaded from {location.get('subfolder', '.')}"
             f"/: {error} Name another, or train one with --regularizers alignment."
         ) from error
+
+
+def _require_local(name: str, location: dict[str, str], what: str) -> None:
+    """Refuses a directory on this machine that lacks the config; diffusers would ask the Hub for a name like its path.
+
+    `what` says what such a directory holds.
+    """
+    config = Path(name, location.get("subfolder", "."), AlignmentNetwork.config_name)
+    if Path(name).is_dir() and not config.is_file():
+        raise ValueError(
+            f"{name} holds {what}: there is no {config}. Name another, or train one with --regularizers alignment."
+        )
 
 
 @torch.no_grad()
