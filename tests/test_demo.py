@@ -83,7 +83,7 @@ def test_help_names_the_command_and_speaks_to_its_user(capsys):
     with pytest.raises(SystemExit):
         read_arguments(["--help"])
     said = capsys.readouterr().out
-    assert said.startswith("usage: eqvae demo [PRESET.yaml] [--flag value ...]\n\nRuns the whole line on a few pictures")
+    assert said.startswith("usage: eqvae demo [PRESET.yaml] [--flag value ...]\n\nRuns the whole line")
     assert "lane" not in said and sys.argv[0] == program
 
 
