@@ -121,6 +121,7 @@ def test_push_to_hub_of_a_model_is_diffusers_own(hub, owner, stranger, autoencod
     loaded = stranger.call("load_autoencoder", source=repo_id)
     assert loaded["weights"] == expected
     assert loaded["latents_mean"] == [0.1, -0.2, 0.3, 0.0]
+    assert json.loads(hub.files(repo_id)["mean_std.json"])["latents_mean"] == loaded["latents_mean"]
 
 
 def test_a_failing_push_costs_nothing_and_says_how_to_retry(hub, owner, autoencoder_run):

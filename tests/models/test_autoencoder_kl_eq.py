@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from diffusers_eqvae.autoencoders import encode, load_autoencoder
+from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.autoencoder_kl_aligned import AutoencoderKLAligned
 from diffusers_eqvae.models.autoencoder_kl_eq import PADDING_MODES, AutoencoderKLEQ
@@ -136,6 +137,15 @@ def test_the_saved_directory_is_a_stock_autoencoder(tmp_path, pixels):
     assert type(stock) is AutoencoderKL and list(stock.config.latents_std) == [2.0] * 4
     with torch.no_grad():
         assert torch.equal(stock(pixels).sample, vae(pixels).sample)
+
+
+def test_the_normalisation_is_saved_as_a_file_too_where_there_is_one(tmp_path):
+    build().save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "mean_std.json").exists()
+    vae = build(latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 3.0, 4.0), scaling_factor=1.0)
+    vae.save_pretrained(tmp_path / "normalised")
+    saved = LatentNormalization.from_json(tmp_path / "normalised" / "mean_std.json")
+    assert saved == LatentNormalization.from_vae(vae)
 
 
 def test_any_stock_directory_loads_and_may_change_its_padding(tmp_path, pixels):

@@ -121,7 +121,7 @@ class AutoencoderKLAligned(AutoencoderKLEQ):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As AutoencoderKL's, and the alignment network in `alignment_network/`; all arguments are passed on."""
+        """As AutoencoderKLEQ's, and the alignment network in `alignment_network/`; all arguments are passed on."""
         if self.alignment_network is not None:
             # Before the root, whose push_to_hub=True uploads the whole directory.
             own = {key: value for key, value in kwargs.items() if key in _SHARED_SAVE_OPTIONS}

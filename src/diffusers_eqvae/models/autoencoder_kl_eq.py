@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -110,3 +112,13 @@ class AutoencoderKLEQ(AutoencoderKL):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped, of normalised latents (B, C, h, w)."""
         return decode(self, LatentNormalization.from_vae(self).denormalize(latents))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As AutoencoderKL's, and mean_std.json where the config has latents_mean; all arguments are passed on."""
+        normalization = LatentNormalization.from_vae(self)
+        if is_main_process and normalization.mean is not None:
+            # Before the rest, whose push_to_hub=True uploads the whole directory.
+            normalization.save_json(Path(save_directory) / "mean_std.json")
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
