@@ -59,7 +59,9 @@ def compare(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="eqvae compare", description=compare.__doc__, epilog="Exit status 1: they may not be compared."
     )
-    parser.add_argument("cards", nargs="+", help="cards that the evaluate_ scripts wrote, two or more")
+    parser.add_argument(
+        "cards", nargs="+", help="result cards of the evaluate_ scripts or of eqvae inspect, two or more"
+    )
     arguments = parser.parse_args(argv)
 
     from diffusers_eqvae.metrics.result_card import ResultCard, compare_cards
@@ -80,7 +82,8 @@ def inspect(argv: Sequence[str]) -> int:
     """write a health card of an autoencoder, beside that of a second one"""
     parser = argparse.ArgumentParser(
         prog="eqvae inspect",
-        description="Are this autoencoder's latents easy to generate? Writes card.html, card.png and card.json.",
+        description="Are this autoencoder's latents easy to generate? Writes card.html, card.png, card.json and a "
+        "card for `eqvae compare` of each model.",
     )
     parser.add_argument("model", help="diffusers autoencoder, or pipeline with one in vae/: directory or Hub name")
     parser.add_argument("--compare", metavar="MODEL", help="a second one, drawn beside the first")
