@@ -85,9 +85,13 @@ def what_decides_the_pictures(
 ) -> dict[str, Any]:
     elsewhere = ("model", "output_dir", "save_png", "class_labels")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
-    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     weights = sampling.weights_digest(pipeline.transformer, pipeline.vae)
-    return {**settings, "scheduler_config": scheduler, "class_ids": class_ids, "weights": weights}
+    return {
+        **settings,
+        "scheduler_config": sampling.scheduler_facts(pipeline.scheduler),
+        "class_ids": class_ids,
+        "weights": weights,
+    }
 
 
 def sample_block(

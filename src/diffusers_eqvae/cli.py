@@ -59,9 +59,7 @@ def compare(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="eqvae compare", description=compare.__doc__, epilog="Exit status 1: they may not be compared."
     )
-    parser.add_argument(
-        "cards", nargs="+", help="result cards of the evaluate_ scripts or of eqvae inspect, two or more"
-    )
+    parser.add_argument("cards", nargs="+", help="two or more of those that the evaluate_ scripts or inspect wrote")
     arguments = parser.parse_args(argv)
 
     from diffusers_eqvae.metrics.result_card import ResultCard, compare_cards

@@ -142,7 +142,7 @@ def test_what_sampling_json_says(tmp_path):
     facts, rules = sampling_facts(tmp_path / "samples.npz")
     assert rules == {"label_policy": "balanced", "uint8_rule": "truncated"}
     assert (facts["vae_revision"], facts["transformer_revision"]) == ("commit 1", "weights 2")
-    assert facts["scheduler"] == {"saved": {"solver": "heun"}}
+    assert facts["scheduler"] == {"solver": "heun"}
     assert facts["seed"] == 7 and facts["nfe"] == 87.0 and facts["weights"] == "abc" and "ema" not in facts
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "resolved_arguments.json").write_text('{"use_ema": true}')

@@ -186,9 +186,8 @@ def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     content = json.loads(record.read_text()) if described and record.is_file() else {}
     known = content.get("settings", {}) | {key: value for key, value in content.items() if key != "settings"}
     facts = {key: known[key] for key in SETTINGS if key in known}
-    if facts.get("scheduler") == "saved":
-        # Which one that was; its own options are in the file of the set.
-        facts["scheduler"] = {"saved": known.get("scheduler_config")}
+    if "scheduler_config" in known:  # what the flag's word meant
+        facts["scheduler"] = known["scheduler_config"]
     facts |= run_facts(str(facts.get("model")))
     return facts, {key: known.get(key) for key in ("label_policy", "uint8_rule")}
 
@@ -223,7 +222,7 @@ def compare_cards(names: Sequence[str], cards: Sequence[ResultCard]) -> Comparis
         ValueError: fewer than two cards, or another number of names.
     """
     if len(cards) < 2 or len(names) != len(cards):
-        raise ValueError(f"Two or more cards, each with a name, can be compared; got {len(cards)} and {len(names)}.")
+        raise ValueError(f"Two or more cards are compared, each by a name; got {len(cards)} with {len(names)} names.")
     rows = [["", *names]]
     for metric in dict.fromkeys(metric for card in cards for metric in card.metrics):
         values = [card.metrics.get(metric) for card in cards]

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from ..metrics.result_card import UINT8_RULE
-from .sampling import plan_blocks, require_finite, revisions, sample_generators, sample_labels, weights_digest
+from .sampling import (
+    plan_blocks,
+    require_finite,
+    revisions,
+    sample_generators,
+    sample_labels,
+    scheduler_facts,
+    weights_digest,
+)
 
 
 class GeneratedPictures:
@@ -56,11 +64,10 @@ class GeneratedPictures:
             )
         self.blocks = blocks[rank * len(blocks) // world_size : (rank + 1) * len(blocks) // world_size]
         self.rules = {"label_policy": label_policy, "uint8_rule": UINT8_RULE}
-        config = pipeline.scheduler.config
         self.facts: dict[str, Any] = {
             **options,
             "seed": seed,
-            "scheduler": {key: value for key, value in config.items() if not key.startswith("_")},
+            "scheduler": scheduler_facts(pipeline.scheduler),
             "weights": weights_digest(pipeline.transformer, pipeline.vae),
             **revisions(pipeline),
             "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),

@@ -231,6 +231,12 @@ def weights_digest(*modules: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def scheduler_facts(scheduler: Any) -> dict[str, Any]:
+    """Class and options of a scheduler, as a result card states them."""
+    options = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"class": type(scheduler).__name__, **options}
+
+
 def revisions(pipeline: Any) -> dict[str, str]:
     """Commit or weights' hash of the two models of a pipeline, under the names of a result card."""
     parts = ("vae", "transformer")
