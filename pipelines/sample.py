@@ -85,13 +85,8 @@ def what_decides_the_pictures(
 ) -> dict[str, Any]:
     elsewhere = ("model", "output_dir", "save_png", "class_labels")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
-    weights = sampling.weights_digest(pipeline.transformer, pipeline.vae)
-    return {
-        **settings,
-        "scheduler_config": sampling.scheduler_facts(pipeline.scheduler),
-        "class_ids": class_ids,
-        "weights": weights,
-    }
+    settings |= {"scheduler_config": sampling.scheduler_facts(pipeline.scheduler), "class_ids": class_ids}
+    return settings | {"weights": sampling.weights_digest(pipeline.transformer, pipeline.vae)}
 
 
 def sample_block(
