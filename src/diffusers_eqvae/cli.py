@@ -105,6 +105,10 @@ def inspect(argv: Sequence[str]) -> int:
         inspections = run_inspection(**vars(arguments))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except RuntimeError as error:  # of torch, for a device that is not there
+        if arguments.device == "cpu":
+            raise
+        parser.error(f"--device {arguments.device} cannot be used: {error}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("diffusers_eqvae"):
             raise

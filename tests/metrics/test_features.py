@@ -221,3 +221,8 @@ def test_the_interface_is_abstract():
 
 def test_the_choices_of_the_flag_are_the_networks():
     assert get_args(EvaluatorName) == tuple(EVALUATORS)
+
+
+def test_a_network_without_parameters_serves_too():
+    extractor = ModuleFeatures(nn.AdaptiveAvgPool2d(2), name="means")
+    assert extractor(pictures(2))["features"].shape == (2, 3)

@@ -158,6 +158,8 @@ def test_weights_retrained_under_the_same_path_are_refused(script, model, tiny_s
 
 def test_nan_is_no_picture_and_an_unwritable_folder_is_named(script, model, tiny_sit, tmp_path):
     (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="vae holds no pipeline: there is no model_index"):
+        script.main(words(model / "vae", tmp_path / "samples"))
     with pytest.raises(ValueError, match="cannot be written"):
         script.main(words(model, tmp_path / "file" / "samples"))
     tiny_sit.proj_out.bias.data.fill_(float("nan"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import re
@@ -64,7 +65,7 @@ class FeatureExtractor(nn.Module, ABC):
                 f"Features are taken of uint8 pictures (B, 3, H, W); got {pictures.dtype} {tuple(pictures.shape)}. "
                 "Samples are uint8 by clamp(127.5 x + 128), truncated."
             )
-        device = next(self.parameters()).device
+        device = next(itertools.chain(self.parameters(), self.buffers())).device
         return {name: value.float() for name, value in self.extract(pictures.to(device)).items()}
 
     def train(self, mode: bool = True) -> FeatureExtractor:

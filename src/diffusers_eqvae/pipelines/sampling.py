@@ -44,8 +44,10 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
         options: passed to `from_pretrained`.
 
     Raises:
-        ValueError: it is another pipeline; said before its weights are read.
+        ValueError: it is another pipeline, or a directory without one; said before weights are read.
     """
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"{model} holds no pipeline: there is no model_index.json. Name the directory of one.")
     kind = ClassConditionalPipeline.load_config(model)["_class_name"]
     if kind != ClassConditionalPipeline.__name__:
         raise ValueError(
