@@ -37,7 +37,9 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Returns when a file, or the names in a directory, would survive a power cut."""
+    """Returns when a file, or the names in a directory, would survive a power cut; on POSIX systems only."""
+    if os.name != "posix":  # Windows opens no directories, and flushes no file that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
