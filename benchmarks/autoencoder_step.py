@@ -22,11 +22,7 @@ from diffusers_eqvae.autoencoders import downsampling_factor, last_decoder_layer
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.discriminator import PatchDiscriminator
-from diffusers_eqvae.training_utils.autoencoder_step import (
-    AutoencoderLossWeights,
-    AutoencoderObjective,
-    AutoencoderStep,
-)
+from diffusers_eqvae.objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective, AutoencoderStep
 
 
 def parse_arguments() -> argparse.Namespace:

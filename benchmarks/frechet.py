@@ -17,7 +17,7 @@ import torch
 from harness import median_seconds, save_result
 from torch import Tensor
 
-from diffusers_eqvae.metrics.frechet import FeatureStatistics, frechet_distance
+from diffusers_eqvae.metrics.distances import FeatureStatistics, frechet_distance
 
 
 def statistics(count: int, dimension: int, seed: int) -> tuple[Tensor, Tensor]:

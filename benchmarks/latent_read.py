@@ -1,9 +1,9 @@
-"""Random reads and writes of latents: the sharded store against one .npy file per picture.
+"""Random reads and writes of latents: the sharded store against one .npy file per image.
 
     python benchmarks/latent_read.py --output benchmarks/results/latent_read_cpu.json
 
 Both are read by the same DataLoader (in the main process) in the same random order, taking turns; figures are medians
-of CPU time, system calls included, with the files in the page cache. Moments of 256 px pictures (8x32x32, float16) are
+of CPU time, system calls included, with the files in the page cache. Moments of 256 px images (8x32x32, float16) are
 random, so no weights or data are needed. The store's writing includes its statistics, which .npy files do not have; a
 row without them compares like with like. Prints a table and JSON.
 """
@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusers_eqvae.autoencoders import Posterior
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
-from diffusers_eqvae.data.sampling import DrawDataset, DrawSampler, collate_draws
+from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
 from diffusers_eqvae.latents import LatentStatistics
 
-SHAPE = (8, 32, 32)  # moments of a 256 px picture in an f8 autoencoder with 4 channels
+SHAPE = (8, 32, 32)  # moments of a 256 px image in an f8 autoencoder with 4 channels
 
 
 class NpyFiles(Dataset):
-    """One array and one label file per picture, as SiT-style trainers read them."""
+    """One array and one label file per image, as SiT-style trainers read them."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder

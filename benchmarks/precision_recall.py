@@ -18,7 +18,7 @@ import torch
 from harness import median_seconds, save_result
 from torch import Tensor
 
-from diffusers_eqvae.metrics.frechet import precision_recall
+from diffusers_eqvae.metrics.distances import precision_recall
 
 
 def naive_precision_recall(samples: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:

@@ -1,11 +1,11 @@
-r"""Samples many pictures of a saved pipeline into samples.npz, on any number of processes, resumably.
+r"""Samples many images of a saved pipeline into samples.npz, on any number of processes, resumably.
 
     python pipelines/sample.py --model runs/sit --num_samples 64 --output_dir runs/samples --save_png
     accelerate launch pipelines/sample.py --model runs/sit --num_samples 50000 --output_dir runs/samples \
         --label_policy balanced --guidance_scale 1.8 --guidance_interval 0 0.75 --scheduler sde
     torchrun --nproc_per_node 2 pipelines/sample.py --model runs/sit --output_dir runs/samples
 
-Picture n depends on (seed, n) alone, so the set does not depend on how many processes made it. A killed run continues
+Image n depends on (seed, n) alone, so the set does not depend on how many processes made it. A killed run continues
 where it stopped when it is started again with the same flags.
 """
 
@@ -21,34 +21,35 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 import diffusers_eqvae
-from diffusers_eqvae.pictures import image_grid
+from diffusers_eqvae import provenance
+from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from diffusers_eqvae.training_utils.arguments import parse
-from diffusers_eqvae.training_utils.processes import build_state, run_script
+from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 GRID_SAMPLES = 64
 
 
 @dataclass
 class SampleArguments:
-    """What to sample; a resumed run must repeat everything that decides the pictures."""
+    """What to sample; a resumed run must repeat everything that decides the images."""
 
     model: str = field(metadata={"help": "Pipeline directory or Hub repository."})
     output_dir: str = field(
         metadata={"help": "Receives samples.npz (arr_0: uint8 NHWC, arr_1: class ids), sampling.json and grid.png."}
     )
-    num_samples: int = field(default=64, metadata={"help": "Number of pictures."})
+    num_samples: int = field(default=64, metadata={"help": "Number of images."})
     batch_size: int = field(
-        default=16, metadata={"help": "Pictures per forward. Another value may move a few pixels by one grey level."}
+        default=16, metadata={"help": "Images per forward. Another value may move a few pixels by one grey level."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the set; picture n is a function of (seed, n)."})
+    seed: int = field(default=0, metadata={"help": "Seed of the set; image n is a function of (seed, n)."})
     class_labels: list[str] | None = field(
         default=None, metadata={"help": "Class ids or label names to sample from; all classes when absent."}
     )
     label_policy: Literal["random", "balanced"] = field(
-        default="random", metadata={"help": "random draws a class per picture; balanced takes the classes in turn."}
+        default="random", metadata={"help": "random draws a class per image; balanced takes the classes in turn."}
     )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
     guidance_interval: list[float] = field(
@@ -80,13 +81,13 @@ def load_pipeline(arguments: SampleArguments, device: torch.device) -> Diffusion
     return pipeline
 
 
-def what_decides_the_pictures(
+def what_decides_the_images(
     arguments: SampleArguments, pipeline: DiffusionPipeline, class_ids: list[int]
 ) -> dict[str, Any]:
     elsewhere = ("model", "output_dir", "save_png", "class_labels")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"scheduler_config": sampling.scheduler_facts(pipeline.scheduler), "class_ids": class_ids}
-    return settings | {"weights": sampling.weights_digest(pipeline.transformer, pipeline.vae)}
+    return settings | {"weights": provenance.weights_digest(pipeline.transformer, pipeline.vae)}
 
 
 def sample_block(
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_pipeline(arguments, state.device)
     wanted = arguments.class_labels or range(pipeline.transformer.config.num_classes)
     class_ids = pipeline.resolve_class_labels([int(each) if str(each).isdecimal() else each for each in wanted])
-    settings = what_decides_the_pictures(arguments, pipeline, class_ids)
+    settings = what_decides_the_images(arguments, pipeline, class_ids)
     with state.main_process_first():
         finished = sampling.claim_directory(output_dir, settings)
 
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")
         if arguments.save_png:
             sampling.write_pngs(samples, output_dir / "png")
-        logging.getLogger("sample").info("%d pictures in %s", len(samples), output_dir / sampling.SAMPLES_FILE)
+        logging.getLogger("sample").info("%d images in %s", len(samples), output_dir / sampling.SAMPLES_FILE)
     state.destroy_process_group()
 
 

@@ -48,7 +48,7 @@ def _deterministic() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real pictures and weights that are not part of the repository; the test is skipped where they are absent."""
+    """Real images and weights that are not part of the repository; the test is skipped where they are absent."""
     path = Path(os.environ.get("EQVAE_SHARED_DATA") or ROOT.parent / "shared" / "data")
     if not path.is_dir():
         pytest.skip(f"real data not found at {path}; set EQVAE_SHARED_DATA to its folder")
@@ -57,7 +57,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def tiny_autoencoder_kl():
-    """A seeded f4 AutoencoderKL with 4 latent channels, in eval mode; pictures of 16 px give 4x4 latents."""
+    """A seeded f4 AutoencoderKL with 4 latent channels, in eval mode; images of 16 px give 4x4 latents."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -18,10 +18,21 @@ PACKAGE = ROOT / "src" / "diffusers_eqvae"
 # A module imports from its own row and the rows above it. "" is the package's own __init__, which re-exports the
 # public names; what stands below it may use it, what stands above may not.
 LAYERS = (
-    ("_registration", "autoencoders", "equivariance", "files", "flow", "guidance", "latents", "pictures"),
+    (
+        "_registration",
+        "autoencoders",
+        "equivariance",
+        "files",
+        "flow",
+        "guidance",
+        "images",
+        "latents",
+        "provenance",
+        "randomness",
+    ),
     ("losses", "models", "schedulers"),
     ("conversion", "data", "metrics", "perception", "regularizers"),
-    ("pipelines",),
+    ("objectives", "pipelines"),
     ("",),
     ("hub", "inspection", "model_card", "training_utils"),
     ("__main__", "cli", "demo"),

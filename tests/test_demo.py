@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_eqvae.demo.line import DemoArguments, Stage, plan, read_arguments, run_lanes, wall_seconds
+from diffusers_eqvae.demo.stages import DemoArguments, Stage, plan, read_arguments, run_lanes, wall_seconds
 
 WRITES = """
 import os, pathlib, sys, time
@@ -69,8 +69,8 @@ def test_a_failing_stage_ends_the_demo_and_keeps_the_other_lane(tmp_path):
     assert fine.seconds > 0
 
 
-def test_the_branches_differ_in_the_regulariser_alone(tmp_path):
-    waves = plan(DemoArguments(output_dir=str(tmp_path), train_data_dir="pictures"), tmp_path)
+def test_the_branches_differ_in_the_regularizer_alone(tmp_path):
+    waves = plan(DemoArguments(output_dir=str(tmp_path), train_data_dir="images"), tmp_path)
     _, (plain, eq), _ = waves
     flags = [dict(zip(lane[0].command[1::2], lane[0].command[2::2], strict=True)) for lane in (plain, eq)]
     differing = {flag for flag in flags[0].keys() | flags[1].keys() if flags[0].get(flag) != flags[1].get(flag)}
@@ -88,14 +88,14 @@ def test_help_names_the_command_and_speaks_to_its_user(capsys):
 
 
 @pytest.mark.parametrize("flag", ["--dataset_name", "--dataset"])
-def test_a_dataset_goes_to_every_stage_that_reads_pictures(flag, tmp_path):
+def test_a_dataset_goes_to_every_stage_that_reads_images(flag, tmp_path):
     waves = plan(read_arguments([flag, "me/pets"]), tmp_path)
     commands = [stage.command for lanes in waves for lane in lanes for stage in lane]
     given = [command[command.index("--dataset_name") + 1] for command in commands if "--dataset_name" in command]
     assert given == ["me/pets"] * 5
 
 
-def test_pictures_interrupted_halfway_are_written_again(tmp_path, monkeypatch):
+def test_images_interrupted_halfway_are_written_again(tmp_path, monkeypatch):
     pytest.importorskip("skimage")
     from PIL import Image
 
@@ -106,11 +106,11 @@ def test_pictures_interrupted_halfway_are_written_again(tmp_path, monkeypatch):
 
     save, saved = Image.Image.save, []
 
-    def save_two(picture, path):
+    def save_two(image, path):
         if len(saved) == 2:
             raise KeyboardInterrupt
         saved.append(path)
-        save(picture, path)
+        save(image, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", save_two)

@@ -19,7 +19,7 @@ from diffusers_eqvae.model_card import (
 
 FACTS = {
     "base_model": "stabilityai/sd-vae-ft-mse",
-    "dataset": "someone/pictures",
+    "dataset": "someone/images",
     "license": "mit",
     "resolution_px": 256,
     "steps": 500,
@@ -28,8 +28,8 @@ FACTS = {
     "losses": {"l1": 1.0, "lpips": 0.5, "kl": 1e-6},
     "regularizers": {"equivariance": {"p_equivariance": 0.5, "p_low_resolution": 0.25, "rotation": True}},
     "normalization": {"mean": [0.25, -1.0], "std": [1.0, 2.0], "scaling_factor": 0.5, "num_samples": 4321},
-    "figures": [{"name": "R | 90", "value": 0.1234567, "how": "24 pictures\nof 256 px"}],
-    "pictures": [{"path": "a picture.png", "caption": "before and after"}],
+    "figures": [{"name": "R | 90", "value": 0.1234567, "how": "24 images\nof 256 px"}],
+    "images": [{"path": "a image.png", "caption": "before and after"}],
     "versions": {"torch": "2.6.0"},
     "seed": 7,
     "command": "accelerate launch training/train_autoencoder.py",
@@ -41,16 +41,16 @@ def test_every_fact_is_on_the_card():
     card = render_autoencoder_card(FACTS, repo_id="me/eq-vae", files=["config.json", "discriminator/config.json"])
     for text in (
         "# eq-vae",
-        "someone/pictures",
+        "someone/images",
         "| resolution | 256 px |",
         "| optimizer steps | 500 |",
         "l1 1, lpips 0.5, kl 1e-06",
         "p_equivariance 0.5, p_low_resolution 0.25, rotation True",
         "(z - mean) * scaling_factor / std",
-        "measured on 4321 pictures",
+        "measured on 4321 images",
         "| mean | 0.25, -1 |",
-        "| R \\| 90 | 0.123457 | 24 pictures of 256 px |",
-        "![before and after](a%20picture.png)",
+        "| R \\| 90 | 0.123457 | 24 images of 256 px |",
+        "![before and after](a%20image.png)",
         "`discriminator/config.json`: the discriminator",
         "torch 2.6.0",
         "| seed | 7 |",
@@ -60,7 +60,7 @@ def test_every_fact_is_on_the_card():
     metadata = ModelCard(card).data.to_dict()
     assert metadata["license"] == "mit"
     assert metadata["base_model"] == "stabilityai/sd-vae-ft-mse"
-    assert metadata["datasets"] == ["someone/pictures"]
+    assert metadata["datasets"] == ["someone/images"]
     assert metadata["library_name"] == "diffusers"
     assert "diffusers_eqvae" in metadata["tags"]
 
@@ -68,7 +68,7 @@ def test_every_fact_is_on_the_card():
 @pytest.mark.parametrize("render", [render_autoencoder_card, render_pipeline_card])
 def test_without_facts_nothing_is_claimed(render):
     card = render({})
-    for absent in ("## Training", "## Figures", "## Pictures", "## Normalisation", "## Files", "Made with", "None"):
+    for absent in ("## Training", "## Figures", "## Images", "## Normalisation", "## Files", "Made with", "None"):
         assert absent not in card
     assert set(yaml.safe_load(card.split("---\n")[1])) == {"library_name", "tags"}
     assert "\n\n\n" not in card
@@ -128,7 +128,7 @@ def test_the_pipeline_card_calls_with_its_labels_and_settings():
         ({"compatibility": "maybe"}, "compatibility must be one of"),
         ({"compatibility": "drop-in", "latent_space_changed": True}, "compatibility='adapt'"),
         ({"figures": [{"name": "PSNR", "value": 3.0}]}, "how it was measured"),
-        ({"pictures": [{"caption": "x"}]}, "a picture needs a path"),
+        ({"images": [{"caption": "x"}]}, "a image needs a path"),
     ],
 )
 def test_wrong_facts_are_refused(facts, message):
@@ -151,7 +151,7 @@ def test_a_run_is_described_by_what_its_model_says(tmp_path, tiny_autoencoder_kl
     """The statistics are often measured after training, so the config wins over run_facts.json."""
     from diffusers_eqvae.latents import LatentNormalization
 
-    facts = FACTS | {"pictures": [{"path": "../outside.png"}, {"path": "missing.png"}]}
+    facts = FACTS | {"images": [{"path": "../outside.png"}, {"path": "missing.png"}]}
     (tmp_path / "outside.png").write_bytes(b"")
     run = tmp_path / "run"
     LatentNormalization(mean=(5.0,) * 4, std=(2.0,) * 4).apply_to(tiny_autoencoder_kl)
@@ -166,7 +166,7 @@ def test_a_run_is_described_by_what_its_model_says(tmp_path, tiny_autoencoder_kl
     assert "missing.png" in caplog.text
 
     LatentNormalization(mean=(5.0,) * 4, std=(2.0,) * 4).save_json(run / "mean_std.json", num_samples=99)
-    assert "measured on 99 pictures" in prepare_push(run)[1]
+    assert "measured on 99 images" in prepare_push(run)[1]
     LatentNormalization(mean=(6.0,) * 4, std=(2.0,) * 4).save_json(run / "mean_std.json", num_samples=99)
     assert "measured on" not in prepare_push(run)[1]
 

@@ -1,7 +1,7 @@
 r"""Encodes a data set once into a store of posteriors that train_transformer.py reads.
 
-    accelerate launch training/encode_latents.py --vae runs/eq-vae --train_data_dir PICTURES \
-        --resolution 256 --dtype bf16 --flip --output_dir latents/pictures
+    accelerate launch training/encode_latents.py --vae runs/eq-vae --train_data_dir IMAGES \
+        --resolution 256 --dtype bf16 --flip --output_dir latents/images
 
 The finished directory holds the shards, manifest.json, mean_std.json and vae/ (the autoencoder with the measured
 normalisation in its config): everything that training and a pipeline need. It does not depend on the number of
@@ -17,12 +17,13 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_eqvae.autoencoders import load_autoencoder
-from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_picture
-from diffusers_eqvae.data.images import model_files
+from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_image
+from diffusers_eqvae.data.image_datasets import model_files
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
-from diffusers_eqvae.latents import LatentNormalization, vae_fingerprint
+from diffusers_eqvae.latents import LatentNormalization
+from diffusers_eqvae.provenance import vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse
-from diffusers_eqvae.training_utils.processes import build_state, run_script, runs_on_cpu
+from diffusers_eqvae.training_utils.launch import build_state, run_script, runs_on_cpu
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -30,8 +31,8 @@ logger = logging.getLogger("encode_latents")
 
 
 @dataclass
-class PictureArguments(DataArguments):
-    """Which pictures to encode; a store always holds the centre crop, and the mirror image with --flip."""
+class ImageArguments(DataArguments):
+    """Which images to encode; a store always holds the centre crop, and the mirror image with --flip."""
 
     center_crop: bool = field(init=False, default=True)
     random_flip: bool = field(init=False, default=False)
@@ -43,13 +44,13 @@ class EncodeArguments:
 
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
     output_dir: str = field(metadata={"help": "Directory of the store."})
-    batch_size: int = field(default=32, metadata={"help": "Pictures per forward of the encoder."})
+    batch_size: int = field(default=32, metadata={"help": "Images per forward of the encoder."})
     dtype: Literal["bf16", "fp16", "fp32"] = field(default="bf16", metadata={"help": "Number format on disk."})
     mixed_precision: Literal["no", "bf16"] = field(
         default="no", metadata={"help": "How the encoder computes: no is float32, bf16 is autocast (faster on a GPU)."}
     )
-    flip: bool = field(default=False, metadata={"help": "Also store the mirrored picture; training draws either."})
-    shard_size: int = field(default=4096, metadata={"help": "Pictures per file; what a restart may lose."})
+    flip: bool = field(default=False, metadata={"help": "Also store the mirrored image; training draws either."})
+    shard_size: int = field(default=4096, metadata={"help": "Images per file; what a restart may lose."})
     normalization: Literal["channel", "scalar", "config"] = field(
         default="channel",
         metadata={
@@ -57,16 +58,16 @@ class EncodeArguments:
             "(ReaLS), or what the autoencoder's config says already."
         },
     )
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures, per rank."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images, per rank."})
     cpu_threads: int = field(
         default=1, metadata={"help": "Of the encoder on a CPU; the last bits of its output depend on their number."}
     )
-    verify: bool = field(default=False, metadata={"help": "Decode a few rows beside the pictures into verify.png."})
+    verify: bool = field(default=False, metadata={"help": "Decode a few rows beside the images into verify.png."})
     dry_run: bool = field(default=False, metadata={"help": "Say how large the store will be, and exit."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, data = parse(EncodeArguments, PictureArguments, argv=argv, description=__doc__)
+    arguments, data = parse(EncodeArguments, ImageArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     output_dir = Path(arguments.output_dir)
     if found := model_files(output_dir):
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             "label_column": data.label_column if source.labels is not None else None,
         },
     )
-    plan = f"{len(source)} pictures, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
+    plan = f"{len(source)} images, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
     if source.labels is None:
         state.print("No labels: the store is good for statistics, not for train_transformer.py.")
     if arguments.dry_run:
@@ -135,10 +136,10 @@ def finish(arguments: EncodeArguments, vae: torch.nn.Module, source, writer: Lat
     vae.save_pretrained(writer.path / "vae")
     manifest = writer.finish(fingerprint=vae_fingerprint(vae), id2label=source.id2label)
     if manifest["skipped"]:
-        logger.warning("%d unreadable pictures were replaced, see manifest.json", len(manifest["skipped"]))
+        logger.warning("%d unreadable images were replaced, see manifest.json", len(manifest["skipped"]))
     if arguments.verify:
         store = LatentStore(writer.path, vae=vae)
-        verification_picture(store, vae, source).save(writer.path / "verify.png")
+        verification_image(store, vae, source).save(writer.path / "verify.png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-r"""Measures an autoencoder on exactly N centre-cropped pictures of a data set and writes a result card (JSON).
+r"""Measures an autoencoder on exactly N centre-cropped images of a data set and writes a result card (JSON).
 
-    accelerate launch training/evaluate_autoencoder.py --vae runs/eq-vae --train_data_dir PICTURES \
+    accelerate launch training/evaluate_autoencoder.py --vae runs/eq-vae --train_data_dir IMAGES \
         --resolution 256 --num_images 5000 --output eq-vae.json
-    accelerate launch training/evaluate_autoencoder.py --vae runs/eq-vae --train_data_dir PICTURES \
+    accelerate launch training/evaluate_autoencoder.py --vae runs/eq-vae --train_data_dir IMAGES \
         --rfid --weights weights-inception-2015-12-05-6726825d.pth --output eq-vae.json
 
 PSNR, SSIM, LPIPS (where its weights are given), rFID (with --rfid), equivariance errors and what transforming latents
-costs, intrinsic dimension, spectrum and channel statistics of the latents, all from one reconstruction per picture.
+costs, intrinsic dimension, spectrum and channel statistics of the latents, all from one reconstruction per image.
 `eqvae compare` reads the cards. The number of processes changes no bit, the batch size changes last digits.
 """
 
@@ -21,21 +21,20 @@ from tqdm.auto import tqdm
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.files import require_writable
-from diffusers_eqvae.latents import vae_fingerprint
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, split_summary, summarize
-from diffusers_eqvae.metrics.features import EvaluatorName, hash_tensors, load_extractor
+from diffusers_eqvae.metrics.feature_networks import EvaluatorName, load_extractor
 from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_reconstruction, network_facts
-from diffusers_eqvae.metrics.inputs import PictureSet
+from diffusers_eqvae.metrics.inputs import ImageSet
 from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
-from diffusers_eqvae.metrics.revisions import model_revision
+from diffusers_eqvae.provenance import hash_tensors, model_revision, vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse, warn_without_effect
-from diffusers_eqvae.training_utils.processes import build_state, run_script
+from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 
 @dataclass
-class PictureArguments(DataArguments):
-    """Which pictures to measure on; always ADM's centre crop."""
+class ImageArguments(DataArguments):
+    """Which images to measure on; always ADM's centre crop."""
 
     center_crop: bool = field(init=False, default=True)
     random_flip: bool = field(init=False, default=False)
@@ -48,13 +47,13 @@ class EvaluateArguments:
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
     output: str = field(metadata={"help": "The card, a JSON file."})
     num_images: int | None = field(
-        default=None, metadata={"help": "Measure on the first so many pictures; unset measures on all."}
+        default=None, metadata={"help": "Measure on the first so many images; unset measures on all."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Pictures per forward; changes last digits."})
+    batch_size: int = field(default=16, metadata={"help": "Images per forward; changes last digits."})
     sample_posterior: bool = field(
         default=False, metadata={"help": "Reconstruct a sample of the posterior instead of its mean."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the samples; every picture has noise of its own."})
+    seed: int = field(default=0, metadata={"help": "Of the samples; every image has noise of its own."})
     max_points: int = field(default=10_000, metadata={"help": "Latents that the intrinsic dimension is taken of."})
     lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS network."})
     lpips_backbone_weights: str | None = field(
@@ -81,7 +80,7 @@ def warn_of_unused(arguments: EvaluateArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> ResultCard | None:
-    arguments, data = parse(EvaluateArguments, PictureArguments, argv=argv, description=__doc__)
+    arguments, data = parse(EvaluateArguments, ImageArguments, argv=argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     state = build_state()
     require_writable(arguments.output)
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     facts |= {"vae_revision": model_revision(vae), "dtype": "float32"}
     facts |= {"seed": arguments.seed} if arguments.sample_posterior else {}
     with state.main_process_first():
-        pictures = PictureSet(data.load(), name=data.name, resolution=data.resolution, limit=arguments.num_images)
+        images = ImageSet(data.load(), name=data.name, resolution=data.resolution, limit=arguments.num_images)
 
     perceptual, extractor = None, None
     if arguments.lpips_backbone_weights is not None:
@@ -105,22 +104,22 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     noise_seed = arguments.seed if arguments.sample_posterior else None
     own = AutoencoderPass(vae.to(state.device), perceptual=perceptual, extractor=extractor, noise_seed=noise_seed)
     ranks = {"rank": state.process_index, "world_size": state.num_processes}
-    for block in tqdm(pictures.blocks(arguments.batch_size, **ranks), disable=not state.is_main_process):
-        own.add(pictures.read(block), first_index=block.start)
+    for block in tqdm(images.blocks(arguments.batch_size, **ranks), disable=not state.is_main_process):
+        own.add(images.read(block), first_index=block.start)
     measured = own.join(gather_object)
 
     if state.is_main_process:
         metrics, marks, details = split_summary(summarize(measured.figures, max_points=arguments.max_points))
-        protocol = {"data_hash": measured.hash, "num_images": len(pictures), "resize_rule": pictures.resize_rule}
+        protocol = {"data_hash": measured.hash, "num_images": len(images), "resize_rule": images.resize_rule}
         protocol |= {"posterior": "sample" if arguments.sample_posterior else "mean", "definitions": DEFINITIONS}
         protocol["intrinsic_dimension_points"] = details["intrinsic_dimension_points"]
         if perceptual is not None:
             protocol |= {"lpips_net": arguments.lpips_net, "lpips_weights_hash": hash_tensors(perceptual)}
         result = GenerationResult({})
         if extractor is not None:
-            result = evaluate_reconstruction(measured.reconstructions, measured.pictures, extractor=extractor)
+            result = evaluate_reconstruction(measured.reconstructions, measured.images, extractor=extractor)
             protocol |= {**network_facts(extractor), "uint8_rule": UINT8_RULE}
-        provenance = {"data": pictures.name, "split": data.split}
+        provenance = {"data": images.name, "split": data.split}
         provenance |= hardware(
             state.device, diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__
         )

@@ -1,11 +1,11 @@
-r"""Measures generated pictures against a reference in one pass: FID, sFID, Inception score, KID, precision, recall.
+r"""Measures generated images against a reference in one pass: FID, sFID, Inception score, KID, precision, recall.
 
     python training/evaluate_generation.py --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256.npz \
         --weights weights-inception-2015-12-05-6726825d.pth
-    python training/evaluate_generation.py --samples runs/sit --num_samples 1000 --reference PICTURES \
+    python training/evaluate_generation.py --samples runs/sit --num_samples 1000 --reference IMAGES \
         --resolution 256 --evaluator dinov2 --weights facebook/dinov2-large
 
-Samples are an .npz (arr_0 uint8 NHWC), a folder of pictures, or a saved pipeline, which is sampled in memory. Writes a
+Samples are an .npz (arr_0 uint8 NHWC), a folder of images, or a saved pipeline, which is sampled in memory. Writes a
 result card (JSON) that `eqvae compare` reads. The number of processes changes no bit, the batch size last digits.
 """
 
@@ -20,17 +20,17 @@ from accelerate.utils import gather_object
 
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import is_pipeline
-from diffusers_eqvae.data.images import load_image_dataset
+from diffusers_eqvae.data.image_datasets import load_image_dataset
 from diffusers_eqvae.files import require_writable
-from diffusers_eqvae.metrics.collecting import Collected, Processes, collect
-from diffusers_eqvae.metrics.features import EvaluatorName, load_extractor
+from diffusers_eqvae.metrics.feature_networks import EvaluatorName, load_extractor
 from diffusers_eqvae.metrics.generation import evaluate_generation, load_reference, network_facts
-from diffusers_eqvae.metrics.inputs import PictureSet, open_pictures
+from diffusers_eqvae.metrics.image_sets import Collected, Processes, collect
+from diffusers_eqvae.metrics.inputs import ImageSet, open_images
 from diffusers_eqvae.metrics.result_card import ResultCard, hardware, run_facts, sampling_facts
-from diffusers_eqvae.pipelines.generated import GeneratedPictures
+from diffusers_eqvae.pipelines.generated import GeneratedImages
 from diffusers_eqvae.pipelines.sampling import load_pipeline
 from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
-from diffusers_eqvae.training_utils.processes import build_state, run_script
+from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 
 @dataclass
@@ -38,10 +38,10 @@ class EvaluationArguments:
     """What to compare with what, and by which network."""
 
     samples: str = field(
-        metadata={"help": "An .npz with arr_0, a folder of pictures, or a pipeline (directory or Hub name)."}
+        metadata={"help": "An .npz with arr_0, a folder of images, or a pipeline (directory or Hub name)."}
     )
     reference: str = field(
-        metadata={"help": "An ADM reference .npz, saved statistics, a folder of pictures, or a dataset's name."}
+        metadata={"help": "An ADM reference .npz, saved statistics, a folder of images, or a dataset's name."}
     )
     reference_split: str | None = field(
         default=None, metadata={"help": "Read --reference as a dataset, and this split of it (needs --resolution)."}
@@ -57,9 +57,9 @@ class EvaluationArguments:
         default=None, metadata={"help": "Keep the reference's statistics in this .npz, which --reference takes."}
     )
     num_samples: int | None = field(default=None, metadata={"help": "Measure exactly the first n samples."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures per forward; changes last digits."})
+    batch_size: int = field(default=64, metadata={"help": "Images per forward; changes last digits."})
     resolution: int | None = field(
-        default=None, metadata={"help": "Crop pictures of folders and datasets to this side in pixels (ADM crop)."}
+        default=None, metadata={"help": "Crop images of folders and datasets to this side in pixels (ADM crop)."}
     )
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class EvaluationArguments:
 class PipelineArguments:
     """How a pipeline is sampled; without effect on samples that exist already."""
 
-    seed: int = field(default=0, metadata={"help": "Picture n is a function of (seed, n)."})
+    seed: int = field(default=0, metadata={"help": "Image n is a function of (seed, n)."})
     label_policy: Literal["random", "balanced"] = field(default="random", metadata={"help": "How classes are drawn."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
     guidance_interval: list[float] = field(
@@ -83,12 +83,12 @@ class PipelineArguments:
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
 
 
-def generated(evaluation: EvaluationArguments, options: PipelineArguments, state: PartialState) -> GeneratedPictures:
+def generated(evaluation: EvaluationArguments, options: PipelineArguments, state: PartialState) -> GeneratedImages:
     if evaluation.num_samples is None:
-        raise ValueError("A pipeline needs --num_samples; how many pictures are to be measured?")
+        raise ValueError("A pipeline needs --num_samples; how many images are to be measured?")
     pipeline = load_pipeline(evaluation.samples).to(state.device)
     ranks = {"rank": state.process_index, "world_size": state.num_processes}
-    return GeneratedPictures(
+    return GeneratedImages(
         pipeline, evaluation.num_samples, batch_size=evaluation.batch_size, **ranks, **vars(options)
     )
 
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     reference = arguments.reference
     if arguments.reference_split is not None:
         source = load_image_dataset(reference, split=arguments.reference_split)
-        reference = PictureSet(source, name=f"{reference} ({arguments.reference_split})", resolution=resolution)
+        reference = ImageSet(source, name=f"{reference} ({arguments.reference_split})", resolution=resolution)
 
     if is_pipeline(arguments.samples):
         made = generated(arguments, options, state)
@@ -120,9 +120,9 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         facts, rules, resize_rule = {**made.facts, "model": str(path), **run_facts(path)}, made.rules, "none"
     else:
         warn_without_effect(options, vars(options), "the samples exist already")
-        pictures = open_pictures(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
-        samples = processes.measure(extractor, pictures, batch_size=arguments.batch_size)
-        (facts, rules), resize_rule = sampling_facts(path), pictures.resize_rule
+        images = open_images(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
+        samples = processes.measure(extractor, images, batch_size=arguments.batch_size)
+        (facts, rules), resize_rule = sampling_facts(path), images.resize_rule
     target = load_reference(
         reference, extractor, batch_size=arguments.batch_size, resolution=resolution, processes=processes
     )

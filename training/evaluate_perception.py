@@ -1,10 +1,10 @@
-r"""Measures what latents know about classes or depths: a few annotated pictures are carried over to the others.
+r"""Measures what latents know about classes or depths: a few annotated images are carried over to the others.
 
-    python training/evaluate_perception.py --vae runs/eq-vae --images PICTURES --targets MASKS \
+    python training/evaluate_perception.py --vae runs/eq-vae --images IMAGES --targets MASKS \
         --num_annotated 5 --output perception.json
 
 Nothing is trained: each cell of a latent takes the label, or the depth, of the most similar annotated cells. Beside it
-stand two answers that never look at the picture: the mean of all annotated cells (for classes: the most frequent one),
+stand two answers that never look at the image: the mean of all annotated cells (for classes: the most frequent one),
 and the mean at each place. With --alignment_network the features are those that it predicts, and --head applies a
 published linear head to them instead. Writes a result card (JSON) for `eqvae compare`, and an overview (PNG).
 """
@@ -22,29 +22,27 @@ from tqdm.auto import tqdm
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.files import require_writable
-from diffusers_eqvae.latents import vae_fingerprint
-from diffusers_eqvae.metrics.features import hash_file, hash_tensors
+from diffusers_eqvae.images import grid
 from diffusers_eqvae.metrics.result_card import ResultCard, hardware
-from diffusers_eqvae.metrics.revisions import model_revision
+from diffusers_eqvae.perception.annotated_images import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.features import load_alignment_network
-from diffusers_eqvae.perception.reading import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
-from diffusers_eqvae.pictures import grid
+from diffusers_eqvae.provenance import hash_file, hash_tensors, model_revision, vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
-from diffusers_eqvae.training_utils.processes import run_script
+from diffusers_eqvae.training_utils.launch import run_script
 
 
 @dataclass
 class PerceptionArguments:
-    """What to measure on which pictures, and where the figures go."""
+    """What to measure on which images, and where the figures go."""
 
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
-    images: str = field(metadata={"help": "Folder of pictures, taken as ADM centre crops."})
+    images: str = field(metadata={"help": "Folder of images, taken as ADM centre crops."})
     targets: str = field(metadata={"help": "Folder of annotations: 8-bit masks, or 16-bit depths in mm (0: invalid)."})
     output: str = field(metadata={"help": "The card, a JSON file; the overview gets the same name with .png."})
     task: Literal["segmentation", "depth"] = field(default="segmentation", metadata={"help": "What targets hold."})
-    num_annotated: int = field(default=5, metadata={"help": "Pictures whose annotations may be used; 0 with --head."})
-    num_tested: int | None = field(default=None, metadata={"help": "Of the last pictures; unset: all not annotated."})
+    num_annotated: int = field(default=5, metadata={"help": "Images whose annotations may be used; 0 with --head."})
+    num_tested: int | None = field(default=None, metadata={"help": "Of the last images; unset: all not annotated."})
     order: Literal["random", "name"] = field(
         default="random",
         metadata={"help": "Which come first, the annotated ones: by --seed or by name (for frames of a film)."},
@@ -58,8 +56,8 @@ class PerceptionArguments:
     window: int | None = field(default=None, metadata={"help": "Side in cells of a feature; unset: 5 for latents."})
     ignore_index: int = field(default=255, metadata={"help": "Label of pixels without a class."})
     num_classes: int | None = field(default=None, metadata={"help": "Unset: the highest label and 1."})
-    median_scaling: bool = field(default=False, metadata={"help": "Compare depths up to a factor per picture."})
-    batch_size: int = field(default=8, metadata={"help": "Pictures per forward."})
+    median_scaling: bool = field(default=False, metadata={"help": "Compare depths up to a factor per image."})
+    batch_size: int = field(default=8, metadata={"help": "Images per forward."})
     num_shown: int = field(default=4, metadata={"help": "Rows of the overview, evenly spaced."})
     device: str = field(default="cpu", metadata={"help": "Where to compute: cpu, cuda, cuda:1 ..."})
 
@@ -92,7 +90,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
     annotated, others = pairs[: arguments.num_annotated], pairs[arguments.num_annotated :]
     num_tested = len(others) if arguments.num_tested is None else arguments.num_tested
     if not 0 < num_tested <= len(others):
-        raise ValueError(f"--num_annotated leaves {len(others)} pictures to test on; --num_tested is {num_tested}.")
+        raise ValueError(f"--num_annotated leaves {len(others)} images to test on; --num_tested is {num_tested}.")
     tested = others[-num_tested:]
 
     task: SegmentationTask | DepthTask
@@ -140,7 +138,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
     details = {"figures": task.figures(), "arguments": asdict(arguments), **used}
     card = ResultCard(metrics, protocol, facts, marks, provenance, "perception", details)
     card.save(arguments.output)
-    grid(rows, ("picture", "truth", *methods)).save(Path(arguments.output).with_suffix(".png"))
+    grid(rows, ("image", "truth", *methods)).save(Path(arguments.output).with_suffix(".png"))
     print(card.summary(), f"card: {arguments.output}, the overview beside it", sep="\n")
     return card
 

@@ -1,7 +1,7 @@
-r"""Fine-tunes any diffusers autoencoder, or trains a new one, with latent-space regularisers.
+r"""Fine-tunes any diffusers autoencoder, or trains a new one, with latent-space regularizers.
 
     accelerate launch training/train_autoencoder.py \
-        --pretrained_model_name_or_path stabilityai/sd-vae-ft-mse --train_data_dir PICTURES \
+        --pretrained_model_name_or_path stabilityai/sd-vae-ft-mse --train_data_dir IMAGES \
         --regularizers equivariance --output_dir runs/eq-vae
 
 EQ-VAE (arXiv 2502.09509) is `--regularizers equivariance`, ReaLS (arXiv 2502.00359) `alignment`; both compose.
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from diffusers_eqvae.autoencoders import downsampling_factor, latent_channels
 from diffusers_eqvae.hub import push_run
+from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid
 from diffusers_eqvae.metrics import measure_equivariance
-from diffusers_eqvae.pictures import CAPTIONS, comparison_rows, grid
-from diffusers_eqvae.training_utils import autoencoder_arguments as cli
-from diffusers_eqvae.training_utils import autoencoder_parts as parts
+from diffusers_eqvae.objectives.autoencoder import AutoencoderObjective, AutoencoderStep
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
-from diffusers_eqvae.training_utils.autoencoder_result import autoencoder_facts, save_autoencoder
-from diffusers_eqvae.training_utils.autoencoder_step import AutoencoderObjective, AutoencoderStep
-from diffusers_eqvae.training_utils.processes import run_script
+from diffusers_eqvae.training_utils.autoencoder import arguments as cli
+from diffusers_eqvae.training_utils.autoencoder import build as parts
+from diffusers_eqvae.training_utils.autoencoder.save import autoencoder_facts, save_autoencoder
+from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
 
 ADAM_BETAS = (0.5, 0.9)  # of VQGAN and LDM, for autoencoder and discriminator
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
         gradient_checkpointing=run_arguments.gradient_checkpointing,
     )
     factor = downsampling_factor(vae)
-    pictures, held_out = parts.load_pictures(data, evaluation, factor)
+    images, held_out = parts.load_images(data, evaluation, factor)
     regularizers = parts.build_regularizers(regularizing, vae)
     weights = parts.build_loss_weights(losses)
-    smallest_px = parts.smallest_picture_px(regularizing, vae, data.resolution)
+    smallest_px = parts.smallest_image_px(regularizing, vae, data.resolution)
     perceptual = parts.build_perceptual(losses, smallest_px=smallest_px)
     discriminator = parts.build_discriminator(losses, smallest_px=smallest_px)
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     cells = (data.resolution // factor, data.resolution // factor)
-    for batch in run.steps(run.loader(pictures)):
+    for batch in run.steps(run.loader(images)):
         if run.due(run_arguments.validation_steps, at_start=True):
             validate(run, held_out)
         pixels = batch["pixel_values"]
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             directory,
             run.averaged("objective"),
             discriminator=discriminator,
-            pictures=pictures,
+            images=images,
             evaluation=evaluation,
             facts=autoencoder_facts(run, model=model, losses=losses, regularizing=regularizing, data=data),
             figures=figures,
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def validate(run: TrainingRun, held_out: Tensor) -> dict[str, float]:
-    """Reconstruction and equivariance of the averaged weights on pictures (N, 3, S, S), and four of them drawn."""
+    """Reconstruction and equivariance of the averaged weights on images (N, 3, S, S), and four of them drawn."""
     if not run.is_main:
         return {}
     vae = run.averaged("objective").vae

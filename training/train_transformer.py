@@ -16,23 +16,22 @@ from diffusers_eqvae.hub import push_run
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.losses.diffusion import flow_matching_loss
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
-from diffusers_eqvae.training_utils.generation_evaluation import GenerationEvaluation
-from diffusers_eqvae.training_utils.processes import run_script
+from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
-from diffusers_eqvae.training_utils.transformer_arguments import (
+from diffusers_eqvae.training_utils.transformer.arguments import (
     FlowArguments,
     GenerationEvaluationArguments,
     SamplingArguments,
     TransformerArguments,
 )
-from diffusers_eqvae.training_utils.transformer_parts import (
+from diffusers_eqvae.training_utils.transformer.build import (
     build_pipeline,
     build_transformer,
     check_guidance,
     load_latents,
-    sample_grid,
-    save_pipeline,
 )
+from diffusers_eqvae.training_utils.transformer.evaluate import GenerationEvaluation
+from diffusers_eqvae.training_utils.transformer.save import sample_grid, save_pipeline
 
 NUM_TRAIN_TIMESTEPS = 1000
 

@@ -150,7 +150,7 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
         raise ValueError(
             f"The autoencoder downsamples by {factor}, so height and width must be multiples of {factor}; "
-            f"got {pixels.shape[-2]}x{pixels.shape[-1]}. Resize or crop the pictures first."
+            f"got {pixels.shape[-2]}x{pixels.shape[-1]}. Resize or crop the images first."
         )
     output = vae.encode(pixels)
     if hasattr(output, "latent_dist"):

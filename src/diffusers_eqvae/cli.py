@@ -43,7 +43,7 @@ def push(argv: Sequence[str]) -> int:
 
 
 def demo(argv: Sequence[str]) -> int:
-    """run the whole line on a few pictures in minutes and write a report"""
+    """run the whole line on a few images in minutes and write a report"""
     try:
         from diffusers_eqvae.demo import main as run_demo
     except ModuleNotFoundError as error:
@@ -85,21 +85,21 @@ def inspect(argv: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="diffusers autoencoder, or pipeline with one in vae/: directory or Hub name")
     parser.add_argument("--compare", metavar="MODEL", help="a second one, drawn beside the first")
-    parser.add_argument("--data", required=True, help="folder of pictures")
+    parser.add_argument("--data", required=True, help="folder of images")
     parser.add_argument("--output_dir", required=True, help="where the card is written")
     parser.add_argument("--subfolder", help="folder of the autoencoder inside MODEL, e.g. vae")
     parser.add_argument("--compare_subfolder", help="the same for --compare")
     parser.add_argument(
         "--resolution", type=int, default=256, help="side of the centre crops in pixels (default: 256)"
     )
-    parser.add_argument("--num_images", type=int, default=24, help="pictures, evenly spaced in --data (default: 24)")
+    parser.add_argument("--num_images", type=int, default=24, help="images, evenly spaced in --data (default: 24)")
     parser.add_argument("--device", default="cpu", help="where the networks run, e.g. cuda (default: cpu)")
     parser.add_argument("--lpips_net", choices=["vgg", "alex", "squeeze"], default="squeeze", help="LPIPS network")
     parser.add_argument("--lpips_backbone_weights", help="its ImageNet weights; LPIPS is measured if these are given")
     parser.add_argument("--lpips_linear_weights", help="its linear heads, v0.1")
     arguments = parser.parse_args(argv)
 
-    from diffusers_eqvae.inspection.command import run_inspection
+    from diffusers_eqvae.inspection.run import run_inspection
 
     try:
         inspections = run_inspection(**vars(arguments))

@@ -62,7 +62,7 @@ class Tau:
         return self._rotate(self._resize(pixels, downsampling_factor))
 
     def resize_pixels(self, pixels: Tensor, downsampling_factor: int) -> Tensor:
-        """The scaling alone, (B, 3, h*f, w*f): the pictures of a prior-preservation step at low resolution."""
+        """The scaling alone, (B, 3, h*f, w*f): the images of a prior-preservation step at low resolution."""
         return self._resize(pixels, downsampling_factor)
 
     def _resize(self, images: Tensor, cell_px: int) -> Tensor:
@@ -94,7 +94,7 @@ class TauDistribution:
         interpolation, antialias: see `Tau`.
 
     Differs from the reference: its grid is k/32 whatever the latent side, which for 16 cells makes the decoded
-    picture and its target differ in size half of the time. For 32 cells the two are the same grid, 8/32 .. 31/32.
+    image and its target differ in size half of the time. For 32 cells the two are the same grid, 8/32 .. 31/32.
 
     Raises:
         ValueError: an unknown scale mode or interpolation.
@@ -161,12 +161,12 @@ def scaling(latent_size: tuple[int, int], scale: float) -> Tau:
 def equivariance_error(
     latents_of_transformed_pixels: Tensor, transformed_latents: Tensor, *, centred: bool = False
 ) -> Tensor:
-    """Relative squared error |tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2 per picture (EQ-VAE, table 1).
+    """Relative squared error |tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2 per image (EQ-VAE, table 1).
 
     Args:
         latents_of_transformed_pixels: E(tau(x)), (B, C, h, w).
         transformed_latents: tau(E(x)), (B, C, h, w).
-        centred: measure |E(tau(x))|^2 around its mean over space, per picture and channel, so that an offset of the
+        centred: measure |E(tau(x))|^2 around its mean over space, per image and channel, so that an offset of the
             latents, which enlarges the plain denominator and which every tau leaves in place, does not flatter.
 
     Returns:

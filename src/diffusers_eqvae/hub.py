@@ -115,8 +115,8 @@ def prepare_push(
     facts = _facts_of(root)
     if license is not None:
         facts.license = license
-    pictures = [picture["path"] for picture in facts.pictures]
-    files = sorted({*publishable_files(root), *pictures, CARD})
+    images = [image["path"] for image in facts.images]
+    files = sorted({*publishable_files(root), *images, CARD})
     own_card = root / CARD
     if own_card.exists():
         card = own_card.read_text(encoding="utf-8")
@@ -186,7 +186,7 @@ def _facts_of(root: Path) -> RunFacts:
         facts.num_classes = _read_json(root / "transformer/config.json").get("num_classes", facts.num_classes)
         names = parse_id2label(_read_json(root / "model_index.json").get("id2label"), facts.num_classes)
         facts.labels = [names[key][0] for key in sorted(names)] or facts.labels
-    facts.pictures = [picture for picture in facts.pictures if _is_picture(root, picture["path"])]
+    facts.images = [image for image in facts.images if _is_image(root, image["path"])]
     return facts
 
 
@@ -202,11 +202,11 @@ def _normalization(config: dict[str, Any], statistics: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _is_picture(root: Path, path: str) -> bool:
+def _is_image(root: Path, path: str) -> bool:
     target = (root / path).resolve()
     if target.is_file() and target.is_relative_to(root.resolve()):
         return True
-    logger.warning("The picture %s is not a file below %s and is left out of the card", path, root)
+    logger.warning("The image %s is not a file below %s and is left out of the card", path, root)
     return False
 
 

@@ -8,7 +8,6 @@ This is the only place of the package where latents are shifted or scaled. diffu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,9 +24,6 @@ from .files import write_json
 
 # diffusers' autoencoders have no common base class that declares `config`.
 Autoencoder = Any
-
-# The parameters that define the latent space: a fine-tuned decoder leaves it as it is.
-ENCODER_PREFIXES = ("encoder.", "quant_conv.")
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ class LatentNormalization:
         """Writes mean_std.json, atomically: the map (raw - mean) / std that this normalisation is.
 
         Keys: "mean" and "std", the scalars over all channels (ReaLS' format); "latents_mean" and "latents_std", the
-        lists per channel; "num_samples", how many pictures they were measured on.
+        lists per channel; "num_samples", how many images they were measured on.
         """
         mean = self.mean or (self.shift_factor,)
         std = tuple(value / self.scaling_factor for value in self.std or (1.0,))
@@ -289,66 +285,6 @@ class LatentStatistics:
         if self._mean is None or self._m2 is None or self._variance_sum is None:
             raise ValueError("Statistics need at least one posterior; call update() first.")
         return self._mean, (self._m2 + self._variance_sum) / self._count
-
-
-def vae_fingerprint(vae: Autoencoder) -> str:
-    """Which latent space a model or a store belongs to: "<weights>-<normalisation>-<bfloat16>-<float16>".
-
-    Each part is 16 hexadecimal digits of a SHA-256. The first is one of the encoder side's weights, read as float32,
-    and of the padding of its convolutions where that is not zeros: a decoder-only fine-tune keeps it. The second is
-    one of the normalisation in the config, the others of the weights rounded to half precision, by which
-    `check_fingerprint` knows such a copy.
-
-    Raises:
-        ValueError: no encoder parameters, as in a wrapped autoencoder.
-    """
-    weights, *rounded = (_encoder_digest(vae, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
-    normalization = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
-    return "-".join((weights, hashlib.sha256(normalization.encode()).hexdigest()[:16], *rounded))
-
-
-def _encoder_digest(vae: Autoencoder, dtype: torch.dtype) -> str:
-    """Of the encoder side's weights rounded to `dtype`, and its padding."""
-    digest = hashlib.sha256()
-    encoder_side = sorted(
-        (name, value) for name, value in vae.state_dict().items() if name.startswith(ENCODER_PREFIXES)
-    )
-    if not encoder_side:
-        raise ValueError(
-            f"A fingerprint needs an autoencoder with an encoder; {type(vae).__name__} has no parameter named "
-            "encoder.*. Unwrap it first (accelerator.unwrap_model)."
-        )
-    for name, value in encoder_side:
-        digest.update(f"{name}:{tuple(value.shape)}".encode())
-        digest.update(value.detach().to(dtype).float().cpu().contiguous().numpy().tobytes())
-    for name, module in vae.named_modules():
-        padding_mode = module.padding_mode if isinstance(module, torch.nn.Conv2d) else "zeros"
-        if name.startswith(ENCODER_PREFIXES) and padding_mode != "zeros":
-            digest.update(f"{name}:{padding_mode}".encode())
-    return digest.hexdigest()[:16]
-
-
-def check_fingerprint(expected: str, vae: Autoencoder) -> None:
-    """Refuses an autoencoder whose latents are not those that `expected` was taken from.
-
-    A copy rounded to bfloat16 or float16 as a whole passes, in whatever precision it is now.
-
-    Raises:
-        ValueError: the encoder's weights or the normalisation differ.
-    """
-    weights, normalization, *rounded = expected.split("-")
-    actual = vae_fingerprint(vae)
-    own_weights, own_normalization, *_ = actual.split("-")
-    differing = []
-    if own_weights not in (weights, *rounded):
-        differing.append("encoder weights")
-    if own_normalization != normalization:
-        differing.append("latent normalisation (latents_mean, latents_std, scaling_factor, shift_factor)")
-    if differing:
-        raise ValueError(
-            f"This autoencoder does not have the latent space expected here: its {' and '.join(differing)} differ "
-            f"(fingerprint {actual}, expected {expected}); use the autoencoder that the latents were made with."
-        )
 
 
 @lru_cache(maxsize=32)

@@ -43,11 +43,11 @@ class RunFacts:
     regularizers: settings by name, the tau distribution among them, e.g. {"equivariance": {"p_equivariance": 0.5,
     "p_low_resolution": 0.25, "scale": "isotropic", "rotation": True}}. normalization: mean, std (lists or numbers),
     scaling_factor, shift_factor, num_samples. figures: {"name", "value", "how"}, where how says how the value was
-    measured. pictures: {"path" relative to the run, "caption"}. compatibility with models trained on base_model's
+    measured. images: {"path" relative to the run, "caption"}. compatibility with models trained on base_model's
     latents: "drop-in", "decoder-only" or "adapt". labels: class names in the order of their ids.
 
     Raises ValueError for an unknown compatibility, a compatibility that contradicts latent_space_changed, a figure
-    without "how" and a picture without "path".
+    without "how" and a image without "path".
     """
 
     name: str | None = None
@@ -72,7 +72,7 @@ class RunFacts:
     regularizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     normalization: dict[str, Any] = field(default_factory=dict)
     figures: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[dict[str, str]] = field(default_factory=list)
+    images: list[dict[str, str]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     latent_space_changed: bool | None = None
@@ -89,9 +89,9 @@ class RunFacts:
         for figure in self.figures:
             if not {"name", "value", "how"} <= figure.keys():
                 raise ValueError(f"a figure needs name, value and how it was measured, got {figure}")
-        for picture in self.pictures:
-            if "path" not in picture:
-                raise ValueError(f"a picture needs a path relative to the run's directory, got {picture}")
+        for image in self.images:
+            if "path" not in image:
+                raise ValueError(f"a image needs a path relative to the run's directory, got {image}")
 
     @classmethod
     def from_mapping(cls, facts: RunFacts | Mapping[str, Any]) -> RunFacts:
@@ -145,7 +145,7 @@ def render_autoencoder_card(
     if facts.base_model:
         sentence += f", fine-tuned from {_link(facts.base_model)}"
     if facts.regularizers:
-        sentence += f" with the regularisers {' and '.join(facts.regularizers)}"
+        sentence += f" with the regularizers {' and '.join(facts.regularizers)}"
     if facts.dataset:
         sentence += f" on {_link(facts.dataset, 'datasets/')}"
     ours = facts.model_class or "AutoencoderKLEQ"
@@ -205,7 +205,7 @@ def _render(template: str, facts: RunFacts, *, repo_id: str | None, files: Seque
     environment.filters |= {"cell": _cell, "settings": _settings}
     text = environment.get_template(template).render(
         card_data=card_data.to_yaml(),
-        facts=dataclasses.replace(facts, pictures=[{"caption": "", **picture} for picture in facts.pictures]),
+        facts=dataclasses.replace(facts, images=[{"caption": "", **image} for image in facts.images]),
         name=facts.name or (repo_id or template.removesuffix(".md")).split("/")[-1],
         repo_id=repo_id or "path/to/this/directory",
         stock_class=stock_class,
@@ -235,7 +235,7 @@ def _training(facts: RunFacts) -> list[tuple[str, Any]]:
         ("mixed precision", facts.mixed_precision),
         ("EMA decay", facts.ema_decay),
         ("losses and their weights", _settings(facts.losses)),
-        *((f"regulariser {name}", _settings(settings) or "on") for name, settings in facts.regularizers.items()),
+        *((f"regularizer {name}", _settings(settings) or "on") for name, settings in facts.regularizers.items()),
         ("seed", facts.seed),
         ("hardware", facts.hardware),
         ("time", facts.seconds and f"{facts.seconds:.0f} s"),

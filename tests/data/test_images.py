@@ -1,4 +1,4 @@
-"""Pictures as they come from the world: every format ends as RGB, every defect is named."""
+"""Images as they come from the world: every format ends as RGB, every defect is named."""
 
 from __future__ import annotations
 
@@ -11,20 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_eqvae.data.images import (
-    ImageSource,
-    PixelDataset,
-    adm_center_crop,
-    load_image_dataset,
-    random_crop_resize,
-    to_pixels,
-    to_rgb,
-    to_uint8,
-)
-from diffusers_eqvae.data.sampling import DrawDataset, draw_generator
+from diffusers_eqvae.data.image_datasets import ImageSource, PixelDataset, load_image_dataset
+from diffusers_eqvae.data.order import DrawDataset, draw_generator
+from diffusers_eqvae.images import adm_center_crop, random_crop_resize, to_pixels, to_rgb, to_uint8
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
     levels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(levels)
 
@@ -33,12 +25,12 @@ def write_folder(root: Path, per_class: int = 6, classes: tuple[str, ...] = ("ca
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for index in range(per_class):
-            picture(10 * number + index).save(root / name / f"{index}.png")
+            image(10 * number + index).save(root / name / f"{index}.png")
     return root
 
 
-def rows(pictures: list[bytes | None]) -> list[dict]:
-    return [{"image": {"bytes": content, "path": f"{index}.png"}} for index, content in enumerate(pictures)]
+def rows(images: list[bytes | None]) -> list[dict]:
+    return [{"image": {"bytes": content, "path": f"{index}.png"}} for index, content in enumerate(images)]
 
 
 def png(image: Image.Image) -> bytes:
@@ -98,9 +90,9 @@ def test_exif_orientation_is_applied() -> None:
 
 @pytest.mark.parametrize("size", [(100, 60), (64, 128), (31, 31), (20, 24)])
 def test_adm_crop_equals_its_definition_in_numpy(size: tuple[int, int]) -> None:
-    crop = adm_center_crop(picture(1, size), 16)
+    crop = adm_center_crop(image(1, size), 16)
     assert crop.size == (16, 16)
-    halved = np.asarray(picture(1, size)).astype(np.float64)
+    halved = np.asarray(image(1, size)).astype(np.float64)
     while min(halved.shape[:2]) >= 32:
         # Pillow averages columns, rounds to uint8, then averages rows.
         halved = np.floor((halved[:, 0::2] + halved[:, 1::2]) / 2 + 0.5)
@@ -113,7 +105,7 @@ def test_adm_crop_equals_its_definition_in_numpy(size: tuple[int, int]) -> None:
 
 
 def test_adm_crop_leaves_a_fitting_square_alone() -> None:
-    assert adm_center_crop(picture(0, (16, 16)), 16).tobytes() == picture(0, (16, 16)).tobytes()
+    assert adm_center_crop(image(0, (16, 16)), 16).tobytes() == image(0, (16, 16)).tobytes()
 
 
 def test_random_crop_is_a_square_of_half_to_all_of_the_short_side() -> None:
@@ -128,19 +120,19 @@ def test_random_crop_is_a_square_of_half_to_all_of_the_short_side() -> None:
         lefts.append(crop[20, 0, 0])
     assert 19 <= min(spans) <= 22 and 38 <= max(spans) <= 41 and 28 < np.mean(spans) < 32
     assert min(lefts) < 2 and max(lefts) > 30
-    whole = random_crop_resize(picture(), 20, draw_generator(0, 0), 1.0, 1.0)
+    whole = random_crop_resize(image(), 20, draw_generator(0, 0), 1.0, 1.0)
     assert whole.size == (20, 20)
     with pytest.raises(ValueError, match="fractions"):
-        random_crop_resize(picture(), 20, draw_generator(0, 0), 0.9, 0.5)
+        random_crop_resize(image(), 20, draw_generator(0, 0), 0.9, 0.5)
 
 
 def test_augmentation_is_a_function_of_the_draw() -> None:
-    source = ImageSource(rows([png(picture(seed, (90, 70))) for seed in range(4)]), labels=np.arange(4))
+    source = ImageSource(rows([png(image(seed, (90, 70))) for seed in range(4)]), labels=np.arange(4))
     dataset = PixelDataset(source, resolution=16, random_crop=True, random_flip=True)
     draws = DrawDataset(dataset, seed=0)
     assert torch.equal(draws[5]["pixel_values"], DrawDataset(dataset, seed=0)[5]["pixel_values"])
-    same_picture = [n for n in range(200) if draws.order.index(n) == 0]
-    assert len({draws[n]["pixel_values"].numpy().tobytes() for n in same_picture}) == len(same_picture)
+    same_image = [n for n in range(200) if draws.order.index(n) == 0]
+    assert len({draws[n]["pixel_values"].numpy().tobytes() for n in same_image}) == len(same_image)
     plain = PixelDataset(source, resolution=16, random_flip=True)
     unflipped = plain[0]["pixel_values"]
     kinds = [torch.equal(plain.get(0, draw_generator(n, 0))["pixel_values"], unflipped) for n in range(200)]
@@ -152,27 +144,27 @@ def test_augmentation_is_a_function_of_the_draw() -> None:
 # ------------------------------------------------------------------ defects
 
 
-def test_unreadable_pictures_are_named_counted_and_replaced(caplog) -> None:
-    contents = [png(picture(seed)) for seed in range(40)]
-    contents[3] = b"no picture"
+def test_unreadable_images_are_named_counted_and_replaced(caplog) -> None:
+    contents = [png(image(seed)) for seed in range(40)]
+    contents[3] = b"no image"
     contents[4] = contents[4][: len(contents[4]) // 2]
     contents[39] = png(Image.new("RGB", (1, 1)))
     source = ImageSource(rows(contents), labels=np.arange(40))
     with caplog.at_level(logging.WARNING):
-        image, label, used = source.read(3)
-        assert (label, used) == (5, 5) and image.tobytes() == picture(5).tobytes()
+        found, label, used = source.read(3)
+        assert (label, used) == (5, 5) and found.tobytes() == image(5).tobytes()
         assert source.read(39)[2] == 0 and source.get(3)[1] == 5
     assert source.unreadable == {3: "3.png", 4: "4.png", 39: "39.png"}
     assert len(caplog.records) == 3 and "1x1 px is smaller" in caplog.text and "(3 so far)" in caplog.text
 
 
-def test_too_many_unreadable_pictures_are_an_error() -> None:
-    source = ImageSource(rows([b"x"] * 5 + [png(picture())] * 35))
-    with pytest.raises(ValueError, match="At most 3 of the 40 pictures may be unreadable"):
+def test_too_many_unreadable_images_are_an_error() -> None:
+    source = ImageSource(rows([b"x"] * 5 + [png(image())] * 35))
+    with pytest.raises(ValueError, match="At most 3 of the 40 images may be unreadable"):
         source.read(0)
     with pytest.raises(ValueError, match="At most 0 of the 2"):
         ImageSource(rows([None, b"x"])).check()
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         ImageSource([])
 
 
@@ -182,7 +174,7 @@ def test_too_many_unreadable_pictures_are_an_error() -> None:
 def test_class_folders(tmp_path: Path) -> None:
     source = load_image_dataset(train_data_dir=write_folder(tmp_path / "pets"), require_labels=True)
     assert len(source) == 12 and source.id2label == {0: "cat", 1: "dog"} and source.names == ["cat", "dog"]
-    assert source.get(7)[1] == 1 and source.get(7)[0].tobytes() == picture(11).tobytes()
+    assert source.get(7)[1] == 1 and source.get(7)[0].tobytes() == image(11).tobytes()
     assert source.name(7) == "dog/1.png"
     example = PixelDataset(source, resolution=8)[0]
     assert example["pixel_values"].shape == (3, 8, 8) and example["class_labels"] == 0
@@ -195,13 +187,13 @@ def test_defects_in_a_folder_are_found_at_the_start(tmp_path: Path, caplog) -> N
         source = load_image_dataset(train_data_dir=root)
     assert list(source.unreadable.values()) == ["cat/broken.jpg"] and "cat/broken.jpg" in caplog.text
     (root / "cat" / "0.png").unlink()
-    assert source.get(0)[0].tobytes() == picture(1).tobytes()
+    assert source.get(0)[0].tobytes() == image(1).tobytes()
 
 
 def test_empty_class_folder_is_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "pets")
     (root / "horse").mkdir()
-    with pytest.raises(ValueError, match=r"without pictures in .*: horse"):
+    with pytest.raises(ValueError, match=r"without images in .*: horse"):
         load_image_dataset(train_data_dir=root)
 
 
@@ -211,7 +203,7 @@ def test_parquet_directory_with_splits_and_text_labels(tmp_path: Path) -> None:
         {"img": datasets.Image(), "kind": datasets.Value("string"), "n": datasets.Value("int64")}
     )
     for split, kinds in (("train", ["b", "a", "b"]), ("test", ["a"])):
-        table = {"img": [picture(seed) for seed in range(len(kinds))], "kind": kinds, "n": [7] * len(kinds)}
+        table = {"img": [image(seed) for seed in range(len(kinds))], "kind": kinds, "n": [7] * len(kinds)}
         datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "data" / f"{split}-0.parquet")
     arguments = {"train_data_dir": tmp_path / "data", "image_column": "img"}
     source = load_image_dataset(**arguments, label_column="kind")
@@ -220,7 +212,7 @@ def test_parquet_directory_with_splits_and_text_labels(tmp_path: Path) -> None:
     assert load_image_dataset(dataset_name=str(tmp_path / "data"), image_column="img").labels is None
     for wrong, message in (
         ({"image_column": "image"}, "no image column 'image'; the columns are img, kind, n"),
-        ({"image_column": "n"}, "not pictures; the columns are img, kind, n"),
+        ({"image_column": "n"}, "not images; the columns are img, kind, n"),
         ({"require_labels": True}, "no label column 'label'; the columns are img, kind, n"),
         ({"label_column": "kinds"}, "no label column 'kinds'; the columns are img, kind, n"),
         ({"split": "val"}, "no split 'val' .* it has train, test"),
@@ -230,15 +222,15 @@ def test_parquet_directory_with_splits_and_text_labels(tmp_path: Path) -> None:
 
 
 def test_missing_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Say which pictures with --train_data_dir or --dataset_name"):
+    with pytest.raises(ValueError, match="Say which images with --train_data_dir or --dataset_name"):
         load_image_dataset()
     with pytest.raises(ValueError, match="not both"):
         load_image_dataset(dataset_name="a", train_data_dir=tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         load_image_dataset(train_data_dir=tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         load_image_dataset(train_data_dir=tmp_path)
-    picture().save(tmp_path / "flat.png")
+    image().save(tmp_path / "flat.png")
     assert load_image_dataset(train_data_dir=tmp_path).id2label == {}
     with pytest.raises(ValueError, match="each class needs its own subfolder"):
         load_image_dataset(train_data_dir=tmp_path, require_labels=True)

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
-from diffusers_eqvae.data.sampling import DrawDataset, DrawSampler, collate_draws
-from diffusers_eqvae.latents import LatentStatistics, vae_fingerprint
+from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
+from diffusers_eqvae.latents import LatentStatistics
+from diffusers_eqvae.provenance import vae_fingerprint
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS = StoreSettings(

@@ -118,15 +118,15 @@ def save_autoencoder_run(directory, vae, *, seed=0):
     (directory / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
     (directory / "validation").mkdir()
     for name in ("00000010_rotated", "00000005_older"):
-        picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(directory / f"validation/{name}.png")
+        image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(image).save(directory / f"validation/{name}.png")
     facts = {
         "base_model": "stabilityai/sd-vae-ft-mse",
         "steps": 10,
         "losses": {"l1": 1.0, "lpips": 1.0},
         "regularizers": {"equivariance": {"p_equivariance": 0.5, "scale": "isotropic", "rotation": True}},
-        "figures": [{"name": "PSNR", "value": 25.82, "how": "24 pictures, centre crop 256 px"}],
-        "pictures": [{"path": "validation/00000010_rotated.png", "caption": "decoded from rotated latents"}],
+        "figures": [{"name": "PSNR", "value": 25.82, "how": "24 images, centre crop 256 px"}],
+        "images": [{"path": "validation/00000010_rotated.png", "caption": "decoded from rotated latents"}],
         "command": f"accelerate launch train.py --hub_token {TOKEN}",
         "latent_space_changed": True,
     }

@@ -47,7 +47,7 @@ def test_a_push_uploads_the_model_its_parts_and_a_card_in_one_commit(hub, owner,
     assert "license" not in metadata
     for text in ("latent space changed", f'from_pretrained("{OWNER}/eq-vae")', "p_equivariance 0.5", "25.82"):
         assert text in card
-    assert "measured on 1234 pictures" in card
+    assert "measured on 1234 images" in card
     assert "(validation/00000010_rotated.png)" in card
 
 

@@ -13,17 +13,17 @@ from PIL import Image
 from diffusers_eqvae import cli
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.inspection.card import COLUMNS, strips, table_rows
-from diffusers_eqvae.inspection.command import _card_names, load_pictures, run_inspection
-from diffusers_eqvae.inspection.measuring import inspect_autoencoder, judge
-from diffusers_eqvae.metrics.features import hash_tensors
+from diffusers_eqvae.inspection.health import inspect_autoencoder, judge
+from diffusers_eqvae.inspection.run import _card_names, load_images, run_inspection
 from diffusers_eqvae.metrics.result_card import ResultCard
+from diffusers_eqvae.provenance import hash_tensors
 
 pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for index in range(12):
         levels = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -61,18 +61,18 @@ def test_the_verdict_follows_the_gaps_and_refuses_a_collapse(changed, level, rea
     assert any(reason in each for each in verdict.reasons)
 
 
-def test_two_families_side_by_side(tmp_path, pictures, tiny_autoencoder_kl, tiny_autoencoder_tiny, capsys):
+def test_two_families_side_by_side(tmp_path, images, tiny_autoencoder_kl, tiny_autoencoder_tiny, capsys):
     """A plain model and one inside a pipeline's vae/ folder, whose names need escaping."""
     tiny_autoencoder_kl.save_pretrained(tmp_path / "plain & <old>")
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "pipe" / "vae")
     command = ["inspect", str(tmp_path / "plain & <old>"), "--compare", str(tmp_path / "pipe")]
-    command += ["--compare_subfolder", "vae", "--data", str(pictures), "--output_dir", str(tmp_path / "out")]
+    command += ["--compare_subfolder", "vae", "--data", str(images), "--output_dir", str(tmp_path / "out")]
     assert cli.main([*command, "--resolution", "32", "--num_images", "11"]) == 0
 
     content = json.loads((tmp_path / "out" / "card.json").read_text())
     assert [model["name"] for model in content["models"]] == ["plain & <old>", "pipe"]
     assert [model["description"]["class"] for model in content["models"]] == ["AutoencoderKL", "AutoencoderTiny"]
-    assert len(content["comparison"]) >= 5 and content["settings"]["pictures"] == 11
+    assert len(content["comparison"]) >= 5 and content["settings"]["images"] == 11
     for model in content["models"]:
         measured = model["figures"]
         assert measured["num_images"] == measured["intrinsic_dimension_points"] == 11
@@ -87,14 +87,14 @@ def test_two_families_side_by_side(tmp_path, pictures, tiny_autoencoder_kl, tiny
     assert f"The card: {tmp_path}/out/card.html" in capsys.readouterr().out
 
 
-def test_the_card_says_what_was_measured_where_and_when(tmp_path, pictures, tiny_autoencoder_kl):
+def test_the_card_says_what_was_measured_where_and_when(tmp_path, images, tiny_autoencoder_kl):
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
     with torch.no_grad():
         tiny_autoencoder_kl.decoder.conv_out.bias.add_(0.1)
     tiny_autoencoder_kl.save_pretrained(tmp_path / "tuned")
 
     def contents(*more) -> dict:
-        words = ["inspect", tmp_path / "vae", "--compare", tmp_path / "tuned", "--data", pictures, "--resolution", 16]
+        words = ["inspect", tmp_path / "vae", "--compare", tmp_path / "tuned", "--data", images, "--resolution", 16]
         assert cli.main([str(word) for word in (*words, "--output_dir", tmp_path / "out", *more)]) == 0
         return json.loads((tmp_path / "out" / "card.json").read_text())
 
@@ -103,29 +103,29 @@ def test_the_card_says_what_was_measured_where_and_when(tmp_path, pictures, tiny
     assert first["fingerprint"] == second["fingerprint"] and first["revision"] != second["revision"]
     assert second["revision"] == f"weights {hash_tensors(load_autoencoder(str(tmp_path / 'tuned')))}"
     provenance = content["provenance"]
-    assert provenance["data"] == "pictures" and provenance["hardware"] and provenance["date"]
+    assert provenance["data"] == "images" and provenance["hardware"] and provenance["date"]
     assert set(provenance["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"}
     page = (tmp_path / "out" / "card.html").read_text()
     assert content["settings"]["data_hash"] in page and provenance["date"] in page
 
     assert contents()["settings"] == content["settings"]
     assert contents("--num_images", 11)["settings"]["data_hash"] != content["settings"]["data_hash"]
-    changed = np.asarray(Image.open(pictures / "03.png")).copy()
+    changed = np.asarray(Image.open(images / "03.png")).copy()
     changed[4:36, 4:36] ^= 128
-    Image.fromarray(changed).save(pictures / "03.png")
+    Image.fromarray(changed).save(images / "03.png")
     assert contents()["settings"]["data_hash"] != content["settings"]["data_hash"]
 
 
-def test_eqvae_compare_reads_the_cards_of_models(repository, tmp_path, pictures, tiny_autoencoder_kl, capsys):
-    """The same numbers on the same pictures as training/evaluate_autoencoder.py, in a card that agrees with its."""
+def test_eqvae_compare_reads_the_cards_of_models(repository, tmp_path, images, tiny_autoencoder_kl, capsys):
+    """The same numbers on the same images as training/evaluate_autoencoder.py, in a card that agrees with its."""
     for name in ("a", "b"):
         tiny_autoencoder_kl.save_pretrained(tmp_path / name / "my vae")
-    words = ["--compare", tmp_path / "b" / "my vae", "--data", pictures, "--output_dir", tmp_path / "out"]
+    words = ["--compare", tmp_path / "b" / "my vae", "--data", images, "--output_dir", tmp_path / "out"]
     assert cli.main([str(word) for word in ("inspect", tmp_path / "a" / "my vae", "--resolution", 32, *words)]) == 0
     paths = sorted((tmp_path / "out").glob("card.*.json"))
     assert [path.name.split("_")[-3] for path in paths] == ["a", "b"]
 
-    words = ["--vae", tmp_path / "a" / "my vae", "--train_data_dir", pictures, "--resolution", 32]
+    words = ["--vae", tmp_path / "a" / "my vae", "--train_data_dir", images, "--resolution", 32]
     script = runpy.run_path(str(repository / "training" / "evaluate_autoencoder.py"))["main"]
     script([str(word) for word in (*words, "--output", tmp_path / "exact.json")])
     card, exact = ResultCard.load(paths[0]), ResultCard.load(tmp_path / "exact.json")
@@ -145,10 +145,10 @@ def test_every_model_has_a_file_of_its_own(names):
     assert all(file.startswith("card.") and file.endswith(".json") and not set(file) & set("/<> ") for file in files)
 
 
-def test_what_is_undefined_is_null_and_no_nan(tmp_path, pictures, tiny_autoencoder_kl):
+def test_what_is_undefined_is_null_and_no_nan(tmp_path, images, tiny_autoencoder_kl):
     """Of 4x4 cells scaled to a quarter one is left, which cannot deviate from its mean."""
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
-    words = ["--data", str(pictures), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]
+    words = ["--data", str(images), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]
     assert cli.main(["inspect", str(tmp_path / "vae"), "--compare", str(tmp_path / "vae"), *words]) == 0
     content = json.loads((tmp_path / "out" / "card.json").read_text(), parse_constant=pytest.fail)
     (model, _) = content["models"]
@@ -170,13 +170,13 @@ def test_the_strip_shows_what_it_says(tiny_autoencoder_tiny):
     assert [bool(tile.caption) for tile in row] == [False, True, True, False, False, True, True, False]
 
 
-def test_cards_say_which_lpips_they_hold(tmp_path, pictures, tiny_autoencoder_kl, monkeypatch):
+def test_cards_say_which_lpips_they_hold(tmp_path, images, tiny_autoencoder_kl, monkeypatch):
     from diffusers_eqvae.losses.perceptual import LPIPS
 
     perceptual = LPIPS.random("squeeze")
     monkeypatch.setattr(LPIPS, "from_pretrained", lambda *_, **__: perceptual)
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
-    words = ["--data", str(pictures), "--output_dir", str(tmp_path / "out"), "--resolution", "32", "--num_images", "2"]
+    words = ["--data", str(images), "--output_dir", str(tmp_path / "out"), "--resolution", "32", "--num_images", "2"]
     assert cli.main(["inspect", str(tmp_path / "vae"), *words, "--lpips_backbone_weights", "squeezenet.pth"]) == 0
     card = ResultCard.load(tmp_path / "out" / "card.vae.json")
     assert card.metrics["lpips"] > 0 and card.protocol["lpips_net"] == "squeeze"
@@ -205,34 +205,34 @@ def test_lpips_is_measured_where_given(tiny_autoencoder_kl):
         (["--lpips_linear_weights", "squeeze.pth"], "needs --lpips_backbone_weights"),
     ],
 )
-def test_wrong_arguments_end_with_a_sentence(more, message, tmp_path, pictures, tiny_autoencoder_tiny, capsys):
+def test_wrong_arguments_end_with_a_sentence(more, message, tmp_path, images, tiny_autoencoder_tiny, capsys):
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "vae")
-    command = ["inspect", str(tmp_path / "vae"), "--data", str(pictures), "--output_dir", str(tmp_path / "out")]
+    command = ["inspect", str(tmp_path / "vae"), "--data", str(images), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, *(word.replace("FOLDER", str(tmp_path)) for word in more)])
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_no_model_is_measured_where_another_does_not_fit(tmp_path, pictures, tiny_autoencoder_tiny, monkeypatch):
+def test_no_model_is_measured_where_another_does_not_fit(tmp_path, images, tiny_autoencoder_tiny, monkeypatch):
     """The first has stride 4; the second, of stride 8, has no quarter of 16 px."""
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "vae")
     factors = [4, 8]
-    monkeypatch.setattr("diffusers_eqvae.inspection.command.inspect_autoencoder", pytest.fail)
-    monkeypatch.setattr("diffusers_eqvae.inspection.measuring.downsampling_factor", lambda _: factors.pop(0))
-    options = {"model": str(tmp_path / "vae"), "compare": str(tmp_path / "vae"), "data": str(pictures)}
+    monkeypatch.setattr("diffusers_eqvae.inspection.run.inspect_autoencoder", pytest.fail)
+    monkeypatch.setattr("diffusers_eqvae.inspection.health.downsampling_factor", lambda _: factors.pop(0))
+    options = {"model": str(tmp_path / "vae"), "compare": str(tmp_path / "vae"), "data": str(images)}
     with pytest.raises(ValueError, match="stride 8 and at least 32; got 16"):
         run_inspection(**options, output_dir=str(tmp_path / "out"), resolution=16)
 
 
-def test_pictures_are_evenly_spaced_and_none_is_replaced(pictures, caplog):
+def test_images_are_evenly_spaced_and_none_is_replaced(images, caplog):
     assert torch.equal(
-        load_pictures(pictures, resolution=16, num_images=2),
-        load_pictures(pictures, resolution=16, num_images=12)[[0, 11]],
+        load_images(images, resolution=16, num_images=2),
+        load_images(images, resolution=16, num_images=12)[[0, 11]],
     )
-    assert len(load_pictures(pictures, resolution=16, num_images=99)) == 12
-    assert "12 pictures, fewer than the 99" in caplog.text
-    broken = sorted(pictures.iterdir())[5]
+    assert len(load_images(images, resolution=16, num_images=99)) == 12
+    assert "12 images, fewer than the 99" in caplog.text
+    broken = sorted(images.iterdir())[5]
     broken.write_bytes(broken.read_bytes()[:900])
     with pytest.raises(ValueError, match=f"{broken.name} cannot be read"):
-        load_pictures(pictures, resolution=16, num_images=12)
+        load_images(images, resolution=16, num_images=12)

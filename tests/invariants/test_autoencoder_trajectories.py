@@ -27,13 +27,13 @@ MODEL = {
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A folder with pictures, a tiny model's config and seeded LPIPS weights."""
+    """A folder with images, a tiny model's config and seeded LPIPS weights."""
     root = tmp_path_factory.mktemp("autoencoder")
     rng = np.random.default_rng(0)
-    (root / "pictures").mkdir()
+    (root / "images").mkdir()
     for number in range(12):
         smooth = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        Image.fromarray(smooth).resize((80, 80), Image.Resampling.BICUBIC).save(root / f"pictures/{number:02d}.png")
+        Image.fromarray(smooth).resize((80, 80), Image.Resampling.BICUBIC).save(root / f"images/{number:02d}.png")
     (root / "model.json").write_text(json.dumps(MODEL))
     lpips = LPIPS.random("squeeze", seed=0)
     save_file({f"features.{k}": v for k, v in lpips.features.state_dict().items()}, root / "backbone.safetensors")
@@ -45,7 +45,7 @@ def material(tmp_path_factory):
 def flags(material, output_dir, **options) -> list[str]:
     defaults = {
         "model_config": material / "model.json",
-        "train_data_dir": material / "pictures",
+        "train_data_dir": material / "images",
         "output_dir": output_dir,
         "resolution": 72,
         "reduction": "mean",  # a sum at this size would drive the adaptive weight to its limit

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 
 from diffusers_eqvae.autoencoders import downsampling_factor, is_deterministic, latent_channels
 from diffusers_eqvae.data.latent_store import LatentStoreWriter, StoreSettings
-from diffusers_eqvae.latents import vae_fingerprint
+from diffusers_eqvae.provenance import vae_fingerprint
 
 CLASS_NAMES = {0: "cat", 1: "dog", 2: "otter"}
 

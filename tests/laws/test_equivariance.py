@@ -93,7 +93,7 @@ def test_scaling_comes_before_rotating():
 
 
 def test_pixels_are_treated_as_latents_are():
-    """tau commutes with cutting a picture into equal cells when the picture is constant per cell and s divides it."""
+    """tau commutes with cutting a image into equal cells when the image is constant per cell and s divides it."""
     x = images(2, 3, 4, 4)
     tau = Tau((4, 4), quarter_turns=3)
     upsampled = x.repeat_interleave(8, -1).repeat_interleave(8, -2)
@@ -185,7 +185,7 @@ def test_measuring_transforms():
     assert [scaling((32, 16), s).latent_size for s in SCALES] == [(8, 4), (16, 8), (24, 12)]
 
 
-def test_equivariance_error_is_relative_and_per_picture():
+def test_equivariance_error_is_relative_and_per_image():
     reference = images(3, 4, 5, 5)
     assert torch.equal(equivariance_error(reference, reference), torch.zeros(3, dtype=torch.float64))
     factors = torch.tensor([1.1, 2.0, 0.0], dtype=torch.float64).view(3, 1, 1, 1)
@@ -204,7 +204,7 @@ def test_the_centred_error_does_not_see_an_offset_of_the_latents():
     assert (centred >= plain).all()
 
 
-def test_a_constant_picture_has_a_finite_error():
+def test_a_constant_image_has_a_finite_error():
     constant = torch.ones(1, 2, 3, 3)
     assert equivariance_error(constant, constant, centred=True).item() == 0.0
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from diffusers_eqvae.latents import LatentNormalization, LatentStatistics, check_fingerprint, vae_fingerprint
+from diffusers_eqvae.latents import LatentNormalization, LatentStatistics
+from diffusers_eqvae.provenance import check_fingerprint, vae_fingerprint
 
 SD = LatentNormalization(scaling_factor=0.18215)
 SD3 = LatentNormalization(scaling_factor=1.5305, shift_factor=0.0609)

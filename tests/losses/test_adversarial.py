@@ -34,7 +34,7 @@ def test_a_right_discriminator_loses_less(kind):
     assert discriminator_loss(high, low, kind=kind) < discriminator_loss(low, high, kind=kind)
 
 
-def test_generator_wants_its_pictures_called_real():
+def test_generator_wants_its_images_called_real():
     logits_fake = torch.randn(2, 1, 3, 3, requires_grad=True)
     loss = generator_loss(logits_fake)
     torch.testing.assert_close(loss, -logits_fake.mean())

@@ -18,7 +18,7 @@ def lpips(request) -> LPIPS:
     return LPIPS.random(request.param, seed=3)
 
 
-def pictures(batch: int = 2, seed: int = 0, side_px: int = SIDE_PX) -> tuple[torch.Tensor, torch.Tensor]:
+def images(batch: int = 2, seed: int = 0, side_px: int = SIDE_PX) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     first, second = torch.rand(2, batch, 3, side_px, side_px, generator=generator) * 2 - 1
     return first, second
@@ -41,7 +41,7 @@ def tap_outputs(net: str, features: torch.nn.Module, images: torch.Tensor) -> li
 
 
 def test_is_the_papers_formula_in_float64(lpips):
-    first, second = pictures()
+    first, second = images()
     shift = np.array([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1)
     scale = np.array([0.458, 0.448, 0.450]).reshape(1, 3, 1, 1)
     with torch.no_grad():
@@ -57,8 +57,8 @@ def test_is_the_papers_formula_in_float64(lpips):
     np.testing.assert_allclose(lpips(first, second).numpy(), expected, rtol=2e-5)
 
 
-def test_equal_pictures_have_distance_zero_and_a_finite_gradient(lpips):
-    first, _ = pictures()
+def test_equal_images_have_distance_zero_and_a_finite_gradient(lpips):
+    first, _ = images()
     first.requires_grad_()
     distance = lpips(first, first.detach().clone())
     assert torch.equal(distance, torch.zeros(2))
@@ -66,16 +66,16 @@ def test_equal_pictures_have_distance_zero_and_a_finite_gradient(lpips):
     assert torch.equal(first.grad, torch.zeros_like(first))
 
 
-def test_is_symmetric_positive_and_per_picture(lpips):
-    first, second = pictures()
+def test_is_symmetric_positive_and_per_image(lpips):
+    first, second = images()
     distance = lpips(first, second)
     assert distance.shape == (2,) and (distance > 0).all()
     torch.testing.assert_close(distance, lpips(second, first))
     torch.testing.assert_close(distance[1:], lpips(first[1:], second[1:]))
 
 
-def test_gradient_reaches_the_picture_and_not_the_weights(lpips):
-    first, second = pictures()
+def test_gradient_reaches_the_image_and_not_the_weights(lpips):
+    first, second = images()
     first.requires_grad_()
     lpips(first, second).sum().backward()
     assert torch.isfinite(first.grad).all()
@@ -85,7 +85,7 @@ def test_gradient_reaches_the_picture_and_not_the_weights(lpips):
 
 def test_gradient_is_that_of_finite_differences():
     lpips = LPIPS.random("squeeze").double()
-    first, second = (x.double() for x in pictures(batch=1, side_px=20))
+    first, second = (x.double() for x in images(batch=1, side_px=20))
     direction = torch.randn(first.shape, dtype=torch.float64)
     first.requires_grad_()
     lpips(first, second).sum().backward()
@@ -99,7 +99,7 @@ def test_dead_places_give_no_nan():
     """A layer whose activations are all 0 at a place, where the norm has no derivative."""
     lpips = LPIPS.random("squeeze")
     lpips.features[0].bias.fill_(-100.0)
-    first, second = pictures()
+    first, second = images()
     first.requires_grad_()
     lpips(first, second).sum().backward()
     assert torch.isfinite(first.grad).all()
@@ -113,7 +113,7 @@ def test_stays_in_eval_mode_inside_a_training_module(lpips):
 
 def test_distances_are_float32_under_autocast():
     lpips = LPIPS.random("squeeze")
-    first, second = pictures()
+    first, second = images()
     exact = lpips(first, second)
     with torch.autocast("cpu", torch.bfloat16):
         distance = lpips(first.bfloat16(), second.bfloat16())
@@ -123,14 +123,14 @@ def test_distances_are_float32_under_autocast():
 
 def test_smallest_size_is_the_layers_own(lpips):
     side_px = lpips.min_size_px
-    assert lpips(*pictures(1, side_px=side_px)).shape == (1,)
+    assert lpips(*images(1, side_px=side_px)).shape == (1,)
     with pytest.raises(ValueError, match=f"at least {side_px} px"):
-        lpips(*pictures(1, side_px=side_px - 1))
+        lpips(*images(1, side_px=side_px - 1))
     with pytest.raises(RuntimeError):
         lpips.features(torch.zeros(1, 3, side_px - 1, side_px - 1))
 
 
-def test_unequal_pictures_and_unknown_nets_are_refused(lpips):
+def test_unequal_images_and_unknown_nets_are_refused(lpips):
     with pytest.raises(ValueError, match="equal shapes"):
         lpips(torch.zeros(2, 3, SIDE_PX, SIDE_PX), torch.zeros(1, 3, SIDE_PX, SIDE_PX))
     with pytest.raises(ValueError, match="vgg, alex, squeeze"):
@@ -150,7 +150,7 @@ def write_weights(lpips: LPIPS, folder) -> tuple[str, str]:
 def test_loads_both_published_layouts(lpips, tmp_path):
     backbone, heads = write_weights(lpips, tmp_path)
     loaded = LPIPS.from_pretrained(lpips.net, backbone_weights=backbone, linear_weights=heads)
-    assert torch.equal(loaded(*pictures()), lpips(*pictures()))
+    assert torch.equal(loaded(*images()), lpips(*images()))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
@@ -179,7 +179,7 @@ def test_cached_weights_are_found(tmp_path, monkeypatch):
     cache.mkdir(parents=True)
     (cache / "lpips-v0.1-squeeze.pth").write_bytes((tmp_path / "heads.pth").read_bytes())
     loaded = LPIPS.from_pretrained("squeeze", backbone_weights=backbone)
-    assert torch.equal(loaded(*pictures()), lpips(*pictures()))
+    assert torch.equal(loaded(*images()), lpips(*images()))
     assert heads
 
 
@@ -192,14 +192,14 @@ def test_published_heads_fit_and_are_not_negative(shared_data, net):
 
 
 @pytest.mark.parametrize(
-    ("pictures_used", "crop_px", "published", "tolerance"),
+    ("images_used", "crop_px", "published", "tolerance"),
     [
         pytest.param(2, 256, 0.0783, 5e-4, id="two_crops"),
         pytest.param(24, None, 0.077, 5e-4, id="kodak", marks=pytest.mark.slow),
     ],
 )
-def test_published_figure_of_taesd_on_kodak(shared_data, pictures_used, crop_px, published, tolerance):
-    """LPIPS-squeeze of TAESD on Kodak is .077 on full-size pictures; the crops' figure was made with the same code."""
+def test_published_figure_of_taesd_on_kodak(shared_data, images_used, crop_px, published, tolerance):
+    """LPIPS-squeeze of TAESD on Kodak is .077 on full-size images; the crops' figure was made with the same code."""
     from diffusers import AutoencoderTiny
 
     weights = shared_data / "weights"
@@ -210,7 +210,7 @@ def test_published_figure_of_taesd_on_kodak(shared_data, pictures_used, crop_px,
     )
     vae = AutoencoderTiny.from_pretrained(weights / "taesd").eval()
     distances = []
-    for path in sorted((shared_data / "kodak").glob("*.png"))[:pictures_used]:
+    for path in sorted((shared_data / "kodak").glob("*.png"))[:images_used]:
         pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
         pixels = pixels[..., :crop_px, :crop_px]
         with torch.no_grad():

@@ -21,7 +21,7 @@ def test_reductions_are_sum_per_image_and_mean_of_all(kind):
 
 @pytest.mark.parametrize(("reduction", "ratio"), [("sum", 0.25), ("mean", 1.0)])
 def test_a_target_of_half_the_side_weighs_a_quarter_under_sum(reduction, ratio):
-    """Pictures of the same error: a scale s weighs s^2 under "sum" and 1 under "mean"."""
+    """Images of the same error: a scale s weighs s^2 under "sum" and 1 under "mean"."""
     full = reconstruction_loss(torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.3), reduction=reduction)
     half = reconstruction_loss(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.3), reduction=reduction)
     torch.testing.assert_close(half, full * ratio)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusers_eqvae.metrics.cifar_resnet import CifarBlock, CifarResNet
-from diffusers_eqvae.metrics.features import IMAGENET_MEAN, IMAGENET_STD, cifar_resnet_features, load_extractor
+from diffusers_eqvae.metrics.feature_networks import IMAGENET_MEAN, IMAGENET_STD, cifar_resnet_features, load_extractor
 
 
 def published(network: CifarResNet) -> dict[str, torch.Tensor]:
@@ -19,7 +19,7 @@ def published(network: CifarResNet) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def pictures(count: int = 3, side: int = 32) -> torch.Tensor:
+def images(count: int = 3, side: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(0)).byte()
 
 
@@ -47,16 +47,16 @@ def test_features_and_logits_from_a_file(wrapped, tmp_path):
     state = published(network)
     torch.save({"state_dict": state, "best_prec1": 91.7} if wrapped else state, tmp_path / "weights.th")
     extractor = load_extractor("cifar_resnet", tmp_path / "weights.th")
-    outputs = extractor(pictures())
+    outputs = extractor(images())
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
-    images = (pictures() / 255 - mean) / std
-    torch.testing.assert_close(outputs["logits"], network(images))
-    torch.testing.assert_close(outputs["features"], network.features(images).mean((2, 3)))
+    expected = (images() / 255 - mean) / std
+    torch.testing.assert_close(outputs["logits"], network(expected))
+    torch.testing.assert_close(outputs["features"], network.features(expected).mean((2, 3)))
     # No number by this network can be taken for FID, precision or an Inception score.
     assert extractor.name == "cifar10_resnet14" and "32 px" in extractor.input_rule
     for metric in ("fid", "kid", "inception_score", "precision"):
         assert extractor.metric_name(metric).endswith("_cifar10_resnet14")
-    assert extractor(pictures(side=64))["features"].shape == (3, 64)
+    assert extractor(images(side=64))["features"].shape == (3, 64)
 
 
 def test_other_weights_are_refused(tmp_path):
@@ -77,7 +77,7 @@ def test_other_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("file", "accuracy"), [("resnet20-12fca82f.th", 0.81), ("resnet56-4bfd9763.th", 0.833)])
 def test_published_weights_know_their_classes(shared_data, file, accuracy):
-    """Accuracy on 8000 pictures of the test split; 400 of them give it within four standard errors."""
+    """Accuracy on 8000 images of the test split; 400 of them give it within four standard errors."""
     parquet = pytest.importorskip("pyarrow.parquet")
     extractor = cifar_resnet_features(shared_data / "weights" / "cifar10_resnet" / file)
     table = parquet.read_table(shared_data / "cifar10" / "test-00000-of-00001.parquet").to_pydict()

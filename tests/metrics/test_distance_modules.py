@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
-from diffusers_eqvae.metrics.collecting import collect
 from diffusers_eqvae.metrics.evaluate_modules import module_path
-from diffusers_eqvae.metrics.features import ModuleFeatures, cifar_resnet_features
+from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, cifar_resnet_features
 from diffusers_eqvae.metrics.generation import evaluate_generation, evaluate_reconstruction, load_reference
+from diffusers_eqvae.metrics.image_sets import collect
 
 evaluate = pytest.importorskip("evaluate")
 ADDED = {"num_samples", "evaluator", "weights_hash", "marks"}
@@ -45,30 +45,28 @@ def blurred(array: np.ndarray) -> np.ndarray:
 
 
 def test_rfid_in_batches_of_levels_or_of_pixels(load, weights):
-    pictures, metric = levels(70), load("rfid")
+    images, metric = levels(70), load("rfid")
     extractor = cifar_resnet_features(weights)
-    collected = [collect(extractor, np.split(each, [30, 50])) for each in (blurred(pictures), pictures)]
+    collected = [collect(extractor, np.split(each, [30, 50])) for each in (blurred(images), images)]
     expected = evaluate_reconstruction(*collected, extractor=extractor)
-    for part in np.split(pictures, [30, 50]):
+    for part in np.split(images, [30, 50]):
         metric.add_batch(predictions=blurred(part), references=part)
     result = metric.compute()
     assert {name: result[name] for name in expected.metrics} == expected.metrics
     assert set(result) == {"rfd_cifar10_resnet8"} | ADDED and not result["marks"]
     assert result["num_samples"] == 70 and result["evaluator"] == "cifar10_resnet8"
     # A training loop has pixels, and asks again after the next epoch.
-    pixels = [torch.from_numpy(each).permute(0, 3, 1, 2) / 127.5 - 1 for each in (blurred(pictures), pictures)]
+    pixels = [torch.from_numpy(each).permute(0, 3, 1, 2) / 127.5 - 1 for each in (blurred(images), images)]
     for reconstruction, target in zip(pixels[0].split([30, 20, 20]), pixels[1].split([30, 20, 20]), strict=True):
         metric.add_batch(predictions=reconstruction.requires_grad_(), references=target)
     assert metric.compute() == result
-    assert metric.compute(predictions=pictures, references=pictures)["rfd_cifar10_resnet8"] == pytest.approx(
-        0, abs=1e-9
-    )
+    assert metric.compute(predictions=images, references=images)["rfd_cifar10_resnet8"] == pytest.approx(0, abs=1e-9)
 
 
-def test_processes_join_their_pictures(load):
+def test_processes_join_their_images(load):
     """`evaluate` lets processes wait for each other through locked files, so two threads stand for them."""
-    pictures, alone = levels(70), load("rfid")
-    parts = np.split(pictures, [40])
+    images, alone = levels(70), load("rfid")
+    parts = np.split(images, [40])
     for part in parts:
         alone.add_batch(predictions=blurred(part), references=part)
 
@@ -97,24 +95,24 @@ def test_gfid_gives_all_that_the_network_and_the_reference_allow(load, weights, 
     assert "only 20 of 40" in few["marks"]["kd_cifar10_resnet8"] and few["num_samples"] == 40
 
 
-def test_pictures_one_by_one(load):
+def test_images_one_by_one(load):
     """`add` is a batch of one, of levels or pixels."""
-    metric, pictures = load("rfid"), levels(5)
-    for picture in pictures:
-        metric.add_batch(predictions=blurred(picture)[None], references=picture[None])
+    metric, images = load("rfid"), levels(5)
+    for image in images:
+        metric.add_batch(predictions=blurred(image)[None], references=image[None])
     expected = metric.compute()
-    for picture in pictures:
-        metric.add(prediction=blurred(picture), reference=picture)
+    for image in images:
+        metric.add(prediction=blurred(image), reference=image)
     assert metric.compute() == expected
-    for picture in pictures:
-        sides = [torch.from_numpy(each).permute(2, 0, 1) / 127.5 - 1 for each in (blurred(picture), picture)]
+    for image in images:
+        sides = [torch.from_numpy(each).permute(2, 0, 1) / 127.5 - 1 for each in (blurred(image), image)]
         metric.add(prediction=sides[0], reference=sides[1])
     assert metric.compute() == expected
     with pytest.raises(ValueError, match="takes predictions and references; got predictions"):
-        metric.add(prediction=pictures[0])
+        metric.add(prediction=images[0])
 
 
-def test_all_pictures_have_one_size(load):
+def test_all_images_have_one_size(load):
     metric, small, large = load("rfid"), levels(4), levels(4).repeat(2, 1).repeat(2, 2)
     metric.add_batch(predictions=blurred(small), references=small)
     with pytest.raises(ValueError, match="must have one size; got 8x8 and 16x16 px"):
@@ -127,12 +125,12 @@ def test_all_pictures_have_one_size(load):
 def test_gfid_crops_its_reference_and_takes_the_network_by_name(load, weights, tmp_path):
     torchvision = pytest.importorskip("torchvision")
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for index, each in enumerate(np.random.default_rng(1).integers(0, 256, (9, 20, 24, 3)).astype(np.uint8)):
-        Image.fromarray(each).save(tmp_path / "pictures" / f"{index}.png")
-    options = {"reference": str(tmp_path / "pictures"), "resolution": 8}
+        Image.fromarray(each).save(tmp_path / "images" / f"{index}.png")
+    options = {"reference": str(tmp_path / "images"), "resolution": 8}
     result = load("gfid", **options).compute(predictions=levels(9))
-    expected = load_reference(tmp_path / "pictures", cifar_resnet_features(weights), resolution=8)
+    expected = load_reference(tmp_path / "images", cifar_resnet_features(weights), resolution=8)
     assert result["reference_hash"] == expected.hash and result["evaluator"] == "cifar10_resnet8"
     named = load("rfid", config="squeezenet", weights=str(tmp_path / "squeezenet.pth"))
     assert named.compute(predictions=levels(2), references=levels(2))["evaluator"] == "squeezenet1_1"
@@ -144,7 +142,7 @@ def test_a_network_of_ones_own(load):
     assert metric.compute(predictions=blurred(levels(9)), references=levels(9))["rfd_colours"] > 0
 
 
-def test_what_is_no_batch_of_pictures_is_refused(load, tmp_path):
+def test_what_is_no_batch_of_images_is_refused(load, tmp_path):
     metric, good = load("rfid"), levels(4)
     pixels = torch.zeros(4, 3, 8, 8)
     for wrong, complaint in (

@@ -7,7 +7,7 @@ import torch
 
 from diffusers_eqvae.equivariance import equivariance_error
 from diffusers_eqvae.metrics.evaluate_modules import NAMES, module_path
-from diffusers_eqvae.metrics.intrinsic_dimension import intrinsic_dimension
+from diffusers_eqvae.metrics.latent_statistics import intrinsic_dimension
 
 evaluate = pytest.importorskip("evaluate")
 

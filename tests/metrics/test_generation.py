@@ -1,4 +1,4 @@
-"""Generation metrics from pictures to numbers: one pass, invariances, references, and what is refused or marked."""
+"""Generation metrics from images to numbers: one pass, invariances, references, and what is refused or marked."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_eqvae.metrics.collecting import Collected, Collector, Processes, collect, picture_digests, to_levels
-from diffusers_eqvae.metrics.features import FeatureExtractor, ModuleFeatures, hash_tensors
-from diffusers_eqvae.metrics.frechet import FeatureStatistics, frechet_distance, inception_score, precision_recall
+from diffusers_eqvae.metrics.distances import FeatureStatistics, frechet_distance, inception_score, precision_recall
+from diffusers_eqvae.metrics.feature_networks import FeatureExtractor, ModuleFeatures
 from diffusers_eqvae.metrics.generation import (
     Reference,
     evaluate_generation,
@@ -17,7 +16,9 @@ from diffusers_eqvae.metrics.generation import (
     feature_statistics,
     load_reference,
 )
-from diffusers_eqvae.metrics.inputs import PictureSet
+from diffusers_eqvae.metrics.image_sets import Collected, Collector, Processes, collect, image_digests, to_levels
+from diffusers_eqvae.metrics.inputs import ImageSet
+from diffusers_eqvae.provenance import hash_tensors
 
 ALL = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std"}
 
@@ -35,9 +36,9 @@ class TinyInception(FeatureExtractor):
         self.suffix = None if genuine else "tiny"
         self.calls = 0
 
-    def extract(self, pictures):
+    def extract(self, images):
         self.calls += 1
-        maps = self.network(pictures.float() / 127.5 - 1).relu()
+        maps = self.network(images.float() / 127.5 - 1).relu()
         features = maps.mean((2, 3))
         return {"features": features, "spatial": maps[:, :2].flatten(1), "logits": features * 3}
 
@@ -51,7 +52,7 @@ def in_batches(array: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def reference_of(extractor: FeatureExtractor, count: int = 60, seed: int = 1) -> Reference:
-    return load_reference(PictureSet(levels(count, seed, low=10), name="reference"), extractor)
+    return load_reference(ImageSet(levels(count, seed, low=10), name="reference"), extractor)
 
 
 def test_one_pass_gives_every_number():
@@ -81,7 +82,7 @@ def test_kid_has_no_deviation_where_all_subsets_are_one():
 
 
 def test_the_protocols_constants():
-    """Three neighbours; precision, recall and KID of the first 10 000 pictures of the reference, FID of all."""
+    """Three neighbours; precision, recall and KID of the first 10 000 images of the reference, FID of all."""
     extractor = TinyInception()
     samples, reference = collect(extractor, [levels(50)]), reference_of(extractor, 60)
     metrics = evaluate_generation(samples, reference, extractor=extractor).metrics
@@ -137,11 +138,11 @@ def test_numbers_do_not_depend_on_the_batch_size(batch_size):
 @pytest.mark.parametrize("world_size", [2, 3, 9])
 def test_not_one_bit_depends_on_the_processes(world_size):
     """Nine processes share seven batches: two have nothing to do."""
-    extractor, pictures = TinyInception(), PictureSet(levels(50), name="samples")
-    stretches = [list(pictures.batches(8, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    extractor, images = TinyInception(), ImageSet(levels(50), name="samples")
+    stretches = [list(images.batches(8, rank=rank, world_size=world_size)) for rank in range(world_size)]
     shares = [collect(extractor, stretch) for stretch in stretches if stretch]
-    together = Processes(0, world_size, lambda mine: shares).measure(extractor, pictures, batch_size=8)
-    alone = Processes().measure(extractor, pictures, batch_size=8)
+    together = Processes(0, world_size, lambda mine: shares).measure(extractor, images, batch_size=8)
+    alone = Processes().measure(extractor, images, batch_size=8)
     assert together.hash == alone.hash and len(together.features) == 50
     reference = reference_of(extractor)
     numbers = [evaluate_generation(each, reference, extractor=extractor).metrics for each in (together, alone)]
@@ -164,25 +165,25 @@ def test_a_reference_survives_its_file(tmp_path):
 
 
 def test_adm_reference_files(tmp_path):
-    extractor, pictures = TinyInception(), levels(60, 1, low=10)
-    collected = collect(extractor, [pictures])
+    extractor, images = TinyInception(), levels(60, 1, low=10)
+    collected = collect(extractor, [images])
     own = feature_statistics(collected.features)
     arrays = {"mu": own.mean, "sigma": own.covariance}
     spatial = feature_statistics(collected.spatial)
     arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     arrays = {key: value.numpy() for key, value in arrays.items()}
-    np.savez(tmp_path / "both.npz", arr_0=pictures, **arrays)
+    np.savez(tmp_path / "both.npz", arr_0=images, **arrays)
     np.savez(tmp_path / "numbers.npz", **arrays)
-    np.savez(tmp_path / "pictures.npz", pictures)
+    np.savez(tmp_path / "images.npz", images)
     samples = collect(extractor, [levels(50)])
     both, numbers, plain = (
         evaluate_generation(samples, load_reference(tmp_path / f"{name}.npz", extractor), extractor=extractor).metrics
-        for name in ("both", "numbers", "pictures")
+        for name in ("both", "numbers", "images")
     )
     assert both == pytest.approx(plain, rel=1e-9) and set(both) == ALL
     assert set(numbers) == ALL - {"precision", "recall", "kid", "kid_std"}
     assert numbers["fid"] == both["fid"]
-    # Inception's statistics mean nothing to another network: it looks at the pictures, or refuses.
+    # Inception's statistics mean nothing to another network: it looks at the images, or refuses.
     other = TinyInception(genuine=False)
     assert load_reference(tmp_path / "both.npz", other).count == 60
     with pytest.raises(ValueError, match="can use mu and sigma"):
@@ -207,13 +208,13 @@ def test_bad_reference_files_are_named(arrays, complaint, tmp_path):
 def test_too_few_samples_are_marked(caplog):
     extractor = TinyInception()
     result = evaluate_generation(collect(extractor, [levels(8)]), reference_of(extractor), extractor=extractor)
-    reason = "too few pictures: 8 samples for 8 dimensions"
+    reason = "too few images: 8 samples for 8 dimensions"
     assert result.marks == {"fid": reason, "sfid": reason}
     assert (
         "fid" in caplog.text and "not comparable" in caplog.text and np.isfinite(list(result.metrics.values())).all()
     )
     few = evaluate_generation(collect(extractor, [levels(50)]), reference_of(extractor, 5), extractor=extractor)
-    assert few.marks["fid"] == "too few pictures: 5 reference pictures for 8 dimensions"
+    assert few.marks["fid"] == "too few images: 5 reference images for 8 dimensions"
 
 
 def test_repeated_samples_are_marked():
@@ -223,29 +224,27 @@ def test_repeated_samples_are_marked():
     assert result.marks["kid"] == "only 30 of 40 samples are unique" and set(result.marks) == ALL
     twice = collect(extractor, [np.concatenate([levels(4), levels(4)])])
     marks = evaluate_generation(twice, reference_of(extractor), extractor=extractor).marks
-    assert marks["fid"] == "too few pictures: 8 samples for 8 dimensions; only 4 of 8 samples are unique"
+    assert marks["fid"] == "too few images: 8 samples for 8 dimensions; only 4 of 8 samples are unique"
 
 
-def test_reconstructions_are_measured_against_their_pictures(caplog):
-    extractor, pictures = TinyInception(), levels(50)
-    blurred = pictures // 2 + 64
+def test_reconstructions_are_measured_against_their_images(caplog):
+    extractor, images = TinyInception(), levels(50)
+    blurred = images // 2 + 64
     collected = [Collector(extractor) for _ in range(2)]
     for start in range(0, 50, 8):
-        for collector, array in zip(collected, (blurred, pictures), strict=True):
+        for collector, array in zip(collected, (blurred, images), strict=True):
             collector.add(array[start : start + 8])
     ours, reference = (collector.collected() for collector in collected)
     result = evaluate_reconstruction(ours, reference, extractor=extractor)
     assert set(result.metrics) == {"rfid", "rsfid"} and not result.marks
-    as_samples = evaluate_generation(
-        ours, load_reference(PictureSet(pictures, name="x"), extractor), extractor=extractor
-    )
+    as_samples = evaluate_generation(ours, load_reference(ImageSet(images, name="x"), extractor), extractor=extractor)
     assert result.metrics["rfid"] == pytest.approx(as_samples.metrics["fid"], rel=1e-5)
     itself = evaluate_reconstruction(reference, reference, extractor=extractor)
     assert itself.metrics == pytest.approx({"rfid": 0, "rsfid": 0}, abs=1e-9)
     other = TinyInception(genuine=False)
-    doubled = collect(other, [np.concatenate([pictures, pictures])])
+    doubled = collect(other, [np.concatenate([images, images])])
     marked = evaluate_reconstruction(collect(other, [np.concatenate([blurred, blurred])]), doubled, extractor=other)
-    assert marked.marks == dict.fromkeys(("rfd_tiny", "rsfd_tiny"), "only 50 of 100 pictures are unique")
+    assert marked.marks == dict.fromkeys(("rfd_tiny", "rsfd_tiny"), "only 50 of 100 images are unique")
     assert "rfd_tiny" in caplog.text
 
 
@@ -272,11 +271,11 @@ def test_bad_batches_are_refused():
 
 def test_the_hash_sees_every_pixel_and_the_order():
     extractor = TinyInception()
-    pictures = levels(5)
-    changed = pictures.copy()
+    images = levels(5)
+    changed = images.copy()
     changed[4, 7, 7, 2] ^= 1
-    hashes = {collect(extractor, [each]).hash for each in (pictures, changed, pictures[::-1])}
+    hashes = {collect(extractor, [each]).hash for each in (images, changed, images[::-1])}
     assert len(hashes) == 3
-    # The same bytes in another shape are another picture.
-    assert picture_digests(pictures) != picture_digests(pictures.reshape(5, 4, 16, 3))
-    assert isinstance(collect(extractor, [pictures]), Collected)
+    # The same bytes in another shape are another image.
+    assert image_digests(images) != image_digests(images.reshape(5, 4, 16, 3))
+    assert isinstance(collect(extractor, [images]), Collected)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_eqvae.metrics.intrinsic_dimension import intrinsic_dimension
-from diffusers_eqvae.metrics.spectrum import high_frequency_share, radial_power_spectrum
-from diffusers_eqvae.metrics.statistics import channel_statistics
+from diffusers_eqvae.metrics.latent_statistics import (
+    channel_statistics,
+    high_frequency_share,
+    intrinsic_dimension,
+    radial_power_spectrum,
+)
 
 
 def manifold(dimension: int, count: int = 4000, *, seed: int = 0) -> torch.Tensor:
@@ -47,7 +50,7 @@ def test_dimension_depends_on_neither_order_scale_offset_nor_blocks(monkeypatch)
     points = manifold(3, 500)
     reference = intrinsic_dimension(points)
     assert intrinsic_dimension(points.flip(0) * 7 + 100) == pytest.approx(reference, rel=1e-6)
-    monkeypatch.setattr("diffusers_eqvae.metrics.intrinsic_dimension.BLOCK_POINTS", 33)
+    monkeypatch.setattr("diffusers_eqvae.metrics.latent_statistics.BLOCK_POINTS", 33)
     assert intrinsic_dimension(points) == pytest.approx(reference, rel=1e-12)
 
 

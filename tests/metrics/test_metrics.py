@@ -30,20 +30,20 @@ class AveragingAutoencoder(nn.Module):
         return SimpleNamespace(sample=F.interpolate(latents - self.offset, scale_factor=4, mode="nearest"))
 
 
-def pictures(count: int = 3, side: int = 32) -> torch.Tensor:
+def images(count: int = 3, side: int = 32) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def test_equivariant_map_has_no_rotation_error():
-    figures = measure_equivariance(AveragingAutoencoder(), [pictures()])
+    figures = measure_equivariance(AveragingAutoencoder(), [images()])
     assert figures["equivariance_rotation"] == pytest.approx(0, abs=1e-10)
     assert figures["equivariance_scale"] > 0.01  # averaging then resizing is not resizing then averaging
     assert figures["psnr_rotated_latent"] == pytest.approx(figures["psnr"], abs=1e-4)
 
 
 def test_rolled_latents_have_the_error_of_uncorrelated_ones():
-    """Rolling by half a picture makes tau(E(x)) and E(tau(x)) independent cells of one variance: ratio 2."""
-    pixels = pictures(8, 128)
+    """Rolling by half a image makes tau(E(x)) and E(tau(x)) independent cells of one variance: ratio 2."""
+    pixels = images(8, 128)
     figures = measure_equivariance(AveragingAutoencoder(shift=13), [pixels])
     # A half turn maps a roll to its opposite; with independent cells every rotation gives |a - b|^2 / |b|^2 = 2.
     assert figures["equivariance_rotation"] == pytest.approx(2.0, rel=0.1)
@@ -51,7 +51,7 @@ def test_rolled_latents_have_the_error_of_uncorrelated_ones():
 
 def test_an_offset_flatters_the_plain_error_only():
     plain, shifted = (
-        measure_equivariance(AveragingAutoencoder(shift=13, offset=offset), [pictures(8, 64)]) for offset in (0.0, 5.0)
+        measure_equivariance(AveragingAutoencoder(shift=13, offset=offset), [images(8, 64)]) for offset in (0.0, 5.0)
     )
     assert shifted["equivariance_rotation"] < 0.01 * plain["equivariance_rotation"]
     assert shifted["equivariance_rotation_centred"] == pytest.approx(plain["equivariance_rotation_centred"], rel=1e-3)
@@ -80,16 +80,16 @@ class WeightedAutoencoder(nn.Module):
 
 
 class ByHand:
-    """The same autoencoder, the transforms and the figures of one picture (3, H, W), in float64 NumPy."""
+    """The same autoencoder, the transforms and the figures of one image (3, H, W), in float64 NumPy."""
 
-    def __init__(self, picture: np.ndarray) -> None:
-        self.picture = picture
-        self.latents = self.encode(picture)
+    def __init__(self, image: np.ndarray) -> None:
+        self.image = image
+        self.latents = self.encode(image)
 
     @staticmethod
-    def encode(picture):
-        channels, height, width = picture.shape
-        cells = picture.reshape(channels, height // FACTOR, FACTOR, width // FACTOR, FACTOR).mean((2, 4))
+    def encode(image):
+        channels, height, width = image.shape
+        cells = image.reshape(channels, height // FACTOR, FACTOR, width // FACTOR, FACTOR).mean((2, 4))
         return cells * ramp(*cells.shape[1:])
 
     @staticmethod
@@ -113,7 +113,7 @@ class ByHand:
     def error(self, transform, values, *, centred=False):
         each = []
         for value in values:
-            reference = self.encode(transform(self.picture, value))
+            reference = self.encode(transform(self.image, value))
             difference = transform(self.latents, value) - reference
             offset = reference.mean((1, 2), keepdims=True) if centred else 0
             each.append((difference**2).sum() / ((reference - offset) ** 2).sum())
@@ -123,7 +123,7 @@ class ByHand:
         return 10 * np.log10(4 / np.mean((self.decode(latents).clip(-1, 1) - target) ** 2))
 
     def figures(self):
-        figures = {"psnr": self.psnr(self.latents, self.picture)}
+        figures = {"psnr": self.psnr(self.latents, self.image)}
         for name, transform, values in (
             ("rotation", self.turn, (1, 2, 3)),
             ("scale", self.scale, (0.25, 0.5, 0.75)),
@@ -131,7 +131,7 @@ class ByHand:
             figures[f"equivariance_{name}"] = self.error(transform, values)
             figures[f"equivariance_{name}_centred"] = self.error(transform, values, centred=True)
         for name, transform, value in (("rotated", self.turn, 1), ("halved", self.scale, 0.5)):
-            target = transform(self.picture, value)
+            target = transform(self.image, value)
             figures[f"psnr_{name}_latent"] = self.psnr(transform(self.latents, value), target)
             figures[f"psnr_{name}_pixels"] = self.psnr(self.encode(target), target)
         return figures
@@ -139,9 +139,9 @@ class ByHand:
 
 def test_figures_of_a_map_that_is_not_equivariant_are_those_worked_out_by_hand():
     """R over {90, 180, 270} degrees, S over {.25, .5, .75}, one quarter turn, half the size: EQ-VAE, table 1."""
-    pixels = F.interpolate(pictures(2, 8), size=(32, 32), mode="bilinear") + 0.1
+    pixels = F.interpolate(images(2, 8), size=(32, 32), mode="bilinear") + 0.1
     measured = measure_equivariance(WeightedAutoencoder(), [pixels])
-    by_hand = [ByHand(picture).figures() for picture in pixels.double().numpy()]
+    by_hand = [ByHand(image).figures() for image in pixels.double().numpy()]
     expected = {name: np.mean([figures[name] for figures in by_hand]) for name in by_hand[0]}
     assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert set(measured) == {*expected, "latent_std"}
@@ -161,14 +161,14 @@ class PixelwiseAutoencoder(nn.Module):
 
 
 def test_a_map_of_pixels_has_no_error_at_all():
-    figures = measure_equivariance(PixelwiseAutoencoder(), [pictures()])
+    figures = measure_equivariance(PixelwiseAutoencoder(), [images()])
     for name in ("rotation", "rotation_centred", "scale", "scale_centred"):
         assert figures[f"equivariance_{name}"] == pytest.approx(0, abs=1e-12)
     assert min(figures[f"psnr_{name}_latent"] for name in ("rotated", "halved")) > 100
 
 
 def test_figures_do_not_depend_on_the_batches():
-    pixels = pictures(6)
+    pixels = images(6)
     together = measure_equivariance(AveragingAutoencoder(shift=1), [pixels])
     apart = measure_equivariance(AveragingAutoencoder(shift=1), pixels.split(4))
     assert together == pytest.approx(apart, rel=1e-6)
@@ -176,9 +176,9 @@ def test_figures_do_not_depend_on_the_batches():
 
 def test_mode_is_restored_and_nothing_is_refused():
     vae = AveragingAutoencoder().train()
-    measure_equivariance(vae, [pictures(1)])
+    measure_equivariance(vae, [images(1)])
     assert vae.training
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         measure_equivariance(vae, [])
 
 

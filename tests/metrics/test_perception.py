@@ -46,7 +46,7 @@ def test_a_class_that_is_only_predicted_counts_as_wrong():
     assert confusion.mean_iou() == 0.25
 
 
-def test_merged_counts_are_those_of_all_pictures(classes):
+def test_merged_counts_are_those_of_all_images(classes):
     whole = counted(*classes)
     joined = SegmentationConfusion(5)
     for prediction, target in zip(*classes, strict=True):

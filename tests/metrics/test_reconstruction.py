@@ -11,7 +11,7 @@ skimage_metrics = pytest.importorskip("skimage.metrics")
 
 
 def pair(side: tuple[int, int] = (37, 48), *, contrast: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth pictures and noisy copies, some values of which leave [-1, 1]."""
+    """Smooth images and noisy copies, some values of which leave [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     target = torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1
     target = torch.nn.functional.interpolate(target, side, mode="bilinear") * contrast
@@ -39,7 +39,7 @@ def test_ssim_and_psnr_are_those_of_scikit_image(contrast):
         assert psnr(reconstruction, target)[index].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_ssim_of_equal_pictures_is_one_and_ignores_the_batch():
+def test_ssim_of_equal_images_is_one_and_ignores_the_batch():
     reconstruction, target = pair((24, 24))
     assert ssim(target, target).tolist() == pytest.approx([1.0] * 3, abs=1e-12)
     alone = torch.cat([ssim(a[None], b[None]) for a, b in zip(reconstruction, target, strict=True)])

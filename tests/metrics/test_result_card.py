@@ -29,7 +29,7 @@ def card(**changes) -> ResultCard:
 
 
 def test_a_card_survives_its_file(tmp_path):
-    original = card(seed=3, guidance_interval=[0.0, 0.75], marks={"fid": "too few pictures"})
+    original = card(seed=3, guidance_interval=[0.0, 0.75], marks={"fid": "too few images"})
     original.save(tmp_path / "deep" / "card.json")
     assert ResultCard.load(tmp_path / "deep" / "card.json") == original
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["card.json"]
@@ -109,10 +109,10 @@ def test_a_reconstruction_is_not_compared_with_a_sample():
 
 
 def test_marks_and_missing_numbers_are_shown():
-    cards = [card(marks={"fid": "too few pictures"}), card(metrics={"fid": 3.0, "kid": 0.1})]
+    cards = [card(marks={"fid": "too few images"}), card(metrics={"fid": 3.0, "kid": 0.1})]
     table = compare_cards(["a", "b"], cards).table
     assert table[1].split() == ["fid", "2.5*", "3"] and table[2].split() == ["kid", "-", "0.1"]
-    assert table[3] == "* fid of a: too few pictures"
+    assert table[3] == "* fid of a: too few images"
     assert "no number" in compare_cards(["a", "b"], [card(), card(metrics={"fd_x": 1.0})]).incomparable[0]
     with pytest.raises(ValueError, match="Two or more"):
         compare_cards(["a"], [card()])
@@ -149,9 +149,9 @@ def test_what_sampling_json_says(tmp_path):
     assert sampling_facts(tmp_path / "png")[0]["ema"] is True
     card(**facts)
     # Nothing is known of files that sampling.json does not describe, even beside it.
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     nothing = ({}, {"label_policy": None, "uint8_rule": None})
-    for stranger in ("others.npz", "pictures", "model/samples.npz"):
+    for stranger in ("others.npz", "images", "model/samples.npz"):
         assert sampling_facts(tmp_path / stranger) == nothing
 
 

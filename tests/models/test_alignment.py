@@ -1,4 +1,4 @@
-"""Alignment with a teacher: the loss, the network, the frozen teacher, and the regulariser that joins them."""
+"""Alignment with a teacher: the loss, the network, the frozen teacher, and the regularizer that joins them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_network_saves_and_loads(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (28, 28), (20, 30)])
-def test_teacher_is_the_model_on_normalised_bicubic_pictures(teacher, teacher_directory, height, width):
+def test_teacher_is_the_model_on_normalised_bicubic_images(teacher, teacher_directory, height, width):
     """Against a computation by hand: ImageNet's numbers, bicubic to 28 px on the short side, registers dropped."""
     pixels = torch.rand(2, 3, height, width) * 2 - 1
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -41,7 +41,7 @@ def test_output_grid(small, num_layers, size, grid):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_smallest_picture_gives_one_logit_and_a_smaller_one_a_readable_error(small, num_layers):
+def test_smallest_image_gives_one_logit_and_a_smaller_one_a_readable_error(small, num_layers):
     model = small(num_layers=num_layers, norm="group")
     side_px = model.min_size_px
     assert model(torch.zeros(1, 3, side_px, side_px)).shape == (1, 1, 1, 1)
@@ -54,7 +54,7 @@ def test_smallest_picture_gives_one_logit_and_a_smaller_one_a_readable_error(sma
 def test_a_logit_sees_seventy_pixels():
     model = PatchDiscriminator(base_channels=4, norm="group").eval()
     for layer in [layer for layer in model.layers if isinstance(layer, nn.GroupNorm)]:
-        # A normalisation over the whole picture would make every logit see everything.
+        # A normalisation over the whole image would make every logit see everything.
         model.layers[list(model.layers).index(layer)] = nn.Identity()
     pixels = torch.randn(1, 3, 160, 160, requires_grad=True)
     model(pixels)[0, 0, 8, 8].backward()

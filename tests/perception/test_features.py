@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusers_eqvae import AlignmentNetwork, LatentNormalization
+from diffusers_eqvae.images import latent_pca
 from diffusers_eqvae.perception import (
     LinearProbe,
     Standardization,
@@ -17,7 +18,6 @@ from diffusers_eqvae.perception import (
 )
 from diffusers_eqvae.perception.clusters import _lloyd
 from diffusers_eqvae.perception.features import load_alignment_network, to_rows
-from diffusers_eqvae.pictures import latent_pca
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_channels_weigh_the_same_in_clusters():
     assert len(labels[..., :4].unique()) == len(labels[..., 4:].unique()) == 1 and len(labels.unique()) == 2
 
 
-def test_clusters_turn_with_the_picture():
+def test_clusters_turn_with_the_image():
     features = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     features[:, 0, :3] += 30
     features[:, 1, :2, :2] += 30

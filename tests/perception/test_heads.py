@@ -1,4 +1,4 @@
-"""DINOv2's linear heads: the published mathematics in float64 NumPy, the published keys, and the picture of it all."""
+"""DINOv2's linear heads: the published mathematics in float64 NumPy, the published keys, and the image of it all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from safetensors.torch import save_file
 
 from diffusers_eqvae import AlignmentNetwork, ClassConditionalPipeline, FlowMatchODEScheduler, LatentNormalization
 from diffusers_eqvae.autoencoders import decode
+from diffusers_eqvae.images import to_image
 from diffusers_eqvae.models.alignment_network import AlignmentOutput
 from diffusers_eqvae.perception import (
     LinearDepthHead,
     LinearSegmentationHead,
     cluster_cells,
-    perception_picture,
+    perception_image,
     to_size,
 )
-from diffusers_eqvae.perception.show import draw_labels
 from diffusers_eqvae.perception.tasks import DepthTask
-from diffusers_eqvae.pictures import to_image
+from diffusers_eqvae.perception.visualize import draw_labels
 
 SIZE, CLASSES, BINS = 6, 5, 256
 
@@ -206,7 +206,7 @@ def test_features_of_another_teacher_are_refused(features):
         LinearDepthHead(SIZE, max_depth=0.0)
 
 
-def test_the_picture_shows_samples_and_what_their_latents_say(tmp_path, tiny_autoencoder_kl):
+def test_the_image_shows_samples_and_what_their_latents_say(tmp_path, tiny_autoencoder_kl):
     torch.manual_seed(0)
     network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=SIZE)
     heads = {
@@ -214,17 +214,17 @@ def test_the_picture_shows_samples_and_what_their_latents_say(tmp_path, tiny_aut
         "depth_head": LinearDepthHead.from_file(saved(tmp_path, depth_tensors())),
     }
     latents = torch.randn(2, 4, 4, 4)
-    drawn = perception_picture(tiny_autoencoder_kl, latents, alignment_network=network, num_clusters=3, **heads)
+    drawn = perception_image(tiny_autoencoder_kl, latents, alignment_network=network, num_clusters=3, **heads)
     assert drawn.size == (5 * 20 - 4, 16 + 2 * 20 - 4)
-    plain = perception_picture(tiny_autoencoder_kl, latents, num_clusters=3)
+    plain = perception_image(tiny_autoencoder_kl, latents, num_clusters=3)
     assert plain.size == (3 * 20 - 4, 16 + 2 * 20 - 4)
     raw = LatentNormalization.from_vae(tiny_autoencoder_kl).denormalize(latents)
-    given = perception_picture(
+    given = perception_image(
         tiny_autoencoder_kl, latents, num_clusters=3, pixels=decode(tiny_autoencoder_kl, raw).detach()
     )
     assert np.array_equal(np.asarray(given), np.asarray(plain))
     with pytest.raises(ValueError, match="give the alignment_network"):
-        perception_picture(tiny_autoencoder_kl, latents, **heads)
+        perception_image(tiny_autoencoder_kl, latents, **heads)
 
 
 def test_samples_of_a_pipeline_are_drawn_from_their_latents(tiny_sit, tiny_autoencoder_kl):
@@ -234,11 +234,11 @@ def test_samples_of_a_pipeline_are_drawn_from_their_latents(tiny_sit, tiny_autoe
     options = {"num_inference_steps": 2, "guidance_scale": 1.0}
     latents = pipe([1], output_type="latent", generator=torch.Generator().manual_seed(0), **options).images
     sample = pipe([1], generator=torch.Generator().manual_seed(0), **options).images[0]
-    drawn = perception_picture(pipe.vae, latents, num_clusters=2)
+    drawn = perception_image(pipe.vae, latents, num_clusters=2)
     assert np.array_equal(np.asarray(drawn.crop((0, 16, 16, 32))), np.asarray(sample))
 
     network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=SIZE)
     clusters = cluster_cells(network(LatentNormalization.from_vae(pipe.vae).denormalize(latents)).patch.detach(), 2)
-    drawn = perception_picture(pipe.vae, latents, alignment_network=network, num_clusters=2)
+    drawn = perception_image(pipe.vae, latents, alignment_network=network, num_clusters=2)
     expected = to_image(draw_labels(clusters)[0].repeat_interleave(4, 1).repeat_interleave(4, 2))
     assert np.array_equal(np.asarray(drawn.crop((40, 16, 56, 32))), np.asarray(expected))

@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_eqvae.data.images import adm_center_crop
+from diffusers_eqvae.images import adm_center_crop
 from diffusers_eqvae.perception import CellTransfer, cell_labels, cell_values, label_targets, to_size
-from diffusers_eqvae.perception.show import draw_depth, draw_labels, label_colours
 from diffusers_eqvae.perception.tasks import (
     DepthTask,
     SegmentationTask,
@@ -18,6 +17,7 @@ from diffusers_eqvae.perception.tasks import (
     read_annotations,
 )
 from diffusers_eqvae.perception.transfer import target_means
+from diffusers_eqvae.perception.visualize import draw_depth, draw_labels, label_colours
 
 VOID = 255
 
@@ -51,7 +51,7 @@ def test_values_of_a_cell_are_the_mean_of_the_valid_ones():
     assert targets[0, 0, 0, 0] == 3.0 and targets[0, 0, 0, 1].isnan()
 
 
-def test_transfer_from_a_picture_onto_itself_is_perfect(features, labels):
+def test_transfer_from_a_image_onto_itself_is_perfect(features, labels):
     targets = label_targets(labels, 5)
     transferred = CellTransfer(features, targets, neighbours=1)(features)
     assert torch.equal(transferred, targets)
@@ -120,7 +120,7 @@ def test_labels_may_be_of_any_integer_type(labels, dtype):
         label_targets(labels.to(dtype), 4)
 
 
-def test_means_look_at_no_picture():
+def test_means_look_at_no_image():
     labels = torch.tensor([[[0, 1], [VOID, 2]], [[0, 1], [VOID, 1]], [[0, 2], [VOID, 1]]])
     targets = label_targets(labels, 3)
     assert target_means(targets, per_position=True).argmax(0).tolist() == [[0, 1], [1, 1]]  # void: the mode
@@ -130,7 +130,7 @@ def test_means_look_at_no_picture():
 def test_what_does_not_belong_together_is_refused(features, labels):
     targets = label_targets(labels, 5)
     for call, message in (
-        (lambda: CellTransfer(features, targets[:1]), "same pictures and cells"),
+        (lambda: CellTransfer(features, targets[:1]), "same images and cells"),
         (lambda: CellTransfer(features, targets, neighbours=0), "At least one neighbour"),
         (lambda: CellTransfer(features, targets * torch.nan), "No cell is annotated"),
         (lambda: CellTransfer(features, targets)(features[:, :3]), "features of size 8"),
@@ -146,20 +146,20 @@ def test_what_does_not_belong_together_is_refused(features, labels):
 
 
 @pytest.mark.parametrize("size", [(64, 48), (37, 90), (20, 33)])
-def test_annotations_are_cropped_as_pictures_are(size):
-    """A disc drawn as a picture and as a mask covers the same pixels after both crops."""
+def test_annotations_are_cropped_as_images_are(size):
+    """A disc drawn as a image and as a mask covers the same pixels after both crops."""
     y, x = np.mgrid[: size[1], : size[0]]
     mask = (np.hypot(y - size[1] / 2, x - size[0] / 2 - 3) < min(size) / 3).astype(np.uint8)
-    picture = np.asarray(adm_center_crop(Image.fromarray(mask * 255).convert("RGB"), 20))[..., 0]
+    image = np.asarray(adm_center_crop(Image.fromarray(mask * 255).convert("RGB"), 20))[..., 0]
     cropped = nearest_center_crop(mask, 20)
     assert cropped.shape == (20, 20) and set(np.unique(cropped)) == {0, 1}
-    assert ((picture > 127) == (cropped == 1)).mean() > 0.97
+    assert ((image > 127) == (cropped == 1)).mean() > 0.97
 
 
-def test_annotations_are_integers_of_one_channel_with_a_picture_each(tmp_path):
+def test_annotations_are_integers_of_one_channel_with_a_image_each(tmp_path):
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-    with pytest.raises(ValueError, match="0 pictures"):
+    with pytest.raises(ValueError, match="0 images"):
         paired_files(tmp_path / "images", tmp_path / "masks")
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.jpg")
     with pytest.raises(ValueError, match="1 of them without: a"):

@@ -130,7 +130,7 @@ def test_components_may_be_passed_to_from_pretrained(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("prelude", ["", BLOCK_TORCHVISION], ids=["plain", "without torchvision"])
-def test_a_fresh_process_loads_it_lightly_and_draws_the_same_picture(pipeline, tmp_path, prelude):
+def test_a_fresh_process_loads_it_lightly_and_draws_the_same_image(pipeline, tmp_path, prelude):
     pipeline.save_pretrained(tmp_path / "pipeline")
     run_python(FRESH_PROCESS.format(prelude=prelude), tmp_path / "pipeline", tmp_path / "images.npy")
     assert np.array_equal(np.load(tmp_path / "images.npy"), sample(pipeline))

@@ -25,15 +25,15 @@ def levels(count, seed):
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """Weights, samples.npz and a folder of reference pictures."""
+    """Weights, samples.npz and a folder of reference images."""
     torchvision = pytest.importorskip("torchvision")
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "squeezenet.pth")
     np.savez(folder / "samples.npz", levels(9, 0))
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for index, each in enumerate(levels(8, 1)):
-        Image.fromarray(each).save(folder / "pictures" / f"{index}.png")
+        Image.fromarray(each).save(folder / "images" / f"{index}.png")
     return folder
 
 
@@ -51,7 +51,7 @@ def script(repository):
 def words(material, **changes):
     flags = {
         "samples": material / "samples.npz",
-        "reference": material / "pictures",
+        "reference": material / "images",
         "evaluator": "squeezenet",
         "weights": material / "squeezenet.pth",
         **changes,
@@ -77,7 +77,7 @@ def test_npz_against_a_folder_and_saved_statistics(script, material, tmp_path, c
     assert set(card.protocol) == set(PROTOCOL) and None not in card.protocol.values()
     assert set(card.settings) <= set(SETTINGS) and card.settings["guidance_scale"] == 1.8
     assert card.protocol["num_samples"] == 9 and "9 samples for 512" in card.marks["fd_squeezenet1_1"]
-    assert card.provenance["reference"] == "pictures"
+    assert card.provenance["reference"] == "images"
 
     again = words(
         material,
@@ -163,15 +163,15 @@ def test_a_dataset_as_reference_needs_a_size(script, material, tmp_path):
     options = {"reference_split": "train", "output": tmp_path / "card.json"}
     card = script.main(words(material, resolution=32, **options))
     folder = script.main(words(material, output=tmp_path / "folder.json"))
-    # The pictures have 32 px already, so that the crop leaves them alone.
+    # The images have 32 px already, so that the crop leaves them alone.
     assert card.protocol["reference_hash"] == folder.protocol["reference_hash"]
     with pytest.raises(ValueError, match="needs a resolution"):
         script.main(words(material, **options))
 
 
 def test_a_reference_that_does_not_exist_is_named(script, material):
-    with pytest.raises(ValueError, match=r"owner/pictures is no file or folder; a dataset needs --reference_split"):
-        script.main(words(material, reference="owner/pictures"))
+    with pytest.raises(ValueError, match=r"owner/images is no file or folder; a dataset needs --reference_split"):
+        script.main(words(material, reference="owner/images"))
 
 
 @pytest.mark.parametrize("evaluator", ["inception", "squeezenet", "cifar_resnet", "dinov2"])

@@ -16,15 +16,14 @@ from PIL import Image
 
 from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned, cli
 from diffusers_eqvae.autoencoders import encode
-from diffusers_eqvae.data.images import to_uint8
-from diffusers_eqvae.latents import vae_fingerprint
-from diffusers_eqvae.metrics.collecting import hash_digests, picture_digests
-from diffusers_eqvae.metrics.features import hash_file, hash_tensors
+from diffusers_eqvae.images import to_uint8
+from diffusers_eqvae.metrics.image_sets import hash_digests, image_digests
 from diffusers_eqvae.metrics.perception import SegmentationConfusion
 from diffusers_eqvae.metrics.result_card import PERCEPTION_PROTOCOL, ResultCard, compare_cards
 from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
-from diffusers_eqvae.perception.reading import split_figures
+from diffusers_eqvae.perception.annotated_images import split_figures
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
+from diffusers_eqvae.provenance import hash_file, hash_tensors, vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import parse
 
 COUNT, SIDE, VOID = 7, 32, 9
@@ -34,7 +33,7 @@ METHODS = {"nearest_cells", "mean_at_each_place", "mean_of_all_cells"}
 
 @pytest.fixture
 def folders(tmp_path, tiny_autoencoder_kl) -> Path:
-    """Pictures of two flat halves, which are the classes 0 and 1 at 1.5 m and 3 m, with a void corner."""
+    """Images of two flat halves, which are the classes 0 and 1 at 1.5 m and 3 m, with a void corner."""
     for name in ("images", "masks", "depths"):
         (tmp_path / name).mkdir()
     for index in range(COUNT):
@@ -110,7 +109,7 @@ def test_depths_are_carried_over(repository, folders):
     )
     assert scaled.metrics["rmse_mean_of_all_cells"] != other.metrics["rmse_mean_of_all_cells"]
     (sentence,) = compare_cards(["scaled", "other"], [scaled, other]).incomparable
-    assert sentence.startswith("annotation differs (depth up to a factor per picture, depth in metres)")
+    assert sentence.startswith("annotation differs (depth up to a factor per image, depth in metres)")
 
 
 def test_heads_read_the_features_of_a_network(repository, folders, network):
@@ -146,8 +145,8 @@ def test_what_cannot_be_measured_is_refused(repository, folders):
     for more, message in (
         (["--head", "x.pth"], "give --alignment_network"),
         (["--num_annotated", "0"], "must be positive without --head"),
-        (["--num_annotated", "7"], "--num_annotated leaves 0 pictures to test on"),
-        (["--num_tested", "5"], "leaves 4 pictures to test on; --num_tested is 5"),
+        (["--num_annotated", "7"], "--num_annotated leaves 0 images to test on"),
+        (["--num_tested", "5"], "leaves 4 images to test on; --num_tested is 5"),
         (["--num_classes", "2"], "Labels must be 0..1"),
         (["--output", "figures.png"], "the overview gets .png"),
         (["--output", str(folders / "images" / "0.png" / "x.json"), "--vae", "nowhere"], "cannot be written"),
@@ -217,13 +216,13 @@ def test_figures_say_what_they_were_measured_on(repository, folders, network, ti
     assert card.provenance["date"] and (card.provenance["data"], card.provenance["targets"]) == ("images", "masks")
     pixels = read_pixels([folders / "images" / f"{index}.png" for index in range(COUNT)], SIDE)
     levels = to_uint8(pixels).permute(0, 2, 3, 1).numpy()
-    assert card.protocol["pictures_hash"] == hash_digests(picture_digests(levels))
+    assert card.protocol["images_hash"] == hash_digests(image_digests(levels))
 
     def differences(other: ResultCard) -> set[str]:
         return {sentence.split()[0] for sentence in compare_cards(["a", "b"], [card, other]).incomparable}
 
     assert differences(measured(batch_size=2, neighbours=2)) == set()
-    hashes = {"pictures_hash", "targets_hash"}
+    hashes = {"images_hash", "targets_hash"}
     assert differences(measured(num_tested=3)) == hashes | {"num_tested"}
     assert differences(measured(num_annotated=2, num_tested=5)) == {"num_annotated", "num_tested"}
     assert differences(measured(resolution=16)) == hashes | {"resize_rule"}
@@ -236,7 +235,7 @@ def test_figures_say_what_they_were_measured_on(repository, folders, network, ti
 
 def test_a_figure_that_is_not_finite_is_a_mark():
     measured = {"head": {"mean_iou": math.nan, "accuracy": 0.5, "iou": [None, None]}}
-    assert split_figures(measured) == ({"accuracy_head": 0.5}, {"mean_iou_head": "nan for these pictures"})
+    assert split_figures(measured) == ({"accuracy_head": 0.5}, {"mean_iou_head": "nan for these images"})
 
 
 @pytest.mark.parametrize(

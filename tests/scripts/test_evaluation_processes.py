@@ -31,10 +31,10 @@ def material(tmp_path_factory) -> Path:
     blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
     widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
     AutoencoderTiny(**blocks, **widths).save_pretrained(folder / "vae")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     levels = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
     for index, each in enumerate(levels):
-        Image.fromarray(each).save(folder / "pictures" / f"{index:02d}.png")
+        Image.fromarray(each).save(folder / "images" / f"{index:02d}.png")
     np.savez(folder / "samples.npz", levels[::-1] // 2)
     return folder
 
@@ -45,9 +45,9 @@ def plan(repository: Path, material: Path, output: Path) -> list[tuple[str, list
     runs = []
     for batch_size in BATCH_SIZES:
         ending = ["--batch_size", str(batch_size), "--output"]
-        samples = ["--samples", str(material / "samples.npz"), "--reference", str(material / "pictures")]
+        samples = ["--samples", str(material / "samples.npz"), "--reference", str(material / "images")]
         runs.append(("generation", [*samples, *network, *ending, str(output / f"generation-{batch_size}.json")]))
-        vae = ["--vae", str(material / "vae"), "--train_data_dir", str(material / "pictures"), "--resolution", "32"]
+        vae = ["--vae", str(material / "vae"), "--train_data_dir", str(material / "images"), "--resolution", "32"]
         words = [*vae, "--rfid", *network, *ending, str(output / f"autoencoder-{batch_size}.json")]
         runs.append(("autoencoder", words))
     return [(str(repository / "training" / f"evaluate_{name}.py"), words) for name, words in runs]
@@ -91,7 +91,7 @@ def alone(repository, material, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_not_one_bit_depends_on_the_processes(processes, alone, repository, material, tmp_path):
-    """40 pictures in batches of 32 are two, so that the third process has nothing to do."""
+    """40 images in batches of 32 are two, so that the third process has nothing to do."""
     launch(repository, plan(repository, material, tmp_path / "cards"), tmp_path, processes)
     assert numbers(tmp_path / "cards") == alone
 

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from diffusers_eqvae import provenance
 from diffusers_eqvae.metrics.result_card import UINT8_RULE, sampling_facts
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -156,7 +157,7 @@ def test_weights_retrained_under_the_same_path_are_refused(script, model, tiny_s
         script.main(words(model, tmp_path / "set"))
 
 
-def test_nan_is_no_picture_and_an_unwritable_folder_is_named(script, model, tiny_sit, tmp_path):
+def test_nan_is_no_image_and_an_unwritable_folder_is_named(script, model, tiny_sit, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="vae holds no pipeline: there is no model_index"):
         script.main(words(model / "vae", tmp_path / "samples"))
@@ -224,8 +225,8 @@ def test_merged_samples_open_as_a_memory_map(tmp_path):
 
 
 def test_weights_digest_sees_training(tiny_sit):
-    before = sampling.weights_digest(tiny_sit)
-    assert before == sampling.weights_digest(tiny_sit)
+    before = provenance.weights_digest(tiny_sit)
+    assert before == provenance.weights_digest(tiny_sit)
     with torch.no_grad():
         next(tiny_sit.parameters()).add_(1e-3)
-    assert sampling.weights_digest(tiny_sit) != before
+    assert provenance.weights_digest(tiny_sit) != before

@@ -23,17 +23,17 @@ SCRIPT = ROOT / "training" / "train_autoencoder.py"
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number in range(6):
         smooth = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(smooth).resize((40, 40), Image.Resampling.BICUBIC).save(tmp_path / f"pictures/{number}.png")
+        Image.fromarray(smooth).resize((40, 40), Image.Resampling.BICUBIC).save(tmp_path / f"images/{number}.png")
     return tmp_path
 
 
 def flags(folder, vae, **options) -> list[str]:
     defaults = {
         "pretrained_model_name_or_path": folder / "vae",
-        "train_data_dir": folder / "pictures",
+        "train_data_dir": folder / "images",
         "output_dir": folder / "run",
         "resolution": 32,
         "perceptual_weight": 0,
@@ -68,14 +68,14 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
     assert list((folder / "run" / "validation").glob("*_comparison.png"))
 
 
-def test_deterministic_autoencoder_and_no_regulariser(folder, tiny_autoencoder_tiny):
+def test_deterministic_autoencoder_and_no_regularizer(folder, tiny_autoencoder_tiny):
     run_script(SCRIPT, flags(folder, tiny_autoencoder_tiny, regularizers="none", validation_steps=0))
     trained = AutoencoderTiny.from_pretrained(folder / "run")
     assert len(trained.config.latents_mean) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*weights.*")
-def test_both_regularisers_on_one_autoencoder(folder, tiny_autoencoder_kl):
+def test_both_regularizers_on_one_autoencoder(folder, tiny_autoencoder_kl):
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(folder / "dino")
     options = {
@@ -130,7 +130,7 @@ def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
     [
         ({"resolution": 30}, "multiple of the autoencoder's stride 4"),
         ({"regularizers": "equivarianse"}, "--regularizers takes"),
-        ({"disc_weight": 0.5}, "The discriminator needs pictures"),
+        ({"disc_weight": 0.5}, "The discriminator needs images"),
         ({"mixed_precision": "fp16"}, "fp16"),
         ({"model_config": "x.json"}, "exactly one of"),
         ({"train_data_dir": "nowhere"}, "does not exist"),

@@ -16,14 +16,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from diffusers_eqvae.flow import interpolate, velocity_target
-from diffusers_eqvae.latents import LatentNormalization, vae_fingerprint
+from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+from diffusers_eqvae.provenance import vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
-from diffusers_eqvae.training_utils.transformer_arguments import (
-    FlowArguments,
-    SamplingArguments,
-    TransformerArguments,
-)
+from diffusers_eqvae.training_utils.transformer.arguments import FlowArguments, SamplingArguments, TransformerArguments
 
 from ..invariants.tiny_latents import CLASS_NAMES, write_store
 
@@ -127,14 +124,14 @@ def test_labels_drop_as_often_as_the_model_says(script, tmp_path, store, monkeyp
     assert 20 < torch.cat(dropped).sum() < 58  # 38.4 expected of 128, standard deviation 5.2
 
 
-def test_pictures_on_the_fly(script, tmp_path, tiny_autoencoder_kl):
+def test_images_on_the_fly(script, tmp_path, tiny_autoencoder_kl):
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
     for label in CLASS_NAMES.values():
-        (tmp_path / "pictures" / label).mkdir(parents=True)
+        (tmp_path / "images" / label).mkdir(parents=True)
         for index in range(4):
             noise = np.random.default_rng(index).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(tmp_path / "pictures" / label / f"{index}.png")
-    arguments = flags(tmp_path, vae=tmp_path / "vae", train_data_dir=tmp_path / "pictures", resolution=16)
+            Image.fromarray(noise).save(tmp_path / "images" / label / f"{index}.png")
+    arguments = flags(tmp_path, vae=tmp_path / "vae", train_data_dir=tmp_path / "images", resolution=16)
     script.main([*arguments, "--random_flip", "--compile", "false"])
     config = json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
     assert (config["num_classes"], config["sample_size"], config["in_channels"]) == (3, 4, 4)
@@ -180,7 +177,7 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
         ({"model": "SiT-Q/2"}, "Unknown model preset"),
         ({"model": "DiT-S/2"}, "use SiT-S/2"),
         ({"model": "SiT-S/8"}, "multiple of `patch_size`"),
-        ({"train_data_dir": "pictures"}, "either --latents_dir"),
+        ({"train_data_dir": "images"}, "either --latents_dir"),
         ({"sigma_std": 0}, "sigma_std must be positive"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
         ({"num_validation_images": 0}, "--validation_steps 0"),
@@ -209,7 +206,7 @@ def test_refuses_an_autoencoder_as_the_model(script, tmp_path, store):
         script.main(flags(tmp_path, latents_dir=store, model=store / "vae"))
 
 
-def test_refuses_neither_store_nor_pictures(script, tmp_path):
+def test_refuses_neither_store_nor_images(script, tmp_path):
     with pytest.raises(ValueError, match="--latents_dir"):
         script.main(flags(tmp_path))
 

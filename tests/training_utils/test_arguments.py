@@ -112,7 +112,7 @@ def test_impossible_values_are_refused(option, message):
         RunArguments(output_dir="a", **option)
 
 
-def test_two_sources_of_pictures_are_refused():
+def test_two_sources_of_images_are_refused():
     with pytest.raises(ValueError, match="not both"):
         DataArguments(dataset_name="a", train_data_dir="b")
 
@@ -134,7 +134,7 @@ def test_every_flag_is_documented():
 
 def test_flags_without_effect_are_named_once_and_only_where_they_were_changed(caplog):
     changed = DataArguments(random_flip=True, resolution=512)
-    warn_without_effect(changed, vars(changed), "the pictures are fixed")
-    assert caplog.messages == ["Without effect, since the pictures are fixed: --resolution, --random_flip."]
-    warn_without_effect(DataArguments(), vars(changed), "the pictures are fixed")
+    warn_without_effect(changed, vars(changed), "the images are fixed")
+    assert caplog.messages == ["Without effect, since the images are fixed: --resolution, --random_flip."]
+    warn_without_effect(DataArguments(), vars(changed), "the images are fixed")
     assert len(caplog.messages) == 1

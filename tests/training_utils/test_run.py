@@ -210,14 +210,14 @@ def test_a_run_resumed_at_a_validation_step_writes_its_figures_once(make_run, ma
     assert validated(make_run(resume_from_checkpoint="step-00000004")) == [4]
 
 
-def test_pictures_become_a_grid(make_run, make_model, numbers):
+def test_images_become_a_grid(make_run, make_model, numbers):
     from PIL import Image
 
     run = make_run(report_to="tensorboard")
     train(run, make_model(), numbers(), stop_after=3)
     run.log_images("ramp", np.full((3, 4, 6, 3), 200, np.uint8))
-    picture = np.asarray(Image.open(run.output_dir / "validation" / "00000003_ramp.png"))
-    assert picture.shape == (8, 12, 3) and (picture == 200).mean() == 0.75
+    image = np.asarray(Image.open(run.output_dir / "validation" / "00000003_ramp.png"))
+    assert image.shape == (8, 12, 3) and (image == 200).mean() == 0.75
     with pytest.raises(TypeError, match="uint8"):
         run.log_images("ramp", np.zeros((3, 4, 6, 3)))
     run.finish(lambda directory: (directory / "done").write_text("") and None)

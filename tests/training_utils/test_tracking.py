@@ -59,7 +59,7 @@ def train(run, model, dataset, *, factor: float = 1.0) -> None:
             run.log_images("ramp", np.full((3, 4, 6, 3), 10 * run.step, np.uint8))
 
 
-def test_wandb_gets_scalars_and_pictures_and_is_closed(wandb, make_run, make_model, numbers):
+def test_wandb_gets_scalars_and_images_and_is_closed(wandb, make_run, make_model, numbers):
     run = make_run(report_to="wandb", max_train_steps=3)
     train(run, make_model(), numbers())
     assert wandb.options == {"project": "test", "dir": str(run.output_dir / "logs"), "name": "run"}
@@ -68,8 +68,8 @@ def test_wandb_gets_scalars_and_pictures_and_is_closed(wandb, make_run, make_mod
     assert sorted(scalars) == [1, 2, 3] and all(
         math.isfinite(values["loss"]) and values["learning_rate"] > 0 for values in scalars.values()
     )
-    ((step, pictures),) = [(step, values["ramp"]) for step, values in wandb.logged if "ramp" in values]
-    assert step == 2 and np.array_equal(pictures, np.full((3, 4, 6, 3), 20))
+    ((step, images),) = [(step, values["ramp"]) for step, values in wandb.logged if "ramp" in values]
+    assert step == 2 and np.array_equal(images, np.full((3, 4, 6, 3), 20))
     assert not wandb.finished
     run.finish(lambda directory: (directory / "done").write_text("") and None)
     assert wandb.finished == 1

@@ -1,4 +1,4 @@
-"""From pictures to a latent store: the work of training/encode_latents.py, without its command line."""
+"""From images to a latent store: the work of training/encode_latents.py, without its command line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels
-from ..latents import vae_fingerprint
-from ..pictures import grid
-from .images import ImageSource, PixelDataset, adm_center_crop, to_pixels
+from ..images import adm_center_crop, grid, to_pixels
+from ..provenance import vae_fingerprint
+from .image_datasets import ImageSource, PixelDataset
 from .latent_format import TORCH_DTYPES, StoreSettings
 from .latent_store import LatentStore, LatentStoreWriter
 
@@ -85,8 +85,8 @@ def check_disk(path: Path, needed_bytes: int) -> str:
     return text
 
 
-class _PicturesInOrder(Dataset):
-    """Examples as a store keeps them: centre crop, label, and the index of the picture that was readable."""
+class _ImagesInOrder(Dataset):
+    """Examples as a store keeps them: centre crop, label, and the index of the image that was readable."""
 
     def __init__(self, source: ImageSource, resolution: int) -> None:
         self.source = source
@@ -109,7 +109,7 @@ def encode_shards(
     num_workers: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Encodes and writes the given shards; `progress` is called with the pictures done since the last call.
+    """Encodes and writes the given shards; `progress` is called with the images done since the last call.
 
     A batch never crosses a shard, so what a forward sees does not depend on who runs it.
     """
@@ -120,7 +120,7 @@ def encode_shards(
         for start in range(0, len(examples), settings.batch_size):
             batches.append((shard, examples[start : start + settings.batch_size]))
     loader = DataLoader(
-        _PicturesInOrder(source, settings.resolution),
+        _ImagesInOrder(source, settings.resolution),
         batch_sampler=[list(examples) for _, examples in batches],
         num_workers=num_workers,
         pin_memory=torch.device(device).type == "cuda",
@@ -157,16 +157,16 @@ def _encode_views(vae: nn.Module, pixels: Tensor, settings: StoreSettings) -> Te
 
 
 @torch.no_grad()
-def verification_picture(
+def verification_image(
     store: LatentStore, vae: nn.Module, source: ImageSource, *, rows: int = 4, device: torch.device | str = "cpu"
 ) -> Image.Image:
-    """Pictures beside what the store's posterior means decode to, one column per view."""
+    """Images beside what the store's posterior means decode to, one column per view."""
     count = min(rows, len(store))
     indices = [round(i * (len(store) - 1) / max(1, count - 1)) for i in range(count)]
-    pictures = PixelDataset(source, resolution=store.settings.resolution)
-    columns = [torch.stack([pictures[index]["pixel_values"] for index in indices])]
+    images = PixelDataset(source, resolution=store.settings.resolution)
+    columns = [torch.stack([images[index]["pixel_values"] for index in indices])]
     for view in range(store.settings.views):
         moments = store.get_many(indices, view=view)["moments"].to(device).float()
         columns.append(decode(vae, store.posterior(moments).mode()).float().cpu())
-    captions = ("picture", "decoded", "decoded, mirrored")[: len(columns)]
+    captions = ("image", "decoded", "decoded, mirrored")[: len(columns)]
     return grid([list(row) for row in zip(*columns, strict=True)], captions)

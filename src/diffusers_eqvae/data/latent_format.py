@@ -26,14 +26,14 @@ class StoreSettings:
     """What decides a store's content; two runs with equal settings and equal data write equal bytes.
 
     Args:
-        num_examples: N pictures.
+        num_examples: N images.
         shape: (c, h, w) of one posterior's moments.
         dtype: float32, float16 or bfloat16, as stored.
-        views: 1, or 2 where the mirrored picture is encoded too.
+        views: 1, or 2 where the mirrored image is encoded too.
         kind: "moments" (mean and logvar) or "latents" (deterministic autoencoder).
         shard_size: examples per file.
-        batch_size: pictures per forward of the encoder (its rounding depends on it).
-        resolution: side of the pictures in pixels.
+        batch_size: images per forward of the encoder (its rounding depends on it).
+        resolution: side of the images in pixels.
         downsampling_factor: pixels per latent cell.
         labelled: whether shards hold labels.
         encoder: first part of `vae_fingerprint`.

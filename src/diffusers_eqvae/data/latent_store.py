@@ -7,7 +7,7 @@
 
 Shard s holds the examples s * shard_size ... in the data set's order, whoever wrote it; its header carries the
 settings and its own statistics, so a store is the same for any number of processes and any number of restarts.
-c = 2C for moments (mean and logvar) and C for a deterministic autoencoder. A second view is the mirrored picture.
+c = 2C for moments (mean and logvar) and C for a deterministic autoencoder. A second view is the mirrored image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 
 from ..autoencoders import Posterior
 from ..files import UNFINISHED, write_json, written_aside
-from ..latents import LatentStatistics, check_fingerprint
+from ..latents import LatentStatistics
+from ..provenance import check_fingerprint
 from .latent_format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -96,7 +97,7 @@ class LatentStoreWriter:
             shard: its number.
             moments: (n, views, c, h, w) in the store's dtype, on the CPU, for the examples of that shard.
             labels: (n,) int64.
-            skipped: names of pictures that could not be read and were replaced.
+            skipped: names of images that could not be read and were replaced.
 
         Raises:
             ValueError: tensors that do not fit the settings, or moments that are not finite.
@@ -278,7 +279,7 @@ class LatentStore(Dataset):
             IndexError: an index or a view that the store does not have.
         """
         if not 0 <= view < self.settings.views:
-            raise IndexError(f"This store has {self.settings.views} view(s) of each picture; got view {view}.")
+            raise IndexError(f"This store has {self.settings.views} view(s) of each image; got view {view}.")
         wanted = np.asarray(indices, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"Indices must lie in [0, {len(self)}); got {wanted.min()}..{wanted.max()}.")

@@ -1,5 +1,5 @@
-"""`eqvae demo`: the whole line on a few pictures, by the real command lines of the scripts, in minutes on a CPU."""
+"""`eqvae demo`: the whole line on a few images, by the real command lines of the scripts, in minutes on a CPU."""
 
-from .line import main
+from .stages import main
 
 __all__ = ["main"]

@@ -1,4 +1,4 @@
-"""The demo's pictures: crops of the photographs inside scikit-image, in class folders; nothing is fetched."""
+"""The demo's images: crops of the photographs inside scikit-image, in class folders; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_photographs(directory: Path, *, per_class: int, side_px: int, seed: in
     """Writes `per_class` random square crops of every photograph as directory/<label>/<n>.png, all of them or none.
 
     Args:
-        side_px: side of the written pictures; a crop covers `CROP_SIDES` of the photograph's short side.
+        side_px: side of the written images; a crop covers `CROP_SIDES` of the photograph's short side.
         seed: of the crops; another seed gives other crops of the same photographs.
     """
     import skimage

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.images import PixelDataset, load_image_dataset
+from ..data.image_datasets import PixelDataset, load_image_dataset
 from ..files import write_json, write_text
-from ..pictures import CAPTIONS, comparison_rows, grid, image_grid
-from ..training_utils.autoencoder_arguments import AutoencoderArguments
-from ..training_utils.autoencoder_parts import build_autoencoder
+from ..images import CAPTIONS, comparison_rows, grid, image_grid
+from ..training_utils.autoencoder.arguments import AutoencoderArguments
+from ..training_utils.autoencoder.build import build_autoencoder
 
 BRANCHES = {"plain": "without EQ", "eq": "with EQ"}
 FIGURES = {
@@ -31,7 +31,7 @@ SAMPLES = {
     "samples_eq_interval": "SiT with EQ, guidance interval",
     "samples_eq_full": "SiT with EQ, guidance everywhere",
 }
-SHOWN_PICTURES = 4
+SHOWN_IMAGES = 4
 SHOWN_PX = 128
 
 
@@ -58,12 +58,12 @@ def write_report(output_dir: Path, stages: list[Any], *, seconds: float) -> None
     }
     write_json(output_dir / "metrics.json", metrics)
 
-    pictures = _shown_pictures(output_dir)
+    images = _shown_images(output_dir)
     for branch in BRANCHES:
         vae = build_autoencoder(
             AutoencoderArguments(pretrained_model_name_or_path=str(output_dir / f"autoencoder_{branch}"))
         )
-        _enlarged(grid(comparison_rows(vae, pictures))).save(output_dir / f"latents_{branch}.png")
+        _enlarged(grid(comparison_rows(vae, images))).save(output_dir / f"latents_{branch}.png")
     _draw(output_dir, metrics)
     write_text(output_dir / "report.html", _page(metrics, stages))
 
@@ -72,19 +72,19 @@ def _figures(run: Path) -> dict[str, float]:
     return {figure["name"]: figure["value"] for figure in json.loads((run / "run_facts.json").read_text())["figures"]}
 
 
-def _shown_pictures(output_dir: Path) -> torch.Tensor:
-    """A few evenly spaced validation pictures of the fine-tuning, (N, 3, S, S)."""
+def _shown_images(output_dir: Path) -> torch.Tensor:
+    """A few evenly spaced validation images of the fine-tuning, (N, 3, S, S)."""
     arguments = json.loads((output_dir / "autoencoder_eq" / "resolved_arguments.json").read_text())
     source = load_image_dataset(
         arguments["dataset_name"], train_data_dir=arguments["validation_data_dir"] or arguments["train_data_dir"]
     )
     dataset = PixelDataset(source, resolution=arguments["resolution"])
-    indices = np.linspace(0, len(dataset) - 1, SHOWN_PICTURES).round().astype(int).tolist()
+    indices = np.linspace(0, len(dataset) - 1, SHOWN_IMAGES).round().astype(int).tolist()
     return torch.stack([dataset[index]["pixel_values"] for index in indices])
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    factor = max(1, SHOWN_PX * SHOWN_PICTURES // image.height)
+    factor = max(1, SHOWN_PX * SHOWN_IMAGES // image.height)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
@@ -179,14 +179,14 @@ td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd }}
 img {{ max-width: 100% }} code {{ font-size: 12px }}
 </style>
 <h1>What EQ-VAE does, on a few photographs</h1>
-<p>A small autoencoder was trained, then two copies of it were fine-tuned for the same steps on the same pictures: one
-plainly, one with the equivariance regulariser. Both then decode latents that were rotated or shrunk. The copy trained
-with EQ gives the rotated or smaller picture; the other does not. A small SiT was trained on the latents of each.</p>
+<p>A small autoencoder was trained, then two copies of it were fine-tuned for the same steps on the same images: one
+plainly, one with the equivariance regularizer. Both then decode latents that were rotated or shrunk. The copy trained
+with EQ gives the rotated or smaller image; the other does not. A small SiT was trained on the latents of each.</p>
 <table><tr><th></th><th>without EQ</th><th>with EQ</th><th></th></tr>{rows}
 <tr><td>network evaluations per sample, guided everywhere / in the interval</td><td>{metrics["nfe_full"]:g}</td>
 <td>{metrics["nfe_interval"]:g}</td><td>lower is cheaper</td></tr></table>
 <p>Measured on crops that were not trained on, of the same photographs: this is a demonstration, not a benchmark.</p>
-<img src="report.png" alt="pictures, latents, curves and samples">
+<img src="report.png" alt="images, latents, curves and samples">
 <h2>The commands</h2><p>{metrics["seconds_in_all"]:.0f} seconds in all; each line is a script of the repository.</p>
 <table>{commands}</table>
 </html>

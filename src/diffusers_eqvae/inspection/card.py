@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ..autoencoders import decode, downsampling_factor, encode
 from ..equivariance import rotation, scaling
 from ..files import write_json
+from ..images import latent_pca, to_image
 from ..metrics.reconstruction import psnr
-from ..pictures import latent_pca, to_image
-from . import measuring
-from .measuring import PUBLISHED, Inspection, compare
+from . import health as measuring
+from .health import PUBLISHED, Inspection, compare
 
 COLUMNS = (
-    "picture",
+    "image",
     "reconstruction",
     "latent turned 90°,\ndecoded, turned back",
     "... a detail of it",
@@ -35,7 +35,7 @@ COLOURS = ("#c2410c", "#0f766e")
 LEVEL_COLOURS = {"good": "#15803d", "mixed": "#b45309", "poor": "#b91c1c"}
 DETAIL_SHARE = 3  # a detail is a third of the side
 ERROR_GAIN = 4.0
-SHOWN_PICTURES = 2
+SHOWN_IMAGES = 2
 # Figures of the table: key -> what it is, how it is written, whether more is better (None: neither).
 TABLE: dict[str, tuple[str, str, bool | None]] = {
     "psnr": ("reconstruction, PSNR in dB", ".2f", True),
@@ -56,37 +56,37 @@ TABLE: dict[str, tuple[str, str, bool | None]] = {
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of the strip and what stands below it."""
+    """One image of the strip and what stands below it."""
 
     image: Image.Image
     caption: str = ""
 
 
 @torch.no_grad()
-def strips(vaes: list[nn.Module], pictures: Tensor) -> list[list[list[Tile]]]:
-    """For each picture of (N, 3, S, S), for each autoencoder: the tiles named in `COLUMNS`.
+def strips(vaes: list[nn.Module], images: Tensor) -> list[list[list[Tile]]]:
+    """For each image of (N, 3, S, S), for each autoencoder: the tiles named in `COLUMNS`.
 
-    The detail lies where the first autoencoder's picture suffers most from turning the latent; it is the same place
+    The detail lies where the first autoencoder's image suffers most from turning the latent; it is the same place
     for all.
     """
-    result: list[list[list[Tile]]] = [[] for _ in pictures]
+    result: list[list[list[Tile]]] = [[] for _ in images]
     corners: list[tuple[int, int]] = []
     for vae in vaes:
-        latents = encode(vae, pictures).mode()
+        latents = encode(vae, images).mode()
         plain = decode(vae, latents).clamp(-1, 1)
         size = (latents.shape[-2], latents.shape[-1])
         turned = torch.rot90(decode(vae, rotation(size, 1).apply_to_latents(latents)), -1, (-2, -1)).clamp(-1, 1)
-        corners = corners or [_worst_place(*triple) for triple in zip(turned, plain, pictures, strict=True)]
-        smaller = [_scaled(vae, latents, pictures, scale) for scale in (0.5, 0.25)]
+        corners = corners or [_worst_place(*triple) for triple in zip(turned, plain, images, strict=True)]
+        smaller = [_scaled(vae, latents, images, scale) for scale in (0.5, 0.25)]
         colours, _ = latent_pca(latents)
         for index, (y, x) in enumerate(corners):
-            side = pictures.shape[-1] // DETAIL_SHARE
-            error = (turned[index] - pictures[index]).abs().mean(0, keepdim=True).expand(3, -1, -1)
+            side = images.shape[-1] // DETAIL_SHARE
+            error = (turned[index] - images[index]).abs().mean(0, keepdim=True).expand(3, -1, -1)
             result[index].append(
                 [
-                    Tile(to_image(pictures[index])),
-                    Tile(to_image(plain[index]), _decibels(plain, pictures, index)),
-                    Tile(to_image(turned[index]), _decibels(turned, pictures, index)),
+                    Tile(to_image(images[index])),
+                    Tile(to_image(plain[index]), _decibels(plain, images, index)),
+                    Tile(to_image(turned[index]), _decibels(turned, images, index)),
                     Tile(to_image(turned[index, :, y : y + side, x : x + side])),
                     Tile(to_image(error * ERROR_GAIN - 1)),
                     *(
@@ -99,17 +99,17 @@ def strips(vaes: list[nn.Module], pictures: Tensor) -> list[list[list[Tile]]]:
     return result
 
 
-def _scaled(vae: nn.Module, latents: Tensor, pictures: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _scaled(vae: nn.Module, latents: Tensor, images: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """What a scaled latent decodes to, and what it should be."""
     tau = scaling((latents.shape[-2], latents.shape[-1]), scale)
     decoded = decode(vae, tau.apply_to_latents(latents)).clamp(-1, 1)
-    return decoded, tau.apply_to_pixels(pictures, downsampling_factor(vae))
+    return decoded, tau.apply_to_pixels(images, downsampling_factor(vae))
 
 
-def _worst_place(turned: Tensor, plain: Tensor, picture: Tensor) -> tuple[int, int]:
+def _worst_place(turned: Tensor, plain: Tensor, image: Tensor) -> tuple[int, int]:
     """Upper left corner of the window in which turning the latent adds most squared error."""
-    side = picture.shape[-1] // DETAIL_SHARE
-    added = ((turned - picture).square() - (plain - picture).square()).sum(0)
+    side = image.shape[-1] // DETAIL_SHARE
+    added = ((turned - image).square() - (plain - image).square()).sum(0)
     sums = F.avg_pool2d(added[None, None], side, stride=max(1, side // 8))[0, 0]
     best = int(sums.argmax())
     step = max(1, side // 8)
@@ -142,13 +142,13 @@ def write_figures(
 
 
 def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[Tile]]]) -> None:
-    """The card as one picture; matplotlib is imported here and nowhere else."""
+    """The card as one image; matplotlib is imported here and nowhere else."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [strip for picture in tiles for strip in picture]
+    rows = [strip for image in tiles for strip in image]
     heights = (0.55 * len(inspections) + 0.3, 1.95 * len(rows) + 0.5, 4.2)
     figure: Any = pyplot.figure(figsize=(15.5, sum(heights)), layout="constrained")
     head, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
@@ -219,7 +219,7 @@ def _draw_bars(axes: Any, inspections: list[Inspection], kind: str) -> None:
         axes.set_xlabel("* published, ImageNet 256", fontsize=8)
     else:
         axes.set_xticks([0, 1], ["latent turned 90°", "latent halved"])
-        axes.set_title("dB lost by transforming latents\ninstead of pictures (less is better)", fontsize=11)
+        axes.set_title("dB lost by transforming latents\ninstead of images (less is better)", fontsize=11)
 
 
 def _draw_spectrum(axes: Any, inspections: list[Inspection]) -> None:
@@ -250,7 +250,7 @@ def _draw_table(axes: Any, inspections: list[Inspection]) -> None:
     drawn.scale(1, 1.25)
     axes.set_axis_off()
     figures = inspections[0].figures
-    axes.set_title(f"{figures['num_images']} pictures", fontsize=11)
+    axes.set_title(f"{figures['num_images']} images", fontsize=11)
 
 
 def table_rows(inspections: list[Inspection]) -> list[tuple[str, ...]]:
@@ -297,8 +297,8 @@ td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd }} img {{ max-widt
 {sections}{changed}
 <img src="card.png" alt="decoded transformed latents, equivariance errors, losses in dB, spectrum and figures">
 <table><tr><th></th>{names}<th>better</th></tr>{rows}</table>
-<p>A point of the intrinsic dimension is one flattened latent. From N pictures it scatters by about its value / sqrt(N)
-and falls short when N is small: compare it only between cards of the same pictures.</p>
+<p>A point of the intrinsic dimension is one flattened latent. From N images it scatters by about its value / sqrt(N)
+and falls short when N is small: compare it only between cards of the same images.</p>
 {channels}
 <p>Measured with {described}. All figures: card.json.</p>
 </html>

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import full_precision
+from ._checks import full_precision
 
 KINDS = ("hinge", "vanilla")
 
@@ -23,9 +23,9 @@ def discriminator_loss(
     vanilla: 1/2 (mean softplus(-D(real)) + mean softplus(D(fake)))               (Goodfellow et al. 2014, eq. 1)
 
     Args:
-        logits_real: logits of real pictures, any shape.
+        logits_real: logits of real images, any shape.
         logits_fake: logits of reconstructions, which must be detached from the generator; any shape: an
-            equivariance step decodes smaller pictures, and each mean is over its own patches.
+            equivariance step decodes smaller images, and each mean is over its own patches.
         kind: "hinge" or "vanilla".
 
     Raises:

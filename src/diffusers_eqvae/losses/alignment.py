@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import full_precision, require_equal_shapes
+from ._checks import full_precision, require_equal_shapes
 
 
 def alignment_loss(

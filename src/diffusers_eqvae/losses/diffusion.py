@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .precision import full_precision, require_equal_shapes
+from ._checks import full_precision, require_equal_shapes
 
 
 def flow_matching_loss(prediction: Tensor, target: Tensor) -> Tensor:

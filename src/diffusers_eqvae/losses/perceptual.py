@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .precision import full_precision, require_equal_shapes
+from ._checks import full_precision, require_equal_shapes
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ _EPS = 1e-10
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance (B,) of two batches of pictures in [-1, 1]; frozen, differentiable in its inputs.
+    """Perceptual distance (B,) of two batches of images in [-1, 1]; frozen, differentiable in its inputs.
 
     Convolutions follow autocast; normalisation, differences and the sums are float32. The parameters never require a
     gradient and the module never leaves eval mode. Build it with `from_pretrained`, or with `random` for tests.
-    Pictures that require no gradient (the target) keep no graph.
+    Images that require no gradient (the target) keep no graph.
 
     Example:
         >>> distance = LPIPS.random("squeeze", seed=0)
@@ -168,11 +168,11 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (B,), float32, of pixels (B, 3, H, W) in [-1, 1]; >= 0, symmetric, 0 for equal pictures."""
-        require_equal_shapes(first, second, ("The two batches of pictures", "each other"))
+        """Distances (B,), float32, of pixels (B, 3, H, W) in [-1, 1]; >= 0, symmetric, 0 for equal images."""
+        require_equal_shapes(first, second, ("The two batches of images", "each other"))
         if first.ndim != 4 or first.shape[1] != 3 or min(first.shape[-2:]) < self.min_size_px:
             raise ValueError(
-                f"LPIPS ({self.net}) compares pictures (B, 3, H, W) of at least {self.min_size_px} px; got "
+                f"LPIPS ({self.net}) compares images (B, 3, H, W) of at least {self.min_size_px} px; got "
                 f"{tuple(first.shape)}. Use a higher resolution, a larger smallest scale or another net."
             )
         activations = zip(self._activations(first), self._activations(second), self.heads, strict=True)

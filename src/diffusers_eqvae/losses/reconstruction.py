@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autoencoders import Posterior
-from .precision import full_precision, require_equal_shapes
+from ._checks import full_precision, require_equal_shapes
 
 Reduction = Literal["sum", "mean"]
 REDUCTIONS = ("sum", "mean")
@@ -25,7 +25,7 @@ def reconstruction_loss(
 
     Args:
         reconstruction: (B, C, H, W), nominally in [-1, 1].
-        target: the same shape: the transformed picture where the latents were transformed.
+        target: the same shape: the transformed image where the latents were transformed.
         kind: "l1" (LDM, EQ-VAE) or "l2".
         reduction: "sum" over C, H, W and mean over B, or "mean" over all elements.
 
@@ -46,7 +46,7 @@ def reconstruction_loss(
 def kl_loss(posterior: Posterior, reduction: Reduction = "sum") -> Tensor:
     """KL(q(z | x) || N(0, I)), in nats (LDM eq. 25): per image ("sum") or per latent value ("mean").
 
-    It belongs to the posterior of the picture that was encoded, never to transformed latents.
+    It belongs to the posterior of the image that was encoded, never to transformed latents.
     """
     return posterior.kl().mean() * _elements(posterior.mean, reduction) / posterior.mean[0].numel()
 

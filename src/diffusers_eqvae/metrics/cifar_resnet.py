@@ -1,4 +1,4 @@
-"""ResNets for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2): a small network to judge 32 px pictures by."""
+"""ResNets for CIFAR-10 (He et al., arXiv 1512.03385, section 4.2): a small network to judge 32 px images by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far an autoencoder is from "transforming latents equals transforming pictures" (EQ-VAE, table 1)."""
+"""How far an autoencoder is from "transforming latents equals transforming images" (EQ-VAE, table 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .reconstruction import psnr
 
 @torch.no_grad()
 def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Means over all pictures of `batches`, each (B, 3, H, W) in [-1, 1], of the posterior mean's behaviour.
+    """Means over all images of `batches`, each (B, 3, H, W) in [-1, 1], of the posterior mean's behaviour.
 
     Returns:
         - `psnr`: plain reconstruction, dB;
@@ -27,7 +27,7 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
         - `latent_std`: standard deviation of the latents, which tells a collapse.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: no images.
     """
     vae_was_training = vae.training
     vae.eval()
@@ -39,12 +39,12 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
             sums[name] += values.double().sum().item()
     vae.train(vae_was_training)
     if count == 0:
-        raise ValueError("Equivariance needs at least one picture to be measured on; got none.")
+        raise ValueError("Equivariance needs at least one image to be measured on; got none.")
     return {name: total / count for name, total in sums.items()}
 
 
 def equivariance_figures(vae: nn.Module, pixels: Tensor, latents: Tensor) -> dict[str, Tensor]:
-    """The figures of `measure_equivariance` that compare with a transform, per picture: name -> (B,).
+    """The figures of `measure_equivariance` that compare with a transform, per image: name -> (B,).
 
     Args:
         pixels: (B, 3, H, W) in [-1, 1].

@@ -1,6 +1,6 @@
-"""Generated pictures against a reference: FID, sFID, Inception score, KID, precision and recall from one pass.
+"""Generated images against a reference: FID, sFID, Inception score, KID, precision and recall from one pass.
 
-The ADM protocol (Dhariwal & Nichol, arXiv 2105.05233): features of uint8 pictures, statistics with ddof 1, splits of
+The ADM protocol (Dhariwal & Nichol, arXiv 2105.05233): features of uint8 images, statistics with ddof 1, splits of
 5000 in order, k = 3 neighbours. With another network than FID's Inception every number carries that network's name.
 """
 
@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.npz import open_npz_array
-from ..files import write_npz
-from .collecting import ALONE, Collected, Processes
-from .features import FeatureExtractor
-from .frechet import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
-from .inputs import PictureSet, archive_keys, open_pictures
+from ..files import open_npz_array, write_npz
+from .distances import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
+from .feature_networks import FeatureExtractor
+from .image_sets import ALONE, Collected, Processes
+from .inputs import ImageSet, archive_keys, open_images
 
 logger = logging.getLogger(__name__)
 
-# Changes when the same pictures and weights would give other numbers.
+# Changes when the same images and weights would give other numbers.
 PROTOCOL_VERSION = "1 (ADM)"
 NEIGHBOURS = 3
 SPLIT_SIZE = 5000
@@ -41,9 +40,9 @@ class Reference:
     """What samples are compared with.
 
     Attributes:
-        name, hash: of the pictures or the file the numbers came from.
+        name, hash: of the images or the file the numbers came from.
         weights_hash: of the network that gave the numbers.
-        count: pictures behind mean and covariance; None where the file does not say.
+        count: images behind mean and covariance; None where the file does not say.
         mean, covariance: (D,), (D, D) float64.
         spatial_mean, spatial_covariance: likewise, or None.
         features: (M, D) for precision, recall and KID, or None.
@@ -123,23 +122,23 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
 
 
 def load_reference(
-    source: str | os.PathLike[str] | PictureSet,
+    source: str | os.PathLike[str] | ImageSet,
     extractor: FeatureExtractor,
     *,
     batch_size: int = 64,
     resolution: int | None = None,
     processes: Processes = ALONE,
 ) -> Reference:
-    """A reference: saved statistics, an ADM reference .npz (statistics, arr_0 or both), a folder, or any picture set.
+    """A reference: saved statistics, an ADM reference .npz (statistics, arr_0 or both), a folder, or any image set.
 
     mu, sigma, mu_s, sigma_s of an ADM file are Inception's and are used with FID's Inception only; any other network
-    is run over its arr_0. Precision, recall and KID use the first 10 000 pictures of arr_0.
+    is run over its arr_0. Precision, recall and KID use the first 10 000 images of arr_0.
 
     Raises:
-        ValueError: an .npz with neither pictures nor statistics for this network, of wrong shapes; and what
-            `open_pictures` raises.
+        ValueError: an .npz with neither images nor statistics for this network, of wrong shapes; and what
+            `open_images` raises.
     """
-    if isinstance(source, PictureSet):
+    if isinstance(source, ImageSet):
         collected = processes.measure(extractor, source, batch_size=batch_size)
         return Reference.from_collected(collected, name=source.name, weights_hash=extractor.weights_hash)
     path = Path(source)
@@ -150,11 +149,11 @@ def load_reference(
         return _adm_reference(path, keys, extractor, batch_size, processes)
     if keys and "arr_0" not in keys:
         raise ValueError(
-            f"{path} must hold pictures (arr_0) to serve as a reference for {extractor.name} (only FID's Inception "
+            f"{path} must hold images (arr_0) to serve as a reference for {extractor.name} (only FID's Inception "
             f"can use mu and sigma); it holds {', '.join(keys)}."
         )
-    pictures = open_pictures(path, resolution=resolution)
-    return load_reference(pictures, extractor, batch_size=batch_size, processes=processes)
+    images = open_images(path, resolution=resolution)
+    return load_reference(images, extractor, batch_size=batch_size, processes=processes)
 
 
 def _adm_reference(
@@ -180,8 +179,8 @@ def _adm_reference(
         raise ValueError(f"{path} must hold sigma beside mu; it holds {', '.join(keys)}.")
     features = None
     if "arr_0" in keys:
-        pictures = PictureSet(open_npz_array(path, "arr_0")[:REFERENCE_FEATURES], name=path.name)
-        collected = processes.measure(extractor, pictures, batch_size=batch_size)
+        images = ImageSet(open_npz_array(path, "arr_0")[:REFERENCE_FEATURES], name=path.name)
+        collected = processes.measure(extractor, images, batch_size=batch_size)
         digest.update(collected.hash.encode())
         features = collected.features
     return Reference(
@@ -210,8 +209,8 @@ def evaluate_generation(
 ) -> GenerationResult:
     """All metrics that the samples and the reference allow.
 
-    A Fréchet distance of fewer pictures than feature dimensions is dominated by their number; it is computed, marked
-    and warned about. So is a set in which pictures repeat.
+    A Fréchet distance of fewer images than feature dimensions is dominated by their number; it is computed, marked
+    and warned about. So is a set in which images repeat.
 
     Returns:
         fid, sfid, inception_score, inception_score_std, precision, recall, kid, kid_std, as far as the network gives
@@ -235,17 +234,17 @@ def evaluate_generation(
 
 
 def evaluate_reconstruction(
-    reconstructions: Collected, pictures: Collected, *, extractor: FeatureExtractor
+    reconstructions: Collected, images: Collected, *, extractor: FeatureExtractor
 ) -> GenerationResult:
-    """rfid and, where the network has spatial features, rsfid: Fréchet distances of reconstructions to their pictures.
+    """rfid and, where the network has spatial features, rsfid: Fréchet distances of reconstructions to their images.
 
-    Both sets are the same N pictures, cropped once. Names and marks are those of `evaluate_generation` with an r
+    Both sets are the same N images, cropped once. Names and marks are those of `evaluate_generation` with an r
     before them (rfid; rfd_NAME of another network than FID's Inception).
     """
-    reference = Reference.from_collected(pictures, name="pictures", weights_hash=extractor.weights_hash)
+    reference = Reference.from_collected(images, name="images", weights_hash=extractor.weights_hash)
     metrics, marks = _frechet_distances(reconstructions, reference, extractor)
     metrics = {f"r{name}": value for name, value in metrics.items()}
-    return _marked(metrics, {f"r{name}": reason for name, reason in marks.items()}, pictures, "pictures")
+    return _marked(metrics, {f"r{name}": reason for name, reason in marks.items()}, images, "images")
 
 
 def _frechet_distances(
@@ -262,7 +261,7 @@ def _frechet_distances(
     if samples.spatial is not None and reference.spatial_mean is not None and reference.spatial_covariance is not None:
         pairs["sfid"] = (samples.spatial, reference.spatial_mean, reference.spatial_covariance)
     counts = [(len(samples.features), "samples")]
-    counts += [] if reference.count is None else [(reference.count, "reference pictures")]
+    counts += [] if reference.count is None else [(reference.count, "reference images")]
     metrics: dict[str, float] = {}
     marks: dict[str, str] = {}
     for metric, (features, mean, covariance) in pairs.items():
@@ -272,15 +271,15 @@ def _frechet_distances(
             f"{count} {what} for {own.dimension} dimensions" for count, what in counts if count <= own.dimension
         ]
         if too_few:
-            marks[name] = "too few pictures: " + ", ".join(too_few)
+            marks[name] = "too few images: " + ", ".join(too_few)
     return metrics, marks
 
 
-def _marked(metrics: dict[str, float], marks: dict[str, str], pictures: Collected, what: str) -> GenerationResult:
-    """The result, with a mark and a warning where pictures repeat."""
-    count = len(pictures.digests)
-    if pictures.unique < count:
-        repeated = f"only {pictures.unique} of {count} {what} are unique"
+def _marked(metrics: dict[str, float], marks: dict[str, str], images: Collected, what: str) -> GenerationResult:
+    """The result, with a mark and a warning where images repeat."""
+    count = len(images.digests)
+    if images.unique < count:
+        repeated = f"only {images.unique} of {count} {what} are unique"
         marks = {metric: "; ".join(filter(None, (marks.get(metric), repeated))) for metric in metrics}
     for metric, reason in marks.items():
         logger.warning("%s = %.4g is not comparable: %s.", metric, metrics[metric], reason)

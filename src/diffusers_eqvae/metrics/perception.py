@@ -83,7 +83,7 @@ class SegmentationConfusion:
 def depth_errors(
     prediction: Tensor, target: Tensor, valid: Tensor | None = None, *, median_scaling: bool = False
 ) -> dict[str, Tensor]:
-    """Errors of each picture's depth over its valid pixels, (B,) float64; reported is their mean over pictures.
+    """Errors of each image's depth over its valid pixels, (B,) float64; reported is their mean over images.
 
         rmse = sqrt(mean (p - t)^2),  abs_rel = mean |p - t| / t,  delta1 = share of max(p / t, t / p) < 1.25
 
@@ -96,7 +96,7 @@ def depth_errors(
             up to a factor (Zhou et al. 2017, arXiv 1704.07813).
 
     Raises:
-        ValueError: unequal shapes, a picture without valid pixels, or a depth among them that is not positive.
+        ValueError: unequal shapes, a image without valid pixels, or a depth among them that is not positive.
     """
     valid = target.isfinite() & (target > 0) if valid is None else valid
     if not prediction.shape == target.shape == valid.shape or target.ndim != 3:
@@ -114,7 +114,7 @@ def depth_errors(
 def _errors(prediction: Tensor, target: Tensor, median_scaling: bool) -> dict[str, Tensor]:
     if not len(target) or not bool((prediction > 0).all() & (target > 0).all()):
         raise ValueError(
-            f"Every picture needs valid pixels with positive depths; got {len(target)} pixels, the lowest depths "
+            f"Every image needs valid pixels with positive depths; got {len(target)} pixels, the lowest depths "
             f"{prediction.min().item() if len(target) else None} (predicted) and "
             f"{target.min().item() if len(target) else None}. Mask what is invalid, clamp what is predicted."
         )

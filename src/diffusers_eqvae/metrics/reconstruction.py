@@ -1,4 +1,4 @@
-"""How close a reconstruction is to its picture."""
+"""How close a reconstruction is to its image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ DATA_RANGE = 2.0
 
 
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, 10 log10(4 / MSE): (B,) in dB.
+    """Peak signal-to-noise ratio of each image, 10 log10(4 / MSE): (B,) in dB.
 
     Args:
-        reconstruction: (B, 3, H, W), clamped to [-1, 1] here, as a saved picture would be.
+        reconstruction: (B, 3, H, W), clamped to [-1, 1] here, as a saved image would be.
         target: (B, 3, H, W) in [-1, 1].
 
-    The data range is the constant 2 of [-1, 1]. Differs from evaluators that estimate the range from each picture,
-    which flatters pictures of low contrast.
+    The data range is the constant 2 of [-1, 1]. Differs from evaluators that estimate the range from each image,
+    which flatters images of low contrast.
     """
     _require_one_shape(reconstruction, target)
     error = (reconstruction.float().clamp(-1, 1) - target.float()).square().flatten(1).mean(1)
@@ -28,19 +28,19 @@ def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 
 def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity of each picture (Wang et al. 2004, eq. 13), its mean over channels and windows: (B,).
+    """Structural similarity of each image (Wang et al. 2004, eq. 13), its mean over channels and windows: (B,).
 
         SSIM = (2 m_a m_b + C1) (2 c_ab + C2) / ((m_a^2 + m_b^2 + C1) (v_a + v_b + C2)),  C_i = (K_i L)^2
 
-    with means m, variances v and covariance c under a Gaussian window that lies wholly inside the picture, and the
-    constant range L = 2. Computed in float64; 1 for equal pictures.
+    with means m, variances v and covariance c under a Gaussian window that lies wholly inside the image, and the
+    constant range L = 2. Computed in float64; 1 for equal images.
 
     Args:
-        reconstruction: (B, C, H, W), clamped to [-1, 1] here, as a saved picture would be.
+        reconstruction: (B, C, H, W), clamped to [-1, 1] here, as a saved image would be.
         target: (B, C, H, W) in [-1, 1].
 
     Differs from the reference: the EQ-VAE release lets its library estimate L from each batch, so that its figure of a
-    picture depends on the pictures beside it.
+    image depends on the images beside it.
 
     Raises:
         ValueError: unequal shapes, or sides below the window's 11 px.
@@ -48,7 +48,7 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     _require_one_shape(reconstruction, target)
     if target.ndim != 4 or min(target.shape[-2:]) < SSIM_WINDOW_PX:
         raise ValueError(
-            f"SSIM compares pictures (B, C, H, W) of at least {SSIM_WINDOW_PX} px a side; got {tuple(target.shape)}."
+            f"SSIM compares images (B, C, H, W) of at least {SSIM_WINDOW_PX} px a side; got {tuple(target.shape)}."
         )
     a, b = reconstruction.detach().double().clamp(-1, 1), target.detach().double()
     mean_a, mean_b = _windowed(a), _windowed(b)

@@ -27,13 +27,13 @@ PROTOCOL = {
     "num_samples": "FID falls with the number of samples, and precision and recall move",
     "label_policy": "random and class-balanced labels give different distributions",
     "uint8_rule": "another rounding shifts all levels",
-    "resize_rule": "resized and cropped pictures have other spectra",
+    "resize_rule": "resized and cropped images have other spectra",
 }
-# The same for figures of an autoencoder, which compare a reconstruction with its own picture.
+# The same for figures of an autoencoder, which compare a reconstruction with its own image.
 RECONSTRUCTION_PROTOCOL = {
-    "data_hash": "figures of other pictures are other figures",
-    "num_images": "figures of other pictures are other figures",
-    "resize_rule": "resized and cropped pictures have other spectra",
+    "data_hash": "figures of other images are other figures",
+    "num_images": "figures of other images are other figures",
+    "resize_rule": "resized and cropped images have other spectra",
     "posterior": "a sample of the posterior reconstructs worse than its mean",
     "definitions": "another definition of a figure gives other numbers",
     "intrinsic_dimension_points": "the intrinsic dimension grows with the number of points",
@@ -41,14 +41,14 @@ RECONSTRUCTION_PROTOCOL = {
     "lpips_weights_hash": "distances by different weights have different units",
     **{key: PROTOCOL[key] for key in ("evaluator", "evaluator_version", "weights_hash", "input_rule", "uint8_rule")},
 }
-# The same for what latents know of annotated pictures.
+# The same for what latents know of annotated images.
 PERCEPTION_PROTOCOL = {
     "annotation": "classes and depths, and what of them counts, have different figures",
-    "pictures_hash": "figures of other pictures are other figures",
+    "images_hash": "figures of other images are other figures",
     "targets_hash": "other annotations are another truth",
-    "num_annotated": "more annotated pictures teach more",
-    "num_tested": "figures of other pictures are other figures",
-    "resize_rule": "resized and cropped pictures have other spectra",
+    "num_annotated": "more annotated images teach more",
+    "num_tested": "figures of other images are other figures",
+    "resize_rule": "resized and cropped images have other spectra",
 }
 PROTOCOLS = {
     "generation": PROTOCOL,
@@ -249,7 +249,7 @@ def _incomparable(names: Sequence[str], cards: Sequence[ResultCard]) -> list[str
     tasks = [card.task for card in cards]
     if len(set(tasks)) > 1:
         reason = (
-            "a reconstruction is measured against its own picture, a sample against a distribution, what latents know "
+            "a reconstruction is measured against its own image, a sample against a distribution, what latents know "
             "against annotations"
         )
         return [f"task differs ({', '.join(tasks)}): {reason}"]

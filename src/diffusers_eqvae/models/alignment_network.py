@@ -14,7 +14,7 @@ from .component import ComponentMixin
 
 @dataclass
 class AlignmentOutput(BaseOutput):
-    """Predicted features: `patch` (B, D, h, w) of every latent cell, `cls` (B, D) of the picture or None."""
+    """Predicted features: `patch` (B, D, h, w) of every latent cell, `cls` (B, D) of the image or None."""
 
     patch: Tensor
     cls: Tensor | None = None

@@ -21,7 +21,7 @@ class PatchDiscriminator(ComponentMixin, ConfigMixin):
     N(0, 0.02), scales of the norms at N(1, 0.02), biases at 0.
 
     Args:
-        in_channels: of the pictures.
+        in_channels: of the images.
         base_channels: width of the first layer; doubles per layer up to 8 times.
         num_layers: number of stride-2 convolutions, at least 1.
         norm: "batch" (PatchGAN, LDM: statistics are shared by the samples of a batch on one rank; always the batch's

@@ -17,9 +17,9 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 class FeatureTeacher(nn.Module):
     """Patch and global features of DINOv2 (with or without registers) or DINOv3, from transformers.
 
-    Pictures are brought to ImageNet's mean and standard deviation and resized (bicubic, without antialiasing) so that
+    Images are brought to ImageNet's mean and standard deviation and resized (bicubic, without antialiasing) so that
     their short side is `image_size`: 448 px and patches of 14 give 32x32 tokens, one per latent cell of a 256 px
-    picture at f8 (ReaLS). Both happen in float32. Register tokens are dropped. No parameter requires a gradient, no
+    image at f8 (ReaLS). Both happen in float32. Register tokens are dropped. No parameter requires a gradient, no
     graph is kept, and the module never leaves eval mode.
 
     Differs from the reference: VA-VAE feeds pixels in [-1, 1] without ImageNet's normalisation.

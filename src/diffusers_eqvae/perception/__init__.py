@@ -4,8 +4,8 @@ from .clusters import cluster_cells, kmeans
 from .features import Standardization, latent_features, pooled_features, to_size
 from .heads import LinearDepthHead, LinearSegmentationHead
 from .probe import LinearProbe
-from .show import perception_picture
 from .transfer import CellTransfer, cell_labels, cell_values, label_targets
+from .visualize import perception_image
 
 __all__ = [
     "CellTransfer",
@@ -19,7 +19,7 @@ __all__ = [
     "kmeans",
     "label_targets",
     "latent_features",
-    "perception_picture",
+    "perception_image",
     "pooled_features",
     "to_size",
 ]

@@ -1,4 +1,4 @@
-"""k-means of cells: regions of a picture that need no label."""
+"""k-means of cells: regions of a image that need no label."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kmeans(
 
 
 def cluster_cells(features: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
-    """Cluster of every cell of features (B, D, h, w), standardised per channel; common to all pictures: (B, h, w)."""
+    """Cluster of every cell of features (B, D, h, w), standardised per channel; common to all images: (B, h, w)."""
     rows = to_rows(features.float())
     labels, _ = kmeans(Standardization.of(rows)(rows), num_clusters, seed=seed)
     return labels.view(len(features), *features.shape[-2:])

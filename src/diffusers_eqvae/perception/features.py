@@ -95,7 +95,7 @@ def latent_features(
 
 
 def pooled_features(features: AlignmentOutput) -> Tensor:
-    """One feature per picture: the mean of its cells, followed by its CLS where there is one: (B, D) or (B, 2D)."""
+    """One feature per image: the mean of its cells, followed by its CLS where there is one: (B, D) or (B, 2D)."""
     mean = features.patch.mean((-2, -1))
     return mean if features.cls is None else torch.cat([mean, features.cls], 1)
 
@@ -123,7 +123,7 @@ class Standardization:
 
     @classmethod
     def of(cls, rows: Tensor) -> Standardization:
-        """From features (N, D), one row per cell or picture."""
+        """From features (N, D), one row per cell or image."""
         std, mean = torch.std_mean(rows, dim=0, correction=0)
         return cls(mean, torch.where(std > 0, std, torch.ones_like(std)))
 

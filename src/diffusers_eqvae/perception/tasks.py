@@ -1,4 +1,4 @@
-"""Annotated pictures on disk, and the two tasks measured on them: classes and depths, scored method by method."""
+"""Annotated images on disk, and the two tasks measured on them: classes and depths, scored method by method."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..data.images import DECODE_ERRORS, adm_center_crop, to_pixels, to_rgb
-from ..data.tables import is_picture
+from ..data.hf_datasets import is_image
+from ..data.image_datasets import DECODE_ERRORS
+from ..images import adm_center_crop, to_pixels, to_rgb
 from ..metrics.perception import SegmentationConfusion, depth_errors
 from ..models.alignment_network import AlignmentOutput
 from .features import to_size
 from .heads import LinearDepthHead, LinearSegmentationHead
-from .show import draw_depth, draw_labels
 from .transfer import IGNORE_INDEX, CellTransfer, cell_labels, cell_values, label_targets, target_means
+from .visualize import draw_depth, draw_labels
 
 MILLIMETRES = 1000.0
-# From the features of pictures to maps (B, K, h, w): what is measured.
+# From the features of images to maps (B, K, h, w): what is measured.
 Method: TypeAlias = Callable[[AlignmentOutput], Tensor]
 
 
@@ -31,7 +32,7 @@ def transfer_methods(features: Tensor, targets: Tensor, *, neighbours: int) -> d
     """Three answers from annotated features (B, D, h, w) and targets (B, K, h, w): one looks, two do not.
 
     `nearest_cells` is `CellTransfer`; `mean_at_each_place` and `mean_of_all_cells` are what it must beat to have seen
-    anything in the picture (`target_means`).
+    anything in the image (`target_means`).
     """
     transfer = CellTransfer(features, targets, neighbours=neighbours)
     places, overall = target_means(targets, per_position=True), target_means(targets)
@@ -44,7 +45,7 @@ def transfer_methods(features: Tensor, targets: Tensor, *, neighbours: int) -> d
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture in a file; whatever hinders its decoding is a ValueError that names the file."""
+    """The image in a file; whatever hinders its decoding is a ValueError that names the file."""
     try:
         with Image.open(path) as image:
             yield image
@@ -53,7 +54,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    """Width and height once EXIF has turned the picture; only one that lies on its side is decoded for it."""
+    """Width and height once EXIF has turned the image; only one that lies on its side is decoded for it."""
     with _opened(path) as image:
         lying = image.getexif().get(0x0112, 1) > 4
         return ImageOps.exif_transpose(image).size if lying else image.size
@@ -63,7 +64,7 @@ def read_pixels(paths: Sequence[Path], resolution: int) -> Tensor:
     """ADM centre crops (B, 3, S, S) in [-1, 1].
 
     Raises:
-        ValueError: a picture that cannot be decoded; names it.
+        ValueError: a image that cannot be decoded; names it.
     """
     pixels = []
     for path in paths:
@@ -73,13 +74,13 @@ def read_pixels(paths: Sequence[Path], resolution: int) -> Tensor:
 
 
 def paired_files(images: str | os.PathLike[str], targets: str | os.PathLike[str]) -> list[tuple[Path, Path]]:
-    """Pictures and their annotations, which have the same name up to the suffix, by name.
+    """Images and their annotations, which have the same name up to the suffix, by name.
 
-    An annotation may be larger or smaller than its picture, but must show the same part of it: sides in the same
+    An annotation may be larger or smaller than its image, but must show the same part of it: sides in the same
     ratio, up to the rounding of one of them to whole pixels, both turned upright by EXIF.
 
     Raises:
-        ValueError: a folder without pictures or with two of one name, a picture without its annotation (annotations
+        ValueError: a folder without images or with two of one name, a image without its annotation (annotations
             may be more) or with one of other proportions.
     """
     folders = [Path(images), Path(targets)]
@@ -88,16 +89,16 @@ def paired_files(images: str | os.PathLike[str], targets: str | os.PathLike[str]
     if not found[0] or missing:
         named = f": {', '.join(missing[:5])}" if missing else ""
         raise ValueError(
-            f"{folders[0]} must hold pictures and {folders[1]} an annotation of the same name for each; got "
-            f"{len(found[0])} pictures, {len(missing)} of them without{named}."
+            f"{folders[0]} must hold images and {folders[1]} an annotation of the same name for each; got "
+            f"{len(found[0])} images, {len(missing)} of them without{named}."
         )
     pairs = [(found[0][name], found[1][name]) for name in sorted(found[0])]
     for image, target in pairs:
         (width, height), (target_width, target_height) = _upright_size(image), _upright_size(target)
         if abs(target_width * height - target_height * width) > max(width, height, target_width, target_height):
             raise ValueError(
-                f"An annotation must have its picture's proportions; {target} has {target_width}x{target_height} px, "
-                f"{image} {width}x{height} px. Crop or turn it as the picture was."
+                f"An annotation must have its image's proportions; {target} has {target_width}x{target_height} px, "
+                f"{image} {width}x{height} px. Crop or turn it as the image was."
             )
     return pairs
 
@@ -105,7 +106,7 @@ def paired_files(images: str | os.PathLike[str], targets: str | os.PathLike[str]
 def _by_name(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*")):
-        if not is_picture(file.name):
+        if not is_image(file.name):
             continue
         if file.stem in files:
             raise ValueError(
@@ -117,7 +118,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def nearest_center_crop(values: np.ndarray, size: int) -> np.ndarray:
-    """The square that `adm_center_crop` takes of a picture, of its annotation (H, W): nearest, so nothing is mixed."""
+    """The square that `adm_center_crop` takes of a image, of its annotation (H, W): nearest, so nothing is mixed."""
     height, width = values.shape
     while min(height, width) >= 2 * size:
         height, width = height // 2, width // 2
@@ -144,7 +145,7 @@ def _integers(path: Path) -> np.ndarray:
         values = np.asarray(ImageOps.exif_transpose(image))
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
-            f"Annotations are pictures of one channel of integers; {path.name} has {values.dtype} {values.shape}. "
+            f"Annotations are images of one channel of integers; {path.name} has {values.dtype} {values.shape}. "
             "Save labels as 8-bit grey, depths as 16-bit grey in millimetres."
         )
     return values
@@ -235,10 +236,10 @@ class SegmentationTask:
 
 
 class DepthTask:
-    """Depth in metres from 16-bit pictures in millimetres where 0 is invalid: RMSE, absolute relative error, delta 1.
+    """Depth in metres from 16-bit images in millimetres where 0 is invalid: RMSE, absolute relative error, delta 1.
 
     Args:
-        median_scaling: compare up to one factor per picture.
+        median_scaling: compare up to one factor per image.
         max_depth: in metres, of a head's last bin.
     """
 
@@ -252,7 +253,7 @@ class DepthTask:
         for path in paths:
             if not self.read([path], resolution).isfinite().any():
                 raise ValueError(
-                    f"{path} has no valid depth in its centre crop: all of it is 0. Leave out the picture, or look "
+                    f"{path} has no valid depth in its centre crop: all of it is 0. Leave out the image, or look "
                     "whether its depths are in millimetres."
                 )
 
@@ -265,7 +266,7 @@ class DepthTask:
         """Metres (B, S, S) float32, NaN where invalid.
 
         Raises:
-            ValueError: pictures of 8 bits, which cannot hold millimetres.
+            ValueError: images of 8 bits, which cannot hold millimetres.
         """
         narrow = [path.name for path in paths if _integers(path).dtype.itemsize == 1]
         if narrow:
@@ -287,7 +288,7 @@ class DepthTask:
         self._errors.setdefault(method, []).append(errors)
 
     def figures(self) -> dict[str, dict[str, Any]]:
-        """rmse (m), abs_rel and delta1 by method: means over pictures."""
+        """rmse (m), abs_rel and delta1 by method: means over images."""
         return {
             method: {name: float(torch.cat([batch[name] for batch in batches]).mean()) for name in batches[0]}
             for method, batches in self._errors.items()

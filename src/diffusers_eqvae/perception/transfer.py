@@ -1,4 +1,4 @@
-"""Labels and depths of a few annotated pictures, carried over to others by the nearest cells."""
+"""Labels and depths of a few annotated images, carried over to others by the nearest cells."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _cell_size(maps: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
     height, width = maps.shape[-2:]
     if height % grid[0] or width % grid[1]:
         raise ValueError(
-            f"{grid[0]}x{grid[1]} cells do not tile annotations of {height}x{width} px. Crop them as the pictures, "
+            f"{grid[0]}x{grid[1]} cells do not tile annotations of {height}x{width} px. Crop them as the images, "
             "to a multiple of the autoencoder's stride."
         )
     return height // grid[0], width // grid[1]
@@ -97,7 +97,7 @@ class CellTransfer:
     annotated cells first: the angle between latents means nothing unless their mean is the origin.
 
     Args:
-        features: of the annotated pictures, (B, D, h, w).
+        features: of the annotated images, (B, D, h, w).
         targets: (B, K, h, w), NaN where unknown; such cells are left out.
         neighbours: k; fewer where fewer cells are annotated.
 
@@ -108,7 +108,7 @@ class CellTransfer:
     def __init__(self, features: Tensor, targets: Tensor, *, neighbours: int = 5) -> None:
         if features.ndim != 4 or targets.ndim != 4 or features[:, 0].shape != targets[:, 0].shape:
             raise ValueError(
-                "Features (B, D, h, w) and targets (B, K, h, w) must have the same pictures and cells; got "
+                "Features (B, D, h, w) and targets (B, K, h, w) must have the same images and cells; got "
                 f"{tuple(features.shape)} and {tuple(targets.shape)}."
             )
         if neighbours < 1:
@@ -144,9 +144,9 @@ class CellTransfer:
 
 
 def target_means(targets: Tensor, *, per_position: bool = False) -> Tensor:
-    """What can be said without looking at a picture: the mean of targets (B, K, h, w), for all cells or each place.
+    """What can be said without looking at a image: the mean of targets (B, K, h, w), for all cells or each place.
 
-    Shares of one-hot targets (their argmax is the mode), means of values. Places that are void in every picture get
+    Shares of one-hot targets (their argmax is the mode), means of values. Places that are void in every image get
     the mean of all cells: (K, h, w).
     """
     overall = targets.nanmean((0, 2, 3))[:, None, None].expand(targets.shape[1:])

@@ -1,4 +1,4 @@
-"""Pictures of a pipeline as batches in memory, for measuring without files in between."""
+"""Images of a pipeline as batches in memory, for measuring without files in between."""
 
 from __future__ import annotations
 
@@ -8,31 +8,24 @@ from typing import Any
 import numpy as np
 
 from ..metrics.result_card import UINT8_RULE
-from .sampling import (
-    plan_blocks,
-    require_finite,
-    revisions,
-    sample_generators,
-    sample_labels,
-    scheduler_facts,
-    weights_digest,
-)
+from ..provenance import weights_digest
+from .sampling import plan_blocks, require_finite, revisions, sample_generators, sample_labels, scheduler_facts
 
 
-class GeneratedPictures:
-    """Batches of samples uint8 (B, H, W, 3), made while they are read; picture n is a function of (seed, n).
+class GeneratedImages:
+    """Batches of samples uint8 (B, H, W, 3), made while they are read; image n is a function of (seed, n).
 
     Args:
         pipeline: a class-conditional pipeline.
         num_samples: of the whole set.
-        batch_size: pictures per call of the pipeline.
+        batch_size: images per call of the pipeline.
         seed, label_policy: as `pipelines/sample.py` takes them.
         rank, world_size: this process makes a consecutive stretch of the blocks.
         options: passed to the pipeline (guidance_scale, guidance_interval, num_inference_steps ...).
 
     Raises:
         ValueError: fewer batches than processes; while they are read: latents that are not finite, which 8 bits
-            would turn into a picture like any other.
+            would turn into a image like any other.
 
     Attributes:
         facts: settings of the sampler for a result card; `nfe` is there once a batch has been made.
@@ -59,7 +52,7 @@ class GeneratedPictures:
         blocks = plan_blocks(num_samples, batch_size)
         if world_size > len(blocks):
             raise ValueError(
-                f"{num_samples} pictures in batches of {batch_size} are {len(blocks)} calls, too few for {world_size} "
+                f"{num_samples} images in batches of {batch_size} are {len(blocks)} calls, too few for {world_size} "
                 "processes. Take smaller batches or fewer processes."
             )
         self.blocks = blocks[rank * len(blocks) // world_size : (rank + 1) * len(blocks) // world_size]

@@ -1,4 +1,4 @@
-"""Class-conditional image generation: class labels -> latents -> pictures."""
+"""Class-conditional image generation: class labels -> latents -> images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..autoencoders import decode_upcast, latent_channels
 from ..guidance import IntervalGuidance
-from ..latents import LatentNormalization, check_fingerprint
-from ..pictures import to_image
+from ..images import to_image
+from ..latents import LatentNormalization
+from ..provenance import check_fingerprint
 from .labels import parse_id2label, resolve_class_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -32,7 +33,7 @@ class ClassConditionalPipelineOutput(ImagePipelineOutput):
     """What one call of `ClassConditionalPipeline` gives.
 
     Args:
-        images: B PIL pictures; or (B, H, W, 3) float32 array in [0, 1] ("np"); or (B, 3, H, W) tensor in [0, 1]
+        images: B PIL images; or (B, H, W, 3) float32 array in [0, 1] ("np"); or (B, 3, H, W) tensor in [0, 1]
             ("pt"); or normalised latents (B, C, h, w) float32 ("latent").
         nfe: model evaluations per image, in units of one conditional forward (a guided step counts 2).
         seconds: wall-clock time of the call, sampling and decoding.
@@ -43,7 +44,7 @@ class ClassConditionalPipelineOutput(ImagePipelineOutput):
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Samples pictures of given classes with a SiT/DiT transformer and any diffusers autoencoder.
+    """Samples images of given classes with a SiT/DiT transformer and any diffusers autoencoder.
 
     The scheduler owns the step, `IntervalGuidance` owns guidance and `LatentNormalization` owns the way from latents
     to raw latents. The state is kept in float32; only the transformer and the VAE run in their own dtype.
@@ -185,17 +186,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         sequential_guidance: bool = False,
     ) -> ClassConditionalPipelineOutput | tuple[Any, float, float]:
-        """Generates B = (number of labels) * num_images_per_prompt pictures, the images of one label side by side.
+        """Generates B = (number of labels) * num_images_per_prompt images, the images of one label side by side.
 
         Args:
             class_labels: class id, label name, tensor, or nested lists of them.
-            num_images_per_prompt: pictures per label.
+            num_images_per_prompt: images per label.
             guidance_scale: 1 = no guidance, one forward per step.
             guidance_interval: (lo, hi) in noise level sigma in [0, 1], 1 = noise: guidance where lo <= sigma <= hi,
                 elsewhere the unconditional forward is skipped. For DDPM schedules sigma = t / num_train_timesteps.
             guided_channels: None guides all latent channels, n the first n (3 in the DiT and SiT papers).
             num_inference_steps: steps of the scheduler.
-            generator: one generator, or one per picture.
+            generator: one generator, or one per image.
             latents: initial noise (B, C, h, w) instead of drawn noise.
             output_type: "pil", "np", "pt" or "latent" (normalised latents, before the VAE).
             return_dict: False gives the tuple (images, nfe, seconds).
@@ -310,6 +311,6 @@ def _accepts(function: Callable, name: str) -> bool:
 def _to_output(pixels: Tensor, output_type: str) -> Any:
     """Pixels in [-1, 1] as the caller wants them."""
     if output_type == "pil":
-        return [to_image(picture) for picture in pixels.cpu()]
+        return [to_image(image) for image in pixels.cpu()]
     images = (pixels / 2 + 0.5).clamp(0, 1)
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()

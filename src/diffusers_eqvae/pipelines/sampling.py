@@ -1,6 +1,6 @@
-"""Sampling many pictures reproducibly: labels, seeds, blocks of work, and files that survive a kill.
+"""Sampling many images reproducibly: labels, seeds, blocks of work, and files that survive a kill.
 
-Picture n of a set is a function of (seed, n) alone: its label, its initial noise and its SDE noise come from streams
+Image n of a set is a function of (seed, n) alone: its label, its initial noise and its SDE noise come from streams
 seeded by that pair. Work is cut into fixed blocks of consecutive n; the blocks not yet there are dealt to the ranks in
 turn. A block is computed with the same shapes on whatever rank, so the set is bit-equal for any number of processes on
 one kind of machine (and number of threads); another batch size changes the order of sums and moves a few pixels by one
@@ -9,7 +9,6 @@ level.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import zipfile
@@ -20,24 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.npz import map_npz_array
-from ..files import require_writable, strict_json, write_json, write_npz, written_aside
+from ..files import map_npz_array, require_writable, strict_json, write_json, write_npz, written_aside
 from ..metrics.result_card import UINT8_RULE
-from ..metrics.revisions import model_revision
+from ..provenance import model_revision
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 LABEL_POLICIES = ("random", "balanced")
 PARTS_DIR = "parts"
 SETTINGS_FILE = "sampling.json"
 SAMPLES_FILE = "samples.npz"
-# Independent streams of one picture.
+# Independent streams of one image.
 _NOISE, _LABEL = 0, 1
 
 
 def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
-    """A saved pipeline to sample many pictures of, without a progress bar of its own.
+    """A saved pipeline to sample many images of, without a progress bar of its own.
 
     Args:
         model: directory or Hub repository.
@@ -60,23 +58,23 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """63-bit seed of the noise of picture `index`."""
+    """63-bit seed of the noise of image `index`."""
     return int(np.random.SeedSequence((seed, index, _NOISE)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per picture, for its initial noise and then its SDE noise; CPU so that no device matters."""
+    """One CPU generator per image, for its initial noise and then its SDE noise; CPU so that no device matters."""
     return [torch.Generator("cpu").manual_seed(sample_seed(seed, index)) for index in indices]
 
 
 def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int, policy: str = "random") -> list[int]:
-    """Class ids of the pictures `indices`.
+    """Class ids of the images `indices`.
 
     Args:
         class_ids: the classes to sample from.
-        indices: picture numbers.
+        indices: image numbers.
         seed: of the set.
-        policy: "random" draws uniformly and independently per picture; "balanced" takes class_ids in turn, so that
+        policy: "random" draws uniformly and independently per image; "balanced" takes class_ids in turn, so that
             the counts of a set differ by at most one.
 
     Raises:
@@ -92,7 +90,7 @@ def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int
 
 
 def require_finite(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A pipeline's `callback_on_step_end` that refuses latents which 8 bits would turn into a picture like any other.
+    """A pipeline's `callback_on_step_end` that refuses latents which 8 bits would turn into a image like any other.
 
     Looks at the last step only: looking makes the host wait for the device.
     """
@@ -102,7 +100,7 @@ def require_finite(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str
 
 
 def plan_blocks(num_samples: int, batch_size: int) -> list[range]:
-    """Consecutive picture numbers in blocks of `batch_size`, the last one shorter where it does not divide."""
+    """Consecutive image numbers in blocks of `batch_size`, the last one shorter where it does not divide."""
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1; got {num_samples} and {batch_size}.")
     return [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
@@ -128,7 +126,7 @@ def pending_blocks(
 
 
 def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool:
-    """Takes a directory for one set of pictures; True where that set is already finished there.
+    """Takes a directory for one set of images; True where that set is already finished there.
 
     Raises:
         ValueError: the directory cannot be written to, or holds (part of) a set made with other settings; names what
@@ -158,12 +156,12 @@ def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool
 
 
 def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, float]:
-    """Joins the part files into samples.npz: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,), in picture order.
+    """Joins the part files into samples.npz: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,), in image order.
 
     Reads one part at a time, so memory does not grow with N.
 
     Returns:
-        `seconds` summed over all parts and `nfe` of a picture.
+        `seconds` summed over all parts and `nfe` of a image.
 
     Raises:
         FileNotFoundError: a part is missing.
@@ -190,7 +188,7 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
 
 
 def open_samples(path: str | Path) -> np.ndarray:
-    """arr_0 of an uncompressed .npz as a memory map: 50 000 pictures cost no memory until they are read.
+    """arr_0 of an uncompressed .npz as a memory map: 50 000 images cost no memory until they are read.
 
     Raises:
         ValueError: arr_0 is compressed.
@@ -199,7 +197,7 @@ def open_samples(path: str | Path) -> np.ndarray:
 
 
 def write_pngs(samples: np.ndarray, directory: str | Path) -> None:
-    """One PNG per sample, numbered from 000000.png; pictures that are there already are left alone."""
+    """One PNG per sample, numbered from 000000.png; images that are there already are left alone."""
     directory = Path(directory)
     for index, sample in enumerate(samples):
         path = directory / f"{index:06d}.png"
@@ -218,19 +216,6 @@ def finish(
     measured = merge_parts(output_dir, blocks)
     write_json(Path(output_dir) / SETTINGS_FILE, {"settings": settings, "uint8_rule": UINT8_RULE, **measured, **facts})
     shutil.rmtree(Path(output_dir) / PARTS_DIR)
-
-
-def weights_digest(*modules: nn.Module) -> str:
-    """16 hex digits that change when training does: names, shapes and the first 1024 values of every tensor.
-
-    Tells a resumed run that the weights under the same path are not those it began with, without reading gigabytes.
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            head = tensor.detach().flatten()[:1024].float().cpu().numpy()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + head.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def scheduler_facts(scheduler: Any) -> dict[str, Any]:

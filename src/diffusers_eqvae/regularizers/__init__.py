@@ -1,4 +1,4 @@
-"""Latent-space regularisers by name; `--regularizers NAME ...` composes them on one autoencoder."""
+"""Latent-space regularizers by name; `--regularizers NAME ...` composes them on one autoencoder."""
 
 from .alignment import AlignmentRegularizer
 from .base import REGULARIZERS, Regularizer, register

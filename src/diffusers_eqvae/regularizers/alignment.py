@@ -1,4 +1,4 @@
-"""ReaLS' semantic regularisation: latents must predict the features of a vision foundation model."""
+"""ReaLS' semantic regularization: latents must predict the features of a vision foundation model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AlignmentRegularizer(Regularizer):
     """Adds L(patch) + L(cls) between predicted and teacher features (ReaLS, arXiv 2502.00359, section 3).
 
     L = 0.9 (1 - cos) + 0.1 SmoothL1 (`losses.alignment`); the prediction is the alignment network's, of the raw
-    posterior sample; the teacher sees the pictures that were encoded. Gradients reach the network and the encoder.
+    posterior sample; the teacher sees the images that were encoded. Gradients reach the network and the encoder.
     Where tokens and latent cells differ in number, the features are resampled to the latent grid (bilinear, with
     antialiasing so that a coarser grid averages).
 

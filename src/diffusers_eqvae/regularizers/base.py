@@ -1,4 +1,4 @@
-"""A regulariser of the latent space: what it draws once per step, and what it does to latents, pixels and the loss.
+"""A regularizer of the latent space: what it draws once per step, and what it does to latents, pixels and the loss.
 
 A method is one file in this folder whose class is decorated with `@register("its_name")`, one import line in
 `regularizers/__init__.py`, and its test.
@@ -17,12 +17,12 @@ REGULARIZERS: dict[str, type[Regularizer]] = {}
 
 
 def register(name: str) -> Callable[[type[Regularizer]], type[Regularizer]]:
-    """Makes a regulariser available as `--regularizers NAME`; a name that is taken is refused."""
+    """Makes a regularizer available as `--regularizers NAME`; a name that is taken is refused."""
 
     def add(cls: type[Regularizer]) -> type[Regularizer]:
         if name in REGULARIZERS:
             raise ValueError(
-                f"The regulariser {name!r} is already {REGULARIZERS[name].__name__}; choose another name."
+                f"The regularizer {name!r} is already {REGULARIZERS[name].__name__}; choose another name."
             )
         REGULARIZERS[name] = cls
         return cls
@@ -36,8 +36,8 @@ class Regularizer(nn.Module):
     One optimizer step calls, in this order and with the same `draw`:
 
     1. `draw(latent_size, generator)`: every random choice of the step, the same on all ranks and micro-batches;
-    2. `augment(pixels, draw)`: the pictures that are encoded;
-    3. `transform(latents, pixels, draw)`: what is decoded, and the pictures it must become;
+    2. `augment(pixels, draw)`: the images that are encoded;
+    3. `transform(latents, pixels, draw)`: what is decoded, and the images it must become;
     4. `penalty(latents, pixels, draw)`: a term added to the loss, of the untransformed latents.
 
     Attributes:
@@ -51,7 +51,7 @@ class Regularizer(nn.Module):
 
     @classmethod
     def from_arguments(cls, arguments: Any, vae: nn.Module) -> Regularizer:
-        """The regulariser that `training_utils.autoencoder_arguments.RegularizerArguments` describe, for `vae`."""
+        """The regularizer that `training_utils.autoencoder.arguments.RegularizerArguments` describe, for `vae`."""
         return cls()
 
     def draw(self, latent_size: tuple[int, int], generator: torch.Generator) -> Any:

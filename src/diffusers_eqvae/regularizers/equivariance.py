@@ -1,4 +1,4 @@
-"""EQ-VAE's implicit regularisation: decode transformed latents, compare with transformed pictures."""
+"""EQ-VAE's implicit regularization: decode transformed latents, compare with transformed images."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..data.images import ImageSource, load_image_dataset
+from ..data.image_datasets import ImageSource, load_image_dataset
 from ..files import write_text
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,12 @@ class RunArguments:
         },
     )
     report_to: Literal["tensorboard", "wandb", "none"] = field(
-        default="tensorboard", metadata={"help": "Where curves and pictures go besides metrics.jsonl and validation/."}
+        default="tensorboard", metadata={"help": "Where curves and images go besides metrics.jsonl and validation/."}
     )
     logging_steps: int = field(
         default=10, metadata={"help": "Read losses back from the device every so many steps; logs hold their mean."}
     )
-    validation_steps: int = field(default=500, metadata={"help": "Validation pictures every so many steps; 0: none."})
+    validation_steps: int = field(default=500, metadata={"help": "Validation images every so many steps; 0: none."})
     dry_run: bool = field(
         default=False,
         metadata={"help": "Measure memory on one example, print what the run needs in memory and on disk, and exit."},
@@ -133,24 +133,24 @@ class RunArguments:
 
 @dataclass
 class DataArguments:
-    """Which pictures to train on: exactly one of dataset_name and train_data_dir."""
+    """Which images to train on: exactly one of dataset_name and train_data_dir."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset on the Hub, or a local directory that `datasets` understands."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     train_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of pictures; one subfolder per class where labels are needed."}
+        default=None, metadata={"help": "Folder of images; one subfolder per class where labels are needed."}
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    image_column: str = field(default="image", metadata={"help": "Column that holds the pictures."})
+    image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the class labels."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
-    resolution: int = field(default=256, metadata={"help": "Side in pixels of the square training pictures."})
+    resolution: int = field(default=256, metadata={"help": "Side in pixels of the square training images."})
     center_crop: bool = field(
-        default=False, metadata={"help": "Crop the centre (ADM crop) instead of a random square of the picture."}
+        default=False, metadata={"help": "Crop the centre (ADM crop) instead of a random square of the image."}
     )
-    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the pictures left to right."})
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images left to right."})
 
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_data_dir:
@@ -165,7 +165,7 @@ class DataArguments:
         return Path(given).resolve().name if given and Path(given).is_dir() else given
 
     def load(self, *, require_labels: bool = False) -> ImageSource:
-        """The pictures; raises as `load_image_dataset` does."""
+        """The images; raises as `load_image_dataset` does."""
         return load_image_dataset(
             self.dataset_name,
             self.dataset_config_name,

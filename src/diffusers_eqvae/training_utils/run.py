@@ -30,10 +30,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..randomness import StepRandomness, preserved_global_state, reseed_global
 from . import arguments as cli
-from .acceleration import build_accelerator, wrap
 from .checkpoints import find_checkpoint, publish, read_module, resumed_step, write_checkpoint
-from .estimate import SavedActivations, first_example, report
+from .dry_run import SavedActivations, first_example, report
+from .launch import StopSignal, build_accelerator, wrap
 from .optimization import (
     ExponentialAverage,
     NonfiniteGuard,
@@ -42,8 +43,6 @@ from .optimization import (
     check_master_weights,
     learning_rate_factor,
 )
-from .randomness import StepRandomness, preserved_global_state, reseed_global
-from .signals import StopSignal
 from .tracking import Meter, Tracking
 
 logger = logging.getLogger(__name__)
@@ -163,7 +162,7 @@ class TrainingRun:
             batch_size: per rank and micro-batch; None takes --train_batch_size.
             collate: as in DataLoader; None stacks.
         """
-        from ..data.sampling import DrawDataset, DrawSampler, collate_draws
+        from ..data.order import DrawDataset, DrawSampler, collate_draws
 
         batch_size = batch_size or self.arguments.train_batch_size
         accumulation = self.arguments.gradient_accumulation_steps
@@ -274,7 +273,7 @@ class TrainingRun:
             self._tracking.figures(self.step, values)
 
     def log_images(self, name: str, images: np.ndarray | Sequence[Image.Image]) -> None:
-        """Pictures (uint8 NHWC or PIL) to validation/<step>_<name>.png and the tracker; on the main process only."""
+        """Images (uint8 NHWC or PIL) to validation/<step>_<name>.png and the tracker; on the main process only."""
         if self._tracking is not None:
             self._tracking.images(self.step, name, images)
 

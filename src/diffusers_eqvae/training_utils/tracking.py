@@ -1,4 +1,4 @@
-"""What a run tells the world: metrics.jsonl always, tensorboard or wandb on request, pictures, a progress bar."""
+"""What a run tells the world: metrics.jsonl always, tensorboard or wandb on request, images, a progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import write_text
-from ..pictures import image_grid
+from ..images import image_grid
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +112,14 @@ class Tracking:
         self._accelerator.log(dict(values), step=step)
 
     def images(self, step: int, name: str, images: np.ndarray | Sequence[Image.Image]) -> Path | None:
-        """Pictures (uint8 NHWC, or PIL of one size) to validation/<step>_<name>.png as a grid, and to the tracker."""
+        """Images (uint8 NHWC, or PIL of one size) to validation/<step>_<name>.png as a grid, and to the tracker."""
         if not self._is_main:
             return None
         array = np.stack(
             [np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image) for image in images]
         )
         if array.dtype != np.uint8 or array.ndim != 4:
-            raise TypeError(f"Pictures must be uint8 NHWC or PIL; got {array.dtype} of shape {array.shape}.")
+            raise TypeError(f"Images must be uint8 NHWC or PIL; got {array.dtype} of shape {array.shape}.")
         path = self._output_dir / "validation" / f"{step:08d}_{name}.png"
         path.parent.mkdir(exist_ok=True)
         image_grid(list(array), gap_px=0).save(path)

@@ -10,14 +10,14 @@ from diffusers_eqvae.equivariance import equivariance_error
 
 _DESCRIPTION = """
 Relative squared error |tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2 of latents under a transform tau (EQ-VAE, arXiv
-2502.09509, table 1), averaged over pictures; and the same with |E(tau(x))|^2 taken around the channel means.
+2502.09509, table 1), averaged over images; and the same with |E(tau(x))|^2 taken around the channel means.
 """
 _INPUTS = """
 Args:
     predictions: transformed latents tau(E(x)), (C, h, w) each.
-    references: latents of transformed pictures E(tau(x)), of the same shapes; shapes may differ between pictures.
+    references: latents of transformed images E(tau(x)), of the same shapes; shapes may differ between images.
 Returns:
-    equivariance_error: mean over pictures, 0 = equivariant.
+    equivariance_error: mean over images, 0 = equivariant.
     equivariance_error_centred: the same, which an offset of the latents cannot flatter.
 """
 _CITATION = (

@@ -1,4 +1,4 @@
-"""gFID and its companions, of generated pictures against a reference, as a metric module of `evaluate`."""
+"""gFID and its companions, of generated images against a reference, as a metric module of `evaluate`."""
 
 # evaluate reads the imports of a metric module line by line: one module to a line.
 import evaluate
@@ -7,7 +7,7 @@ from diffusers_eqvae.metrics import generation
 from diffusers_eqvae.metrics.evaluate_modules import distances
 
 _DESCRIPTION = """
-FID, sFID, Inception score, KID, precision and recall of generated pictures against a reference, which is given once:
+FID, sFID, Inception score, KID, precision and recall of generated images against a reference, which is given once:
 evaluate.load(module_path("gfid"), "inception", weights="weights-inception-2015-12-05-6726825d.pth",
 reference="VIRTUAL_imagenet256_labeled.npz").
 """
@@ -18,7 +18,7 @@ Returns:
     fid, sfid, inception_score, precision, recall, kid: as far as the network and the reference give them, under names
         that say which network it was unless it is FID's Inception.
     num_samples, evaluator, weights_hash, reference, reference_hash: what they were measured with.
-    marks: reason by name, for numbers not to be trusted (no more pictures than feature dimensions, repeated ones).
+    marks: reason by name, for numbers not to be trusted (no more images than feature dimensions, repeated ones).
 """
 _CITATION = "Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, 2017"
 
@@ -28,7 +28,7 @@ class GFID(distances.DistanceMetric):
 
     Args:
         reference: what `metrics.generation.load_reference` takes: an ADM .npz, saved statistics, a folder.
-        resolution: side in pixels that a folder's pictures are cropped to.
+        resolution: side in pixels that a folder's images are cropped to.
         options: of `distances.DistanceMetric`.
     """
 

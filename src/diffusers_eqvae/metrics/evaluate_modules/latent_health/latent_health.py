@@ -6,9 +6,11 @@ import evaluate
 import numpy as np
 import torch
 
-from diffusers_eqvae.metrics.intrinsic_dimension import intrinsic_dimension_if_defined
-from diffusers_eqvae.metrics.spectrum import high_frequency_share
-from diffusers_eqvae.metrics.statistics import channel_statistics
+from diffusers_eqvae.metrics.latent_statistics import (
+    channel_statistics,
+    high_frequency_share,
+    intrinsic_dimension_if_defined,
+)
 
 _DESCRIPTION = """
 What latents look like to a generator: mean, standard deviation and excess kurtosis per channel, the share of their
@@ -16,12 +18,12 @@ variance above a quarter cycle per cell, and their intrinsic dimension (TwoNN, F
 """
 _INPUTS = """
 Args:
-    predictions: latents (C, h, w) of pictures, all of one shape.
+    predictions: latents (C, h, w) of images, all of one shape.
 Returns:
     mean, std, kurtosis: lists per channel.
-    high_frequency: mean over pictures, 0 (smooth) to 1; white noise has .80.
+    high_frequency: mean over images, 0 (smooth) to 1; white noise has .80.
     intrinsic_dimension: of the flattened latents; None below 10 different ones.
-    num_samples: pictures.
+    num_samples: images.
 """
 _CITATION = "Facco et al., Estimating the intrinsic dimension of datasets by a minimal neighborhood information, 2017"
 

@@ -1,0 +1,156 @@
+"""What an inspection finds out about an autoencoder: its figures, and a verdict in words with the reasons."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..autoencoders import downsampling_factor, is_deterministic, latent_channels
+from ..metrics.autoencoder import DEFINITIONS, measure_autoencoder, split_summary
+from ..metrics.result_card import ResultCard
+from ..provenance import model_revision, vae_fingerprint
+
+# EQ-VAE (arXiv 2502.09509, v3), equivariance errors of SD-VAE on ImageNet 256 before and after EQ fine-tuning.
+PUBLISHED = {"rotation": {"SD-VAE": 0.89, "EQ-VAE": 0.56}, "scale": {"SD-VAE": 0.69, "EQ-VAE": 0.43}}
+# Ours, not published: 3 dB is twice the squared error, 1 dB a quarter more of it.
+SMALL_GAP_DB, LARGE_GAP_DB = 1.0, 3.0
+# A channel that varies by less than this share of the largest standard deviation carries nothing.
+DEAD_CHANNEL_SHARE = 0.01
+# Below this a reconstruction is poor whatever the latents are: SD-VAE has 25.8 dB on ImageNet 256.
+POOR_PSNR_DB = 20.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`level` is "good", "mixed" or "poor"; `headline` says it in a sentence; `reasons` with the figures."""
+
+    level: str
+    headline: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One autoencoder: how it is called, what it is, its figures (`metrics.autoencoder.summarize`) and the verdict."""
+
+    name: str
+    description: dict[str, Any]
+    figures: dict[str, Any]
+    verdict: Verdict
+
+
+def inspect_autoencoder(
+    vae: nn.Module, images: Tensor, *, name: str, perceptual: nn.Module | None = None, batch_size: int = 1
+) -> Inspection:
+    """Measures `vae` on images (N, 3, S, S) in [-1, 1], one at a time by default, which a CPU does fastest.
+
+    Raises:
+        ValueError: a image size that the autoencoder's stride does not divide, or cannot halve and quarter.
+    """
+    require_fitting(vae, images.shape[-1])
+    start = time.perf_counter()
+    figures = measure_autoencoder(vae, images.split(batch_size), perceptual=perceptual)
+    description = {
+        "class": type(vae).__name__,
+        "latent_channels": latent_channels(vae),
+        "downsampling_factor": downsampling_factor(vae),
+        "posterior": "point" if is_deterministic(vae) else "Gaussian, measured at its mean",
+        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+        "revision": model_revision(vae),
+        "fingerprint": vae_fingerprint(vae),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    return Inspection(name, description, figures, judge(figures))
+
+
+def require_fitting(vae: nn.Module, side: int) -> None:
+    """Raises ValueError where images of this side cannot be encoded, or not be halved and quartered."""
+    factor = downsampling_factor(vae)
+    if side % factor or side < 4 * factor:
+        raise ValueError(
+            f"--resolution must be a multiple of the autoencoder's stride {factor} and at least {4 * factor}; "
+            f"got {side}."
+        )
+
+
+def result_card(
+    inspection: Inspection, model: str, *, protocol: dict[str, Any], provenance: dict[str, Any]
+) -> ResultCard:
+    """The numbers as `training/evaluate_autoencoder.py` writes them, for `eqvae compare`.
+
+    Args:
+        model: its directory or Hub name.
+        protocol: `data_hash`, `resize_rule` and, where LPIPS was measured, `lpips_net` and `lpips_weights_hash`.
+        provenance: where and when, as `metrics.result_card.hardware` says it.
+    """
+    metrics, marks, details = split_summary(inspection.figures)
+    points = details["intrinsic_dimension_points"]
+    protocol = {"num_images": details["num_images"], "intrinsic_dimension_points": points, **protocol}
+    protocol |= {"posterior": "mean", "definitions": DEFINITIONS}
+    described = inspection.description
+    settings = {"model": model, "model_class": described["class"], "weights": described["fingerprint"]}
+    settings |= {"vae_revision": described["revision"], "dtype": "float32"}
+    return ResultCard(metrics, protocol, settings, marks, provenance, "reconstruction", details)
+
+
+def judge(figures: dict[str, Any]) -> Verdict:
+    """What the figures mean.
+
+    "good": transforming latents instead of images costs at most `SMALL_GAP_DB`; "poor": at least `LARGE_GAP_DB`;
+    "mixed": between. Poor reconstructions and dead channels are "poor" whatever the rest, because a collapsed latent
+    space is equivariant too. The equivariance errors stand among the reasons beside the published ones of SD-VAE and
+    EQ-VAE; they do not decide, because an offset of the latents flatters them.
+    """
+    gaps = {"turned": figures["gap_rotated"], "halved": figures["gap_halved"]}
+    reasons = [
+        f"decoding {name} latents is {gap:.1f} dB worse than encoding and decoding {name} images"
+        for name, gap in gaps.items()
+    ]
+    for kind, published in PUBLISHED.items():
+        value, centred = figures[f"equivariance_{kind}"], figures[f"equivariance_{kind}_centred"]
+        reasons.append(
+            f"{kind} error {_written(value)}, around the channel means {_written(centred)} (published on ImageNet "
+            f"256: SD-VAE {published['SD-VAE']}, EQ-VAE {published['EQ-VAE']})"
+        )
+    if figures["psnr"] < POOR_PSNR_DB:
+        reason = f"plain reconstruction has {figures['psnr']:.1f} dB, below {POOR_PSNR_DB:g} dB"
+        return Verdict("poor", "The reconstruction is too poor to judge the latents by it.", (reason, *reasons))
+    if dead := _dead_channels(figures):
+        reason = f"channels {', '.join(dead)} vary by less than {DEAD_CHANNEL_SHARE:.0%} of the largest"
+        return Verdict("poor", "A channel has collapsed.", (reason, *reasons))
+    worst = max(gaps.values())
+    if worst >= LARGE_GAP_DB:
+        return Verdict("poor", "The decoder does not follow transformed latents.", tuple(reasons))
+    if worst > SMALL_GAP_DB:
+        return Verdict("mixed", "Transformed latents decode, with a loss.", tuple(reasons))
+    return Verdict("good", "Transforming latents transforms the image.", tuple(reasons))
+
+
+def _written(value: float) -> str:
+    """Latents of one cell, or of no variance, have no error relative to it."""
+    return f"{value:.2f}" if math.isfinite(value) else "undefined"
+
+
+def _dead_channels(figures: dict[str, Any]) -> list[str]:
+    stds = figures["channels"]["std"]
+    return [str(index) for index, std in enumerate(stds) if std <= DEAD_CHANNEL_SHARE * max(stds)]
+
+
+def compare(first: Inspection, second: Inspection) -> list[str]:
+    """What changed from the first to the second, one sentence each."""
+    a, b = first.figures, second.figures
+    return [
+        f"{what} {_written(b[key])}{unit} instead of {_written(a[key])}{unit}"
+        for key, what, unit in (
+            ("gap_rotated", "decoding turned latents loses", " dB"),
+            ("gap_halved", "decoding halved latents loses", " dB"),
+            ("equivariance_rotation", "the rotation error is", ""),
+            ("equivariance_scale", "the scale error is", ""),
+            ("psnr", "plain reconstruction has", " dB"),
+            ("high_frequency", "the share of high frequencies is", ""),
+        )
+    ]

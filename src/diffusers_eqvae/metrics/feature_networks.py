@@ -1,0 +1,379 @@
+"""Networks whose features images are compared by; one interface, and a name that says which network it was.
+
+Only Inception with the weights that were converted from TensorFlow gives numbers called FID, sFID and so on. Whatever
+else is used leaves its name in the name of every number (`fd_dinov2_large`, `fd_squeezenet`), because distances by
+different networks cannot be compared.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import pickle
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..provenance import hash_file, hash_tensors
+from .cifar_resnet import cifar_resnet_from_state
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+SQUEEZENET_URL = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
+CIFAR_RESNET_URL = (
+    "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet56-4bfd9763.th"
+)
+# sha256 of Inception's file begins with what its name ends with.
+INCEPTION_SHA256 = "6726825d"
+SPATIAL_CHANNELS = 7
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """uint8 images (B, 3, H, W) -> {"features": (B, D)} and, of Inception, "spatial" and "logits"; float32.
+
+    Attributes:
+        name: the evaluator, as a result states it.
+        suffix: what its numbers' names end with; None for the one network that FID is defined by.
+        weights_hash: of the weights, first 16 hex digits.
+        input_rule: how a image is brought to the network's size and range.
+    """
+
+    name: str
+    suffix: str | None
+    weights_hash: str
+    input_rule: str
+
+    @abstractmethod
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """The outputs for uint8 images that `forward` has checked and moved."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Raises ValueError unless images are uint8 (B, 3, H, W)."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"Features are taken of uint8 images (B, 3, H, W); got {images.dtype} {tuple(images.shape)}. "
+                "Samples are uint8 by clamp(127.5 x + 128), truncated."
+            )
+        device = next(itertools.chain(self.parameters(), self.buffers())).device
+        return {name: value.float() for name, value in self.extract(images.to(device)).items()}
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        """Stays in eval mode whatever its parent does."""
+        return super().train(False)
+
+    def metric_name(self, metric: str) -> str:
+        """`fid` for Inception itself; `fd_NAME` for another network, and likewise for the other metrics."""
+        if self.suffix is None:
+            return metric
+        plain = {"fid": "fd", "sfid": "sfd", "kid": "kd", "kid_std": "kd_std"}.get(metric, metric)
+        return f"{plain}_{self.suffix}"
+
+
+class InceptionFID(FeatureExtractor):
+    """FID's Inception as torch-fidelity transcribed it from TensorFlow, with everything the ADM protocol reads.
+
+    "features" is pool_3 (2048); "spatial" the first 7 channels of mixed_6/conv (`Mixed_6d.branch1x1`), flattened
+    channels-last as TensorFlow lays them out (17 * 17 * 7 = 2023); "logits" 1008 values without the bias. One forward
+    gives all three. The resize (TensorFlow 1 bilinear to 299 px) is part of the network.
+
+    Args:
+        state: weights; None draws them at random from `seed`, for tests without the file.
+        weights_hash: of the file they came from.
+
+    Raises:
+        ModuleNotFoundError: torch-fidelity is not installed.
+    """
+
+    input_rule = "TensorFlow 1 bilinear to 299 px, (x - 128) / 128"
+
+    def __init__(
+        self, state: dict[str, Tensor] | None = None, *, weights_hash: str | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.network = _inception_network()
+        if state is None:
+            _randomize(self.network, seed)
+        else:
+            self.network.load_state_dict(state)
+        self.weights_hash = weights_hash or hash_tensors(self.network)
+        genuine = self.weights_hash.startswith(INCEPTION_SHA256)
+        self.suffix = None if genuine else f"inception_{self.weights_hash[:8]}"
+        self.name = "inception-v3-compat" + ("" if genuine else f" with other weights ({self.weights_hash[:8]})")
+        self._spatial: Tensor | None = None
+        self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
+        self.network.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str] | None) -> InceptionFID:
+        """With the weights of a local file, which is read without executing what it may hold.
+
+        Raises:
+            FileNotFoundError: no such file; says which one is meant and how to get it.
+            ValueError: weights of another network, or no file of weights.
+        """
+        file = _existing(path, "FID's Inception weights, which no others can stand for,", INCEPTION_URL)
+        with _weights_of("FID's Inception", file):
+            return cls(read_weights(file), weights_hash=hash_file(file))
+
+    def _keep_spatial(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS]
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        features, logits = self.network(images)
+        assert self._spatial is not None  # the hook ran
+        spatial, self._spatial = self._spatial.permute(0, 2, 3, 1).flatten(1), None
+        return {"features": features, "spatial": spatial, "logits": logits}
+
+
+def _inception_network() -> nn.Module:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as error:
+        if error.name is not None and not error.name.startswith("torch_fidelity"):
+            raise
+        raise ModuleNotFoundError(
+            "FID needs torch-fidelity's Inception: pip install 'diffusers_eqvae[eval]'.", name="torch_fidelity"
+        ) from error
+
+    class Network(FeatureExtractorInceptionV3):
+        # Its constructor unpickles a file without restriction. It is given an empty one, and the weights come later.
+        def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    return Network("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty)
+
+
+def _randomize(network: nn.Module, seed: int) -> None:
+    """Weights that keep the scale of activations through the depth, so that features of images differ."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            std = (2 / module.weight[0].numel()) ** 0.5
+            module.weight.data.normal_(0, std, generator=generator)
+
+
+class ModuleFeatures(FeatureExtractor):
+    """Features of any network, always under its own name.
+
+    Args:
+        module: takes (B, 3, H, W) floats and gives (B, D), or (B, D, h, w) that is averaged over space.
+        name: of the evaluator; becomes part of the name of every number.
+        image_size: side in pixels that images are resized to (bicubic with antialiasing); None leaves them.
+        mean, std: of the normalisation of [0, 1].
+        weights_hash: default: a hash of the module's tensors.
+        select: takes the features out of what the module returns.
+        classifier: gives logits (B, K) of the features.
+
+    Raises:
+        ValueError: a name that could be taken for FID's own network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        image_size: int | None = None,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        weights_hash: str | None = None,
+        select: Callable[[Any], Tensor] | None = None,
+        classifier: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.suffix = re.sub(r"\W+", "_", name).strip("_").lower()
+        if not self.suffix or self.suffix.startswith("inception"):
+            raise ValueError(f"A feature network needs a name of its own, and not Inception's; got {name!r}.")
+        self.name = name
+        self.module = module
+        self.image_size = image_size
+        self.select = select
+        self.classifier = classifier
+        self.weights_hash = weights_hash or hash_tensors(module)
+        resize = "as they are" if image_size is None else f"antialiased bicubic to {image_size} px"
+        self.input_rule = f"{resize}, mean {mean}, std {std}"
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        images = images.float() / 255
+        size = images.shape[-2:] if self.image_size is None else (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        output = self.module((images - self.mean) / self.std)
+        features = output if self.select is None else self.select(output)
+        if features.ndim == 4:
+            features = features.float().mean((2, 3))
+        if features.ndim != 2 or len(features) != len(images):
+            raise ValueError(
+                f"{self.name} must give (B, D) or (B, D, h, w) for B = {len(images)} images; got "
+                f"{tuple(features.shape)}."
+            )
+        return {"features": features} | ({} if self.classifier is None else {"logits": self.classifier(features)})
+
+
+def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: int = 224) -> ModuleFeatures:
+    """DINOv2's global feature through transformers: FD-DINOv2 (Stein et al., arXiv 2306.04675) with the large model.
+
+    Differs from the reference: images are resized as floats, without rounding to 8 bits in between.
+
+    Raises:
+        ValueError: another kind of model, weights that are damaged or not its own, or an `image_size` its patches do
+            not tile.
+        FileNotFoundError: the model is neither there, nor cached, nor to be had from the Hub; says how to get it.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    try:
+        model, found = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"The model.safetensors of {name_or_path} is no whole file of weights: {error}") from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"DINOv2's weights were not found at {name_or_path}, which must be a directory with config.json and "
+            "model.safetensors or a Hub name. Fetch them with `hf download facebook/dinov2-large --local-dir "
+            "dinov2-large` and give that directory (--weights dinov2-large)."
+        ) from error
+    config: Any = model.config
+    if config.model_type not in ("dinov2", "dinov2_with_registers"):
+        raise ValueError(f"FD-DINOv2 needs a DINOv2 model; {name_or_path} is of type {config.model_type!r}.")
+    if found["missing_keys"]:
+        # transformers draws them at random, and says so in a warning only.
+        count = len(found["missing_keys"])
+        raise ValueError(f"{name_or_path} must hold all weights of {config.model_type}; it lacks {count} tensors.")
+    if image_size % config.patch_size:
+        raise ValueError(f"image_size must be a multiple of the patch size {config.patch_size}; got {image_size}.")
+    return ModuleFeatures(
+        model,
+        name=Path(name_or_path).name,
+        image_size=image_size,
+        select=lambda output: output.last_hidden_state[:, 0],
+    )
+
+
+def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
+    """SqueezeNet 1.1's last feature map, averaged (512): a small network (5 MB) for work without a network connection.
+
+    Args:
+        path: torchvision's weights file (squeezenet1_1-*.pth), or its tensors as .safetensors.
+
+    Raises:
+        FileNotFoundError: no such file; says how to get it.
+        ValueError: weights of another network, or no file of weights.
+    """
+    path = _existing(path, "SqueezeNet's weights", SQUEEZENET_URL)
+    from torchvision.models import squeezenet1_1
+
+    network = squeezenet1_1(weights=None)
+    with _weights_of("SqueezeNet 1.1", path):
+        network.load_state_dict(read_weights(path))
+    return ModuleFeatures(network.features, name="squeezenet1_1", image_size=224, weights_hash=hash_file(path))
+
+
+def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
+    """The averaged last feature map (64) of a ResNet for CIFAR-10, and its logits: for images of 32 px.
+
+    Larger images are resized to 32 px. The depth is read from the file and stands in every number's name
+    (`fd_cifar10_resnet56`), and so does that of its Inception score over ten classes.
+
+    Args:
+        path: weights as in akamaster/pytorch_resnet_cifar10 (BSD-2), their keys with or without `module.`; a file
+            that holds them under `state_dict`, or .safetensors.
+
+    Raises:
+        FileNotFoundError: no such file; says how to get it.
+        ValueError: weights of another network.
+    """
+    path = _existing(path, "A CIFAR-10 ResNet's weights", CIFAR_RESNET_URL)
+    state: Any = read_weights(path)
+    with _weights_of("a ResNet for CIFAR-10", path):
+        network = cifar_resnet_from_state(state.get("state_dict", state), source=path)
+    name = f"cifar10_resnet{network.depth}"
+    return ModuleFeatures(
+        network.features, name=name, image_size=32, weights_hash=hash_file(path), classifier=network.linear
+    )
+
+
+EvaluatorName: TypeAlias = Literal["inception", "dinov2", "squeezenet", "cifar_resnet"]
+EVALUATORS: dict[str, Callable[..., FeatureExtractor]] = {
+    "inception": InceptionFID.from_file,
+    "dinov2": dinov2_features,
+    "squeezenet": squeezenet_features,
+    "cifar_resnet": cifar_resnet_features,
+}
+
+
+def load_extractor(evaluator: str, weights: str | os.PathLike[str] | None = None) -> FeatureExtractor:
+    """One of `EVALUATORS` with the weights of a file; for dinov2 a directory or Hub name, facebook/dinov2-large unset.
+
+    Raises:
+        ValueError: an unknown name, or a file of another network.
+        FileNotFoundError: no such weights; names the file and how to get it.
+    """
+    if evaluator not in EVALUATORS:
+        raise ValueError(f"The feature networks are {', '.join(EVALUATORS)}; got {evaluator!r}.")
+    default = evaluator == "dinov2" and weights is None
+    return EVALUATORS[evaluator](*([] if default else [weights]))
+
+
+def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
+    if path is None or not Path(path).is_file():
+        missing = "were not given" if path is None else f"were not found at {path}"
+        raise FileNotFoundError(
+            f"{what} {missing}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO {url}` and give "
+            "its path (--weights; in training --evaluator_weights)."
+        )
+    return Path(path)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or a .pth file, read without executing what it may hold.
+
+    Raises:
+        ValueError: a file that is neither, is cut short, or holds more than tensors by name.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no whole file of weights (.pth or .safetensors): {reason}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} must hold tensors by name; it holds a {type(state).__name__}.")
+    return dict(state)
+
+
+@contextmanager
+def _weights_of(network: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says in one sentence what torch says in a list of keys."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold the weights of {network}, and its tensors are others. Was the file of another network "
+            "given (--weights, --evaluator)?"
+        ) from error

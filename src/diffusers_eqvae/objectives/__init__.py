@@ -1,0 +1,1 @@
+"""What each product minimises: the one wrapped forward around a model and its regularizers."""

@@ -1,0 +1,104 @@
+"""Images of what latents show: components, clusters, classes and depths beside the decoded sample."""
+
+from __future__ import annotations
+
+import colorsys
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..autoencoders import Autoencoder, decode_upcast
+from ..images import grid, latent_pca
+from ..latents import LatentNormalization
+from ..models.alignment_network import AlignmentNetwork
+from .clusters import cluster_cells
+from .features import latent_features, to_size
+from .heads import LinearDepthHead, LinearSegmentationHead
+
+_GOLDEN_RATIO = 0.618033988749895
+_VOID_LEVEL = -0.6
+
+
+def label_colours(num_labels: int) -> Tensor:
+    """Colours (K, 3) in [-1, 1], the same for a label whatever K: hues a golden ratio apart, in three lightnesses."""
+    colours = [
+        colorsys.hls_to_rgb((index * _GOLDEN_RATIO) % 1.0, (0.55, 0.4, 0.7)[index % 3], 0.75)
+        for index in range(num_labels)
+    ]
+    return torch.tensor(colours).view(-1, 3) * 2 - 1
+
+
+def draw_labels(labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
+    """Labels (..., H, W) as pixels (..., 3, H, W) in [-1, 1]; what is ignored is dark grey."""
+    void = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    shown = labels.masked_fill(void, 0).cpu()
+    pixels = label_colours(int(shown.max()) + 1)[shown]
+    pixels[void.cpu()] = _VOID_LEVEL
+    return pixels.movedim(-1, -3)
+
+
+def draw_depth(depth: Tensor, limits: tuple[float, float]) -> Tensor:
+    """Depth (..., H, W) as grey pixels (..., 3, H, W) in [-1, 1]: white at limits[0], black at limits[1]; NaN is blue.
+
+    Raises:
+        ValueError: limits that are not increasing.
+    """
+    near, far = limits
+    if not near < far:
+        raise ValueError(f"Depth is drawn between two increasing limits; got {near} and {far}.")
+    pixels = (1 - 2 * (depth.float().cpu() - near) / (far - near)).clamp(-1, 1)
+    pixels = pixels.unsqueeze(-1).repeat(*[1] * depth.ndim, 3)
+    pixels[depth.isnan().cpu()] = torch.tensor([-0.8, -0.8, 0.2])
+    return pixels.movedim(-1, -3)
+
+
+@torch.no_grad()
+def perception_image(
+    vae: Autoencoder,
+    latents: Tensor,
+    *,
+    alignment_network: AlignmentNetwork | None = None,
+    segmentation_head: LinearSegmentationHead | None = None,
+    depth_head: LinearDepthHead | None = None,
+    num_clusters: int = 6,
+    seed: int = 0,
+    pixels: Tensor | None = None,
+) -> Image.Image:
+    """What a generator's latents show before they are decoded, one row per sample: sample, PCA, clusters, ...
+
+    Components and clusters are common to all rows, so the same colour is the same thing. Classes and depths (near is
+    white) follow where heads are given, which read the features of an alignment network.
+
+    Args:
+        vae: the autoencoder of the latents, `pipe.vae`.
+        latents: normalised, (B, C, h, w): `pipe(..., output_type="latent").images`.
+        alignment_network: trained with the autoencoder; without it the latents are their own features.
+        segmentation_head, depth_head: of the network's teacher.
+        num_clusters: of k-means, which `seed` starts.
+        pixels: the samples (B, 3, H, W) in [-1, 1] where they are decoded already (`pipe.decode_latents(latents)`).
+
+    Raises:
+        ValueError: heads without a network, or of another feature size.
+    """
+    if alignment_network is None and (segmentation_head is not None or depth_head is not None):
+        raise ValueError(
+            "Segmentation and depth heads read the features of a teacher: give the alignment_network that predicts "
+            "them, or leave the heads out."
+        )
+    normalization = LatentNormalization.from_vae(vae)
+    features = latent_features(latents, alignment_network, normalization=normalization)
+    if pixels is None:
+        pixels = decode_upcast(vae, normalization.denormalize(latents.float()))
+    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    clusters = draw_labels(cluster_cells(features.patch, num_clusters, seed=seed))
+    columns = {"sample": pixels.float().cpu(), "PCA": latent_pca(features.patch)[0].cpu(), "clusters": clusters}
+    if segmentation_head is not None:
+        columns["classes"] = draw_labels(to_size(segmentation_head(features.patch), size).argmax(1))
+    if depth_head is not None:
+        depth = to_size(depth_head(features.patch, features.cls), size)[:, 0]
+        limits = (float(depth.min()), max(float(depth.max()), float(depth.min()) + 1e-6))
+        columns["depth"] = draw_depth(depth, limits)
+    fitted = [c if c.shape[-2:] == size else F.interpolate(c, size, mode="nearest-exact") for c in columns.values()]
+    return grid([list(row) for row in zip(*fitted, strict=True)], tuple(columns))

@@ -1,0 +1,1 @@
+"""What `training/train_autoencoder.py` is made of, from its arguments."""

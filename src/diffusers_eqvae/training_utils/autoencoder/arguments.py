@@ -1,0 +1,155 @@
+"""What `training/train_autoencoder.py` can be told about the model, the losses and the regularizers."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...regularizers import REGULARIZERS
+
+
+@dataclass
+class AutoencoderArguments:
+    """The autoencoder to train and where it starts from."""
+
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Autoencoder to fine-tune (AutoencoderKL, AutoencoderTiny or a subclass), or a pipeline with one "
+            "in vae/: a directory or Hub name in diffusers layout."
+        },
+    )
+    subfolder: str | None = field(
+        default=None, metadata={"help": "Folder of the autoencoder inside it; unset, vae for a pipeline."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the pretrained model."})
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "Train from scratch instead: a JSON file with the init arguments of AutoencoderKLEQ."},
+    )
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] | None = field(
+        default=None,
+        metadata={
+            "help": "Padding of the convolutions; unset keeps the model's own. Plain diffusers knows only zeros."
+        },
+    )
+    sample_posterior: bool = field(
+        default=True, metadata={"help": "Decode a sample of the posterior while training, instead of its mean."}
+    )
+    channels_last: bool = field(
+        default=True, metadata={"help": "Keep activations in channels_last memory format (faster convolutions)."}
+    )
+
+
+@dataclass
+class AutoencoderLossArguments:
+    """The terms of the objective; a term of weight 0 costs nothing."""
+
+    reconstruction_loss: Literal["l1", "l2"] = field(default="l1", metadata={"help": "Distance in pixels."})
+    reduction: Literal["sum", "mean"] = field(
+        default="sum",
+        metadata={"help": "Over channels and pixels: sum is the LDM/EQ-VAE form (small images weigh less), or mean."},
+    )
+    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of LPIPS; 0 switches it off."})
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS backbone."})
+    lpips_backbone_weights: str | None = field(
+        default=None, metadata={"help": "Local file with the backbone's ImageNet weights (torchvision key names)."}
+    )
+    lpips_linear_weights: str | None = field(
+        default=None, metadata={"help": "Local file with the LPIPS v0.1 linear heads of that backbone."}
+    )
+    kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL divergence to N(0, I)."})
+    disc_weight: float = field(
+        default=0.5, metadata={"help": "Weight of the adversarial term; 0 trains without a discriminator."}
+    )
+    disc_start: int = field(default=0, metadata={"help": "First optimizer step with the adversarial term."})
+    disc_loss: Literal["hinge", "vanilla"] = field(default="hinge", metadata={"help": "Discriminator objective."})
+    disc_norm: Literal["batch", "group"] = field(
+        default="batch",
+        metadata={"help": "Normalisation in the discriminator; group does not mix the images of a batch."},
+    )
+    disc_num_layers: int = field(default=3, metadata={"help": "Strided layers of the PatchGAN discriminator."})
+    disc_channels: int = field(default=64, metadata={"help": "Filters of its first layer."})
+    disc_pretrained: str | None = field(
+        default=None, metadata={"help": "Directory of a saved discriminator to continue with."}
+    )
+    adaptive_disc_weight: bool = field(
+        default=True,
+        metadata={"help": "Multiply disc_weight by |grad nll| / |grad g| at the decoder's last layer (VQGAN)."},
+    )
+
+
+@dataclass
+class RegularizerArguments:
+    """Which latent-space regularizers run, and how."""
+
+    regularizers: list[str] = field(
+        default_factory=lambda: ["equivariance"],
+        metadata={"help": f"Any of {', '.join(REGULARIZERS)}, or none. Several compose on one autoencoder."},
+    )
+    p_equivariance: float = field(
+        default=0.5, metadata={"help": "Share of steps that reconstruct tau(x) from tau(z) (EQ-VAE)."}
+    )
+    p_low_resolution: float = field(
+        default=0.25, metadata={"help": "Among the other steps, share that encodes a resized image."}
+    )
+    tau_scale: Literal["isotropic", "anisotropic", "uniform", "discrete", "none"] = field(
+        default="isotropic", metadata={"help": "How tau's scale is drawn; none leaves rotation alone."}
+    )
+    tau_rotation: bool = field(default=True, metadata={"help": "Whether tau rotates by quarter turns."})
+    tau_interpolation: Literal["bilinear", "bicubic"] = field(
+        default="bilinear", metadata={"help": "Resampling of latents and images."}
+    )
+    tau_antialias: bool = field(default=False, metadata={"help": "Low-pass filter before resampling."})
+    alignment_teacher: str = field(
+        default="facebook/dinov2-with-registers-large",
+        metadata={"help": "Feature network of the alignment regularizer: a transformers name or directory."},
+    )
+    alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
+    alignment_adaptive: bool = field(
+        default=True,
+        metadata={"help": "Multiply it by |grad nll| / |grad alignment| at the encoder's last layer."},
+    )
+    alignment_hidden_size: int = field(default=2048, metadata={"help": "Width of the alignment network."})
+    alignment_image_size: int = field(
+        default=448, metadata={"help": "Side in pixels of the images shown to the teacher."}
+    )
+    alignment_final_norm: bool = field(
+        default=True,
+        metadata={
+            "help": "Align with the teacher's features after its last LayerNorm (what DINOv2's segmentation heads "
+            "read), or with --no_alignment_final_norm before it (what its depth heads read)."
+        },
+    )
+
+    def of(self, name: str) -> dict[str, Any]:
+        """The arguments that belong to one regularizer: equivariance's start with p_ or tau_, others with its name."""
+        prefixes = ("p_", "tau_") if name == "equivariance" else (f"{name}_",)
+        return {key: value for key, value in vars(self).items() if key.startswith(prefixes)}
+
+
+@dataclass
+class AutoencoderEvaluationArguments:
+    """What is measured while training, and the normalisation that the finished autoencoder carries."""
+
+    validation_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Images to validate on (ADM centre crops); unset takes the first training images."},
+    )
+    num_validation_images: int = field(default=24, metadata={"help": "How many of them."})
+    validation_resolution: int | None = field(
+        default=None, metadata={"help": "Side of the validation images in pixels; unset: --resolution."}
+    )
+    normalization: Literal["channel", "scalar", "config"] = field(
+        default="channel",
+        metadata={
+            "help": "What the finished config says about latents: mean and std per channel, one mean and std over all "
+            "channels (ReaLS), or config: keep the scaling_factor it came with (what Stable Diffusion pipelines read)."
+        },
+    )
+    num_normalization_images: int = field(
+        default=10_000, metadata={"help": "Training images that mean and std are measured on (at most one epoch)."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_validation_images", "num_normalization_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}.")

@@ -1,0 +1,117 @@
+"""The processes of a script: which ones a launcher started, and how one ends after an error that a user can mend."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, parse_flag_from_env
+from torch import nn
+
+from .arguments import RunArguments
+
+
+def runs_on_cpu() -> bool:
+    """Whether there is no accelerator, or ACCELERATE_USE_CPU says not to use it.
+
+    accelerate must be told: else it takes the ranks that torchrun starts on a CPU for programs on their own.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def build_state() -> PartialState:
+    """The processes of a script that does not train; they wait at its end for the slowest, however long."""
+    return PartialState(cpu=runs_on_cpu(), timeout=timedelta(days=7))
+
+
+def run_script(main: Callable[[], object]) -> NoReturn:
+    """Ends the program with what `main` has to say: status 0, or one sentence and status 2 for what a user can mend.
+
+    EQVAE_TRACEBACK=1 shows where that was said; other errors show it always.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("EQVAE_TRACEBACK"):
+            raise
+        sys.stderr.write(
+            f"{Path(sys.argv[0]).name}: error: {error}\n(EQVAE_TRACEBACK=1 shows the place in the code.)\n"
+        )
+        sys.exit(2)
+    sys.exit(0)
+
+
+# The other ranks wait while the main process validates, measures statistics and saves.
+LONGEST_WAIT = timedelta(hours=2)
+
+
+def build_accelerator(arguments: RunArguments) -> Accelerator:
+    """An Accelerator for one process or many, with its tracker; a dry run has none.
+
+    Raises:
+        ValueError: float16, wherever it was asked for, or a tracker that is not installed.
+    """
+    precision = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise ValueError(
+            f"Mixed precision must be no or bf16; got {precision}. float16 ends at 65504, which activations and sums "
+            "over pixels exceed: the run would end in NaN. Use --mixed_precision bf16."
+        )
+    tracker = arguments.report_to
+    if tracker != "none" and LoggerType(tracker) not in get_available_trackers():  # accelerate goes on without it
+        raise ValueError(f"--report_to {tracker} needs a package: pip install {tracker}. Or use --report_to none.")
+    return Accelerator(
+        cpu=runs_on_cpu(),
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        mixed_precision=precision,
+        log_with=None if arguments.dry_run or tracker == "none" else tracker,
+        project_dir=None if arguments.dry_run else Path(arguments.output_dir) / "logs",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """What the training step calls in the module's stead."""
+    with warnings.catch_warnings():  # torch 2.15 renames the option, torch 2.6 knows only the old name
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return accelerator.prepare_model(module)
+
+
+class StopSignal:
+    """Remembers that a signal came while `listening`; the loop acts on it at a step boundary."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Replaces the handlers inside; Python allows that in the main thread only, elsewhere nothing happens."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True

@@ -1,0 +1,1 @@
+"""What `training/train_transformer.py` is made of, from its arguments."""

@@ -1,0 +1,137 @@
+"""What `training/train_transformer.py` can be told about the model, its latents and the objective."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...guidance import validate_interval
+from ...metrics.feature_networks import EvaluatorName
+from ...models.transformer_sit import SIT_PRESETS
+from ..arguments import warn_without_effect
+
+FLOW_PRESETS = tuple(name for name in SIT_PRESETS if name.startswith("SiT"))
+
+
+@dataclass
+class TransformerArguments:
+    """The transformer and the latents that it learns to generate."""
+
+    model: str = field(
+        default="SiT-B/2",
+        metadata={
+            "help": "A size of the papers (SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2; patch 1, 2, 4 or 8), a JSON file with "
+            "the init arguments of SiTTransformer2DModel, or the directory of a saved one or of its pipeline, to "
+            "continue from."
+        },
+    )
+    latents_dir: str | None = field(
+        default=None,
+        metadata={"help": "Latent store of training/encode_latents.py; without it, images are encoded on the fly."},
+    )
+    vae: str | None = field(
+        default=None,
+        metadata={
+            "help": "Autoencoder (or pipeline with one), a directory or Hub name; needed without --latents_dir, and "
+            "otherwise the one saved in the store."
+        },
+    )
+    num_classes: int | None = field(
+        default=None, metadata={"help": "Number of classes; unset, that of the data. Checked where given."}
+    )
+    class_dropout_prob: float = field(
+        default=0.1, metadata={"help": "Share of samples trained without their label, for classifier-free guidance."}
+    )
+    qk_norm: bool = field(
+        default=False, metadata={"help": "Normalise queries and keys (steadier at high learning rates)."}
+    )
+
+
+@dataclass
+class FlowArguments:
+    """The objective and its optimizer."""
+
+    objective: Literal["flow"] = field(
+        default="flow", metadata={"help": "flow: mean square of the predicted velocity (SiT)."}
+    )
+    path: Literal["linear", "cosine"] = field(
+        default="linear", metadata={"help": "x = alpha * latents + beta * noise: (1 - sigma, sigma), or cosine."}
+    )
+    sigma_distribution: Literal["uniform", "logit_normal"] = field(
+        default="uniform", metadata={"help": "How noise levels are drawn in training."}
+    )
+    sigma_mean: float = field(default=0.0, metadata={"help": "Mean of logit(sigma) for logit_normal; > 0: noisier."})
+    sigma_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma) for logit_normal."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of AdamW."})
+
+    def __post_init__(self) -> None:
+        if self.sigma_std <= 0:
+            raise ValueError(f"--sigma_std must be positive; got {self.sigma_std}.")
+        if self.sigma_distribution == "uniform":
+            warn_without_effect(self, ("sigma_mean", "sigma_std"), "--sigma_distribution is uniform")
+
+
+@dataclass
+class SamplingArguments:
+    """How validation images are sampled."""
+
+    validation_labels: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3], metadata={"help": "Classes shown; those beyond the last are left out."}
+    )
+    num_validation_images: int = field(default=4, metadata={"help": "Images per class."})
+    guidance_scale: float = field(default=4.0, metadata={"help": "Classifier-free guidance; 1 switches it off."})
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Noise levels LOW HIGH in [0, 1] (1 = noise) between which guidance acts."},
+    )
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
+
+    def __post_init__(self) -> None:
+        if len(self.guidance_interval) != 2:
+            raise ValueError(f"--guidance_interval takes two numbers, LOW and HIGH; got {self.guidance_interval}.")
+        validate_interval(self.guidance_interval)
+        if self.num_inference_steps < 1:
+            raise ValueError(f"--num_inference_steps must be at least 1; got {self.num_inference_steps}.")
+        if self.num_validation_images < 1:
+            raise ValueError(
+                f"--num_validation_images must be at least 1; got {self.num_validation_images}. Use "
+                "--validation_steps 0 for no images."
+            )
+        if min(self.validation_labels, default=0) < 0:
+            raise ValueError(f"--validation_labels are class numbers from 0 on; got {self.validation_labels}.")
+
+
+@dataclass
+class GenerationEvaluationArguments:
+    """How generated images are measured while the transformer trains."""
+
+    evaluation_steps: int = field(
+        default=0, metadata={"help": "Measure samples against --evaluation_reference every so many steps; 0 never."}
+    )
+    evaluation_reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "An ADM reference .npz, statistics kept by evaluate_generation.py --save_reference, or a folder "
+            "of images (centre-cropped to the size of the samples)."
+        },
+    )
+    num_evaluation_samples: int = field(
+        default=1000, metadata={"help": "Samples per measurement. Curves of few compare with each other alone."}
+    )
+    evaluator: EvaluatorName = field(
+        default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
+    )
+    evaluator_weights: str | None = field(
+        default=None, metadata={"help": "File of its weights; for dinov2 a directory or Hub name."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.evaluation_steps < 0 or self.num_evaluation_samples < 2:
+            raise ValueError(
+                "--evaluation_steps must not be negative and --num_evaluation_samples at least 2; got "
+                f"{self.evaluation_steps} and {self.num_evaluation_samples}."
+            )
+        if self.evaluation_steps and self.evaluation_reference is None:
+            raise ValueError("--evaluation_steps needs --evaluation_reference: what are samples to be compared with?")
+        if not self.evaluation_steps:
+            warn_without_effect(self, vars(self), "--evaluation_steps is 0")

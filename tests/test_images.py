@@ -1,0 +1,46 @@
+"""Images of latents have the sizes, colours and places they claim."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid, image_grid, latent_pca, to_image
+
+
+def test_to_image_inverts_the_training_scaling():
+    levels = torch.arange(256, dtype=torch.float32).view(1, 16, 16).expand(3, 16, 16)
+    assert np.array_equal(np.asarray(to_image(levels / 127.5 - 1))[..., 0], levels[0].numpy().astype(np.uint8))
+
+
+def test_pca_finds_the_strongest_channels_and_keeps_their_basis():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=generator) * torch.tensor([1.0, 9.0, 3.0, 0.1]).view(1, 4, 1, 1)
+    colours, basis = latent_pca(latents)
+    assert colours.shape == (2, 3, 16, 16)
+    assert colours.abs().max() <= 1
+    assert basis.argmax(0).tolist() == [1, 2, 0]
+    assert torch.equal(latent_pca(latents, basis)[0], colours)
+
+
+def test_comparison_has_one_row_per_image(tiny_autoencoder_kl):
+    rows = comparison_rows(tiny_autoencoder_kl, torch.zeros(2, 3, 16, 16))
+    assert [len(row) for row in rows] == [len(CAPTIONS)] * 2
+    assert {tuple(pixels.shape) for row in rows for pixels in row} == {(3, 16, 16)}
+    drawn = grid(rows, CAPTIONS)
+    assert drawn.size == (5 * 20 - 4, 16 + 2 * 20 - 4)
+
+
+def test_image_grid_fills_rows_and_leaves_the_rest_white():
+    images = [Image.new("RGB", (4, 4), colour) for colour in ("black", "red", "blue")]
+    drawn = image_grid(images, columns=2, gap_px=0)
+    assert drawn.size == (8, 8)
+    assert drawn.getpixel((5, 1)) == (255, 0, 0)
+    assert drawn.getpixel((1, 5)) == (0, 0, 255)
+    assert drawn.getpixel((5, 5)) == (255, 255, 255)
+    square = np.asarray(
+        image_grid(list(np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)), gap_px=0)
+    )
+    assert square.shape == (4, 6, 3)
+    assert square[0, ::2, 0].tolist() == [0, 1, 2] and square[2, ::2, 0].tolist() == [3, 4, 255]
