@@ -22,6 +22,7 @@ LAYERS = (
         "_registration",
         "autoencoders",
         "equivariance",
+        "extensions",
         "files",
         "flow",
         "guidance",

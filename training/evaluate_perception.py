@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 
 import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
-from diffusers_eqvae.files import require_writable
+from diffusers_eqvae.files import hash_file, require_writable
 from diffusers_eqvae.images import grid
 from diffusers_eqvae.metrics.result_card import ResultCard, hardware
 from diffusers_eqvae.perception.annotated_images import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.features import load_alignment_network
 from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
-from diffusers_eqvae.provenance import hash_file, hash_tensors, model_revision, vae_fingerprint
+from diffusers_eqvae.provenance import hash_tensors, model_revision, vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
 from diffusers_eqvae.training_utils.launch import run_script
 

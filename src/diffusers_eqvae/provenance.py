@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from typing import Any
 
@@ -97,12 +96,6 @@ def check_fingerprint(expected: str, vae: Autoencoder) -> None:
             f"This autoencoder does not have the latent space expected here: its {' and '.join(differing)} differ "
             f"(fingerprint {actual}, expected {expected}); use the autoencoder that the latents were made with."
         )
-
-
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """First 16 hex digits of a file's sha256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def hash_tensors(module: nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusers_eqvae.files import hash_file
 from diffusers_eqvae.metrics import feature_networks as features
 from diffusers_eqvae.metrics.feature_networks import (
     EVALUATORS,
@@ -22,7 +23,7 @@ from diffusers_eqvae.metrics.feature_networks import (
     load_extractor,
     squeezenet_features,
 )
-from diffusers_eqvae.provenance import hash_file, hash_tensors
+from diffusers_eqvae.provenance import hash_tensors
 
 
 def images(count: int = 2, side: int = 40) -> torch.Tensor:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned, cli
 from diffusers_eqvae.autoencoders import encode
+from diffusers_eqvae.files import hash_file
 from diffusers_eqvae.images import to_uint8
 from diffusers_eqvae.metrics.image_sets import hash_digests, image_digests
 from diffusers_eqvae.metrics.perception import SegmentationConfusion
@@ -23,7 +24,7 @@ from diffusers_eqvae.metrics.result_card import PERCEPTION_PROTOCOL, ResultCard,
 from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
 from diffusers_eqvae.perception.annotated_images import split_figures
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
-from diffusers_eqvae.provenance import hash_file, hash_tensors, vae_fingerprint
+from diffusers_eqvae.provenance import hash_tensors, vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import parse
 
 COUNT, SIDE, VOID = 7, 32, 9

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..provenance import hash_file, hash_tensors
+from ..files import hash_file
+from ..provenance import hash_tensors
 from .cifar_resnet import cifar_resnet_from_state
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
