@@ -1,8 +1,9 @@
 """Times one autoencoder training step (VAE + LPIPS + PatchGAN) against the plain one, and compares their gradients.
 
-The plain step (plain_autoencoder_step.py) runs the generator forward twice and differentiates each loss by itself
-down to the decoder's last layer, as VQGAN and latent-diffusion code does. Networks are freshly initialised; LPIPS has
-random weights of the published architecture, which cost the same. No tau: the saving of smaller decodes comes on top.
+The plain step (tests/golden/plain_autoencoder_step.py) runs the generator forward twice and differentiates each
+loss by itself down to the decoder's last layer, as VQGAN and latent-diffusion code does. Networks are freshly
+initialised; LPIPS has random weights of the published architecture, which cost the same. No tau: the saving of
+smaller decodes comes on top.
 
     python benchmarks/autoencoder_step.py --output benchmarks/results/autoencoder_step_cpu.json
     python benchmarks/autoencoder_step.py --full --resolution 256 --device cuda --batch_size 10
@@ -11,11 +12,11 @@ random weights of the published architecture, which cost the same. No tau: the s
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from harness import median_seconds, save_result
-from plain_autoencoder_step import plain_discriminator_loss, plain_generator_loss
 from torch import nn
 
 from diffusers_eqvae.autoencoders import downsampling_factor, last_decoder_layer
@@ -23,6 +24,9 @@ from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.discriminator import PatchDiscriminator
 from diffusers_eqvae.objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective, AutoencoderStep
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the definition of the right gradients is a test's
+from tests.golden.plain_autoencoder_step import plain_discriminator_loss, plain_generator_loss
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,25 +70,23 @@ def main() -> None:
     # Group normalisation: batch statistics of the plain step's extra forwards must not change the comparison.
     discriminator = PatchDiscriminator(norm="group").to(device)
     perceptual = LPIPS.random("vgg").to(device)
-    side, cells = arguments.resolution, arguments.resolution // downsampling_factor(vae)
-    pixels = torch.rand(arguments.batch_size, 3, side, side, device=device) * 2 - 1
-    noise = torch.randn(arguments.batch_size, 4, cells, cells, device=device)
-    step = AutoencoderStep(
-        objective, vae=vae, regularizers={}, weights=weights, perceptual=perceptual, discriminator=discriminator
-    )
-    networks, batch = (objective, discriminator, perceptual), (pixels, noise, {}, weights)
+    side, positions = arguments.resolution, arguments.resolution // downsampling_factor(vae)
+    batch = {"pixel_values": torch.rand(arguments.batch_size, 3, side, side, device=device) * 2 - 1}
+    draw = {"noise": torch.randn(arguments.batch_size, 4, positions, positions, device=device)}
+    step = AutoencoderStep(objective, objective, weights=weights, perceptual=perceptual, discriminator=discriminator)
+    networks = (objective, discriminator, perceptual)
 
     def ours() -> torch.Tensor:
-        loss, discriminator_loss, _ = step(pixels, noise, {}, 0)
+        loss, discriminator_loss, _ = step(batch, draw, 0)
         loss.backward()
         discriminator_loss.backward(inputs=list(discriminator.parameters()))
         return gradients(vae, discriminator)
 
     def plain() -> torch.Tensor:
-        plain_generator_loss(*networks, last_decoder_layer(vae).weight, *batch).backward()
+        plain_generator_loss(*networks, last_decoder_layer(vae).weight, batch, draw, weights).backward()
         from_generator = gradients(vae)
         discriminator.zero_grad()
-        plain_discriminator_loss(*networks, *batch).backward()
+        plain_discriminator_loss(*networks, batch, draw, weights).backward()
         return torch.cat([from_generator, gradients(discriminator)])
 
     expected = plain()

@@ -27,19 +27,25 @@ from diffusers.training_utils import EMAModel
 from harness import Step, median_seconds, save_result
 from torch import nn
 
-from diffusers_eqvae.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 from diffusers_eqvae.training_utils.optimization import ExponentialAverage, OptimizedModule, build_optimizer
 
 NUM_CLASSES = 1000
 ROWS = ("forward", "forward_backward", "training_step", "trainer_step")
 LEARNING_RATE, EMA_DECAY, MAX_NORM = 1e-4, 0.9999, 1.0
+PRESETS = SiTTransformer2DModel.PRESETS
+MODELS = [name for name in PRESETS if name.startswith("SiT")]
 SHARED_OPTIONS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="SiT-S/2", choices=[name for name in SIT_PRESETS if name.startswith("SiT")])
+    add(
+        "--model",
+        default="SiT-S/2",
+        choices=MODELS,
+    )
     add("--sample_sizes", type=int, nargs="+", default=[32, 16], help="sides of the latents in cells")
     add("--batch_size", type=int, default=4)
     add("--repetitions", type=int, default=9, help="timed runs of every row; the median is reported")
@@ -67,7 +73,7 @@ def reference_model(arguments: argparse.Namespace, sample_size: int) -> nn.Modul
 
 def build_variants(arguments: argparse.Namespace, sample_size: int) -> dict[str, tuple[nn.Module, Callable]]:
     """Name -> (module that owns the parameters, function of (latents, timestep, labels) that gives a tensor)."""
-    preset = {name: value for name, value in SIT_PRESETS[arguments.model].items() if name in SHARED_OPTIONS}
+    preset = {name: value for name, value in PRESETS[arguments.model].items() if name in SHARED_OPTIONS}
     ours = SiTTransformer2DModel.from_preset(arguments.model, sample_size=sample_size)
     theirs = DiTTransformer2DModel(**preset, sample_size=sample_size, num_embeds_ada_norm=NUM_CLASSES)
     variants = {

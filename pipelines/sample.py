@@ -26,7 +26,7 @@ from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
-from diffusers_eqvae.training_utils.arguments import parse
+from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 GRID_SAMPLES = 64

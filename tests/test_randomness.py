@@ -62,12 +62,16 @@ def test_rand_never_gives_zero(monkeypatch):
 
 
 def test_shared_generator_is_equal_on_all_ranks_and_micro_batches():
-    def numbers(rank, micro, step, stream=0):
-        generator = StepRandomness(0, rank, 4).at(step, micro).shared_generator(stream)
-        return torch.rand(4, generator=generator).tolist()
+    def numbers(rank, micro, step):
+        randomness = StepRandomness(0, rank, 4).at(step, micro)
+        return [torch.rand(4, generator=randomness.shared_generator()).tolist() for _ in range(2)]
 
-    assert numbers(0, 0, 5) == numbers(3, 1, 5)
-    assert numbers(0, 0, 5) != numbers(0, 0, 6) and numbers(0, 0, 5) != numbers(0, 0, 5, stream=1)
+    assert numbers(0, 0, 5) == numbers(3, 1, 5) != numbers(0, 0, 6)
+    first, second = numbers(0, 0, 5)
+    assert first != second  # two callers of one step continue one generator
+    randomness = StepRandomness(0).at(5, 0)
+    torch.rand(3, generator=randomness.shared_generator())
+    assert torch.rand(4, generator=randomness.at(5, 1).shared_generator()).tolist() == first
 
 
 def global_numbers():

@@ -22,7 +22,8 @@ from diffusers_eqvae.data.image_datasets import model_files
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.provenance import vae_fingerprint
-from diffusers_eqvae.training_utils.arguments import DataArguments, parse
+from diffusers_eqvae.training_utils.arguments import DataArguments
+from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script, runs_on_cpu
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

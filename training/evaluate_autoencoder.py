@@ -28,7 +28,8 @@ from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_recons
 from diffusers_eqvae.metrics.inputs import ImageSet
 from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
 from diffusers_eqvae.provenance import hash_tensors, model_revision, vae_fingerprint
-from diffusers_eqvae.training_utils.arguments import DataArguments, parse, warn_without_effect
+from diffusers_eqvae.training_utils.arguments import DataArguments, warn_without_effect
+from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 

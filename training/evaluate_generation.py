@@ -29,7 +29,8 @@ from diffusers_eqvae.metrics.inputs import ImageSet, open_images
 from diffusers_eqvae.metrics.result_card import ResultCard, hardware, run_facts, sampling_facts
 from diffusers_eqvae.pipelines.generated import GeneratedImages
 from diffusers_eqvae.pipelines.sampling import load_pipeline
-from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
+from diffusers_eqvae.training_utils.arguments import warn_without_effect
+from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 

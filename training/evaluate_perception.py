@@ -28,7 +28,8 @@ from diffusers_eqvae.perception.annotated_images import AnnotatedReader, split_f
 from diffusers_eqvae.perception.features import load_alignment_network
 from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
 from diffusers_eqvae.provenance import hash_tensors, model_revision, vae_fingerprint
-from diffusers_eqvae.training_utils.arguments import parse, warn_without_effect
+from diffusers_eqvae.training_utils.arguments import warn_without_effect
+from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 
 

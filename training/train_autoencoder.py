@@ -12,15 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusers_eqvae.autoencoders import downsampling_factor, latent_channels
+from diffusers_eqvae.autoencoders import downsampling_factor
 from diffusers_eqvae.hub import push_run
 from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid
 from diffusers_eqvae.metrics import measure_equivariance
-from diffusers_eqvae.objectives.autoencoder import AutoencoderObjective, AutoencoderStep
-from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
+from diffusers_eqvae.objectives.autoencoder import AutoencoderStep
+from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.autoencoder import arguments as cli
-from diffusers_eqvae.training_utils.autoencoder import build as parts
+from diffusers_eqvae.training_utils.autoencoder import build
 from diffusers_eqvae.training_utils.autoencoder.save import autoencoder_facts, save_autoencoder
+from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
 
@@ -28,7 +29,7 @@ ADAM_BETAS = (0.5, 0.9)  # of VQGAN and LDM, for autoencoder and discriminator
 
 
 def main(argv: list[str] | None = None) -> None:
-    model, losses, regularizing, evaluation, data, run_arguments = parse(
+    model, losses, regularizing, evaluation, data, run_arguments, methods = parse(
         cli.AutoencoderArguments,
         cli.AutoencoderLossArguments,
         cli.RegularizerArguments,
@@ -37,50 +38,45 @@ def main(argv: list[str] | None = None) -> None:
         RunArguments,
         argv=argv,
         description=__doc__,
+        choices=cli.autoencoder_choices,
     )
-    run = TrainingRun(run_arguments, model, losses, regularizing, evaluation, data, name="autoencoder")
+    groups = (model, losses, regularizing, evaluation, data, *methods.values())
+    run = TrainingRun(run_arguments, *groups, name="autoencoder")
 
-    vae = parts.build_autoencoder(
+    weights = build.build_loss_weights(losses)
+    objective = build.build_objective(
         model,
-        aligned="alignment" in regularizing.regularizers,
+        regularizing,
+        methods,
+        reduction=weights.reduction,
         gradient_checkpointing=run_arguments.gradient_checkpointing,
     )
-    factor = downsampling_factor(vae)
-    images, held_out = parts.load_images(data, evaluation, factor)
-    regularizers = parts.build_regularizers(regularizing, vae)
-    weights = parts.build_loss_weights(losses)
-    smallest_px = parts.smallest_image_px(regularizing, vae, data.resolution)
-    perceptual = parts.build_perceptual(losses, smallest_px=smallest_px)
-    discriminator = parts.build_discriminator(losses, smallest_px=smallest_px)
+    images, held_out = build.load_images(data, evaluation, downsampling_factor(objective.model))
+    smallest_px = build.smallest_image_px(objective, data.resolution)
+    perceptual = build.build_perceptual(losses, smallest_px=smallest_px)
+    discriminator = build.build_discriminator(losses, smallest_px=smallest_px)
 
-    objective = AutoencoderObjective(
-        vae, regularizers, sample_posterior=model.sample_posterior, reduction=weights.reduction
-    )
     # Only wrapped modules are called in the step: DDP and autocast live in the wrapping.
     wrapped_objective = run.add("objective", objective, optimizer="adam", betas=ADAM_BETAS, ema=True)
-    for helper in (module for regularizer in regularizers.values() for module in regularizer.frozen_modules()):
+    for helper in objective.frozen_modules():
         run.add_frozen(helper)
     wrapped_discriminator = None
     if discriminator is not None:
         wrapped_discriminator = run.add("discriminator", discriminator, optimizer="adam", betas=ADAM_BETAS)
     step = AutoencoderStep(
         wrapped_objective,
-        vae=vae,
-        regularizers=regularizers,
+        objective,
         weights=weights,
         perceptual=None if perceptual is None else run.add_frozen(perceptual),
         discriminator=wrapped_discriminator,
         average=lambda tensor: run.accelerator.reduce(tensor, reduction="mean"),
     )
 
-    cells = (data.resolution // factor, data.resolution // factor)
     for batch in run.steps(run.loader(images)):
         if run.due(run_arguments.validation_steps, at_start=True):
             validate(run, held_out)
-        pixels = batch["pixel_values"]
-        draws = objective.draw(cells, run.randomness.shared_generator())
-        noise = run.randomness.randn((len(pixels), latent_channels(vae), *cells), device=run.device)
-        loss, discriminator_loss, logs = step(pixels, noise, draws, run.step)
+        draw = objective.draw(batch, run.randomness)
+        loss, discriminator_loss, logs = step(batch, draw, run.step)
         run.backward(loss)
         if discriminator_loss is not None:
             run.backward(discriminator_loss, inputs=list(discriminator.parameters()))
@@ -95,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
             discriminator=discriminator,
             images=images,
             evaluation=evaluation,
-            facts=autoencoder_facts(run, model=model, losses=losses, regularizing=regularizing, data=data),
+            facts=autoencoder_facts(
+                run, model=model, losses=losses, regularizing=regularizing, methods=methods, data=data
+            ),
             figures=figures,
         )
 
@@ -108,7 +106,7 @@ def validate(run: TrainingRun, held_out: Tensor) -> dict[str, float]:
     """Reconstruction and equivariance of the averaged weights on images (N, 3, S, S), and four of them drawn."""
     if not run.is_main:
         return {}
-    vae = run.averaged("objective").vae
+    vae = run.averaged("objective").model
     held_out = held_out.to(run.device)
     with run.validation():
         figures = measure_equivariance(vae, held_out.split(run.arguments.train_batch_size))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -75,6 +75,19 @@ class Posterior:
             return self.mean.new_zeros(self.mean.shape[0])
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoder gives.
+
+    Args:
+        pixels: (B, 3, H, W), nominally in [-1, 1].
+        terms: losses that arise while decoding, by name (of a codebook); empty for a continuous autoencoder.
+    """
+
+    pixels: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Autoencoder:

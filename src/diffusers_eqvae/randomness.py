@@ -71,16 +71,19 @@ class StepRandomness:
     def at(self, step: int, micro: int) -> StepRandomness:
         """Moves to a micro-batch and restarts its calls; returns itself."""
         self.step, self.micro, self.call = step, micro, 0
+        self._shared: torch.Generator | None = None
         return self
 
-    def shared_generator(self, stream: int = 0) -> torch.Generator:
-        """A fresh CPU generator, the same on every rank and in every micro-batch of the step.
+    def shared_generator(self) -> torch.Generator:
+        """The CPU generator of what is drawn once per optimizer step (EQ-VAE's tau).
 
-        For what must be drawn once per optimizer step (EQ-VAE's tau). Two calls give the same numbers: keep the
-        generator, or ask for another `stream`.
+        It gives the same numbers on every rank and in every micro-batch of the step. All callers of one micro-batch
+        share it, so that their numbers differ; `at` starts it anew.
         """
-        word = np.random.SeedSequence((self.seed, self.step, stream)).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+        if self._shared is None:
+            word = np.random.SeedSequence((self.seed, self.step, 0)).generate_state(1, np.uint64)[0]
+            self._shared = torch.Generator().manual_seed(int(word >> np.uint64(1)))
+        return self._shared
 
     def randn(
         self, shape: Sequence[int], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

@@ -124,7 +124,7 @@ def test_finished_directory_is_stock_and_averaged(tmp_path, material):
     vae = AutoencoderKL.from_config(json.loads((directory / "config.json").read_text()))
     vae.load_state_dict(load_file(directory / "diffusion_pytorch_model.safetensors"))
     for name, value in vae.state_dict().items():
-        assert torch.equal(value, state[f"vae.{name}"])
+        assert torch.equal(value, state[f"model.{name}"])
     mean_std = json.loads((directory / "mean_std.json").read_text())
     assert mean_std["num_samples"] == 4
     assert vae.config.latents_std == mean_std["latents_std"]

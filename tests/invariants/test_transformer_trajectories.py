@@ -26,7 +26,7 @@ TINY = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_h
 
 @pytest.fixture
 def store(tmp_path, tiny_autoencoder_kl):
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    (tmp_path / "tiny.json").write_text(json.dumps({"_class_name": "SiTTransformer2DModel", **TINY}))
     return write_store(tmp_path / "store", tiny_autoencoder_kl)
 
 
@@ -40,7 +40,7 @@ def flags(store: Path, output: Path, **options) -> list[str]:
 def train(store: Path, output: Path, **options) -> dict:
     """Runs the script in this process and gives back its last checkpoint."""
     run_script(SCRIPT, flags(store, output, **options))
-    return last_checkpoint(output, "transformer")
+    return last_checkpoint(output, "objective")
 
 
 def save_model_without_zeros(directory: Path) -> SiTTransformer2DModel:
@@ -102,7 +102,7 @@ specification.loader.exec_module(script)
 original = script.TrainingRun.finish
 def finish(run, save):
     rank = run.accelerator.process_index
-    states = [run.module("transformer").state_dict(), run.averaged("transformer").state_dict()]
+    states = [run.module("objective").state_dict(), run.averaged("objective").state_dict()]
     torch.save(states, f"{{run.output_dir}}/rank{{rank}}.pt")
     original(run, save)
 script.TrainingRun.finish = finish
@@ -116,7 +116,7 @@ script.main(sys.argv[1:])
     ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_equal(ranks[0], ranks[1])
     one = train(store, tmp_path / "one", train_batch_size=8)
-    assert_close(last_checkpoint(tmp_path / "two", "transformer"), one, 1e-6)
+    assert_close(last_checkpoint(tmp_path / "two", "objective"), one, 1e-6)
 
 
 def test_accumulating_two_micro_batches_is_one_twice_as_large(tmp_path, store):
@@ -145,7 +145,7 @@ def test_evaluation_gives_the_figures_of_the_finished_pipeline_and_disturbs_noth
     options |= {"evaluation_reference": tmp_path / "reference.npz"}
     interval = ["--guidance_interval", "0.0", "0.6"]
     run_script(SCRIPT, flags(store, tmp_path / "watched", **plain | options | network) + interval)
-    assert_equal(silent, last_checkpoint(tmp_path / "watched", "transformer"))
+    assert_equal(silent, last_checkpoint(tmp_path / "watched", "objective"))
     lines = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
     curve = {line["step"]: line for line in lines if "evaluation/fd_squeezenet1_1" in line}
     assert list(curve) == [5, 10]
@@ -168,7 +168,10 @@ def test_bf16_run_moves_float32_weights_and_the_ema_follows(tmp_path, store):
     end = train(store, tmp_path / "end", max_train_steps=200, model=tmp_path / "start", **options)
     start = dict(model.named_parameters())
     before = torch.cat([start[name].detach().flatten() for name in start])
-    after, average = (torch.cat([end[part][name].flatten() for name in start]) for part in ("module", "ema"))
+    names = ("module", "ema")
+    after, average = (torch.cat([end[part][f"model.{name}"].flatten() for name in start]) for part in names)
+        torch.cat([end[part][f"model.{name}"].flatten() for name in start]) for part in ("module", "ema")
+    )
     assert after.dtype == average.dtype == torch.float32
     assert (after != before).float().mean() > 0.99
     assert (average != before).float().mean() > 0.99

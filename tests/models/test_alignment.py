@@ -52,6 +52,10 @@ def regularizer(teacher) -> AlignmentRegularizer:
     return AlignmentRegularizer(AlignmentNetwork(latent_channels=4, hidden_size=16, feature_size=8), teacher)
 
 
+def state_of(raw_latents, pixels):
+    return SimpleNamespace(raw_latents=raw_latents, pixels=pixels)
+
+
 def test_loss_is_zero_at_equality_and_its_formula_elsewhere():
     feature, prediction = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
     torch.testing.assert_close(alignment_loss(feature, feature), torch.zeros((), dtype=torch.float64))
@@ -166,7 +170,7 @@ def test_penalty_is_patch_plus_global_loss(regularizer):
     patch, cls = regularizer.teacher(pixels)
     output = regularizer.network(latents)
     expected = alignment_loss(output.patch, patch) + alignment_loss(output.cls, cls)
-    torch.testing.assert_close(regularizer.penalty(latents, pixels, None), expected)
+    torch.testing.assert_close(regularizer.penalty(state_of(latents, pixels), {}, None), expected)
 
 
 @pytest.mark.parametrize("part", ["patch", "cls"])
@@ -184,7 +188,7 @@ def test_patch_and_global_features_each_move_network_and_latents(regularizer, pa
 
 def test_penalty_moves_everything_but_the_teacher(regularizer):
     latents, pixels = torch.randn(2, 4, 4, 4, requires_grad=True), torch.rand(2, 3, 28, 28)
-    regularizer.penalty(latents, pixels, None).backward()
+    regularizer.penalty(state_of(latents, pixels), {}, None).backward()
     assert latents.grad.any()
     assert all(parameter.grad.any() for parameter in regularizer.parameters())
     assert all(parameter.grad is None for parameter in regularizer.teacher.parameters())
@@ -204,8 +208,8 @@ def test_teacher_is_in_no_list_but_moves_along(regularizer):
 def test_features_are_resampled_to_the_latent_grid_and_said_once(regularizer, caplog, grid):
     latents, pixels = torch.randn(1, 4, *grid), torch.rand(1, 3, 28, 28)
     with caplog.at_level(logging.INFO, logger="diffusers_eqvae.regularizers.alignment"):
-        first = regularizer.penalty(latents, pixels, None)
-        second = regularizer.penalty(latents, pixels, None)
+        first = regularizer.penalty(state_of(latents, pixels), {}, None)
+        second = regularizer.penalty(state_of(latents, pixels), {}, None)
     assert torch.equal(first, second)
     assert [record.getMessage() for record in caplog.records] == [
         f"The teacher's 4x4 features are resampled to the {grid[0]}x{grid[1]} latent cells; said once."

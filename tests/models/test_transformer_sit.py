@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_eqvae.models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 
 TINY = {"sample_size": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 10}
 
@@ -42,9 +42,9 @@ def test_presets_have_the_published_parameter_counts(name, millions, family):
 def test_preset_overrides_and_unknown_names():
     with torch.device("meta"):
         model = SiTTransformer2DModel.from_preset("SiT-S/4", num_classes=10, in_channels=16, sample_size=(16, 32))
-        assert SiTTransformer2DModel.from_preset("DiT-S/8").config.timestep_convention == "diffusion"
+        assert SiTTransformer2DModel.from_preset("DiT-S/8").config.objective == "denoising"
     assert (model.null_class, model.config.patch_size, model.pos_embed.shape[1]) == (10, 4, 32)
-    assert len(SIT_PRESETS) == 32
+    assert len(SiTTransformer2DModel.PRESETS) == 32
     with pytest.raises(ValueError, match="SiT-XL/2"):
         SiTTransformer2DModel.from_preset("SiT-M/2")
 
@@ -84,7 +84,7 @@ def test_patches_land_where_they_came_from():
 
 
 def test_flow_embeds_one_minus_sigma_and_diffusion_the_step():
-    flow, diffusion = make(), make(timestep_convention="diffusion")
+    flow, diffusion = make(), make(objective="denoising", prediction_type="epsilon")
     latents, _, labels = inputs(flow)
     torch.testing.assert_close(
         flow(latents, torch.full((3,), 250.0), labels).sample, diffusion(latents, 0.75, labels).sample
@@ -183,7 +183,7 @@ def test_gradient_checkpointing_is_off_and_changes_no_gradient():
         ({"sample_size": 5}, "multiple of `patch_size`"),
         ({"sample_size": (4, 0)}, "multiple of `patch_size`"),
         ({"attention_head_dim": 7}, "divisible by 4"),
-        ({"timestep_convention": "edm"}, "timestep_convention"),
+        ({"objective": "edm"}, "`objective` must be one of"),
         ({"class_dropout_prob": 1.0}, "class_dropout_prob"),
     ],
 )

@@ -15,11 +15,11 @@ INDUCTOR_WARNINGS = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("sample_size", [4, (4, 8)])
 def test_save_and_load_give_the_same_output(tmp_path, sample_size):
-    model = make(sample_size=sample_size, qk_norm=True, latent_fingerprint="a-b")
+    model = make(sample_size=sample_size, qk_norm=True, autoencoder="a-b")
     model.save_pretrained(tmp_path)
     loaded = SiTTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(*inputs(model)).sample, model(*inputs(model)).sample)
-    assert loaded.config.latent_fingerprint == "a-b"
+    assert loaded.config.autoencoder == "a-b"
     assert not loaded.training
 
 
@@ -119,9 +119,9 @@ def test_forward_and_backward_compile_as_one_graph(checkpointing):
         model.enable_gradient_checkpointing()
     latents, timestep, labels = inputs(model)
     drop = torch.tensor([True, False, False])
-    expected = model(latents, timestep, labels, drop).sample
+    expected = model(latents, timestep, labels, drop_labels=drop).sample
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    output = compiled(latents, timestep, labels, drop).sample
+    output = compiled(latents, timestep, labels, drop_labels=drop).sample
     output.mean().backward()
     torch.testing.assert_close(output, expected)
     assert compiled(latents, timestep, labels).sample.shape == expected.shape

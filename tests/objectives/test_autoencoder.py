@@ -1,8 +1,5 @@
 """The one-forward-one-backward step has the gradients of the plain one, and moves exactly what it should."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -12,25 +9,38 @@ from diffusers_eqvae.autoencoders import last_decoder_layer
 from diffusers_eqvae.equivariance import TauDistribution
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.models.discriminator import PatchDiscriminator
-from diffusers_eqvae.objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective, AutoencoderStep
-from diffusers_eqvae.regularizers import EquivarianceRegularizer, Regularizer
-
-_SPEC = importlib.util.spec_from_file_location(
-    "plain_autoencoder_step", Path(__file__).parents[2] / "benchmarks/plain_autoencoder_step.py"
+from diffusers_eqvae.objectives.autoencoder import (
+    AutoencoderLossWeights,
+    AutoencoderObjective,
+    AutoencoderStep,
+    LastLayer,
 )
-plain = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(plain)
+from diffusers_eqvae.randomness import StepRandomness
+from diffusers_eqvae.regularizers import AutoencoderRegularizer, EquivarianceRegularizer
+
+from ..golden import plain_autoencoder_step as plain
 
 
-class LatentSquare(Regularizer):
+class LatentSquare(AutoencoderRegularizer):
     """The simplest penalty: mean square of the latents."""
 
     def __init__(self, weight: float, adaptive: bool) -> None:
         super().__init__()
         self.weight, self.adaptive = weight, adaptive
 
-    def penalty(self, latents, pixels, draw):
-        return latents.square().mean()
+    def penalty(self, state, batch, draw):
+        return state.raw_latents.square().mean()
+
+
+class SecondDecoding(AutoencoderRegularizer):
+    """A further pair that is the first one again, at some weight."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.pair_weight = weight
+
+    def decodings(self, state, draw):
+        return [(state.raw_latents, state.pixels, self.pair_weight)]
 
 
 class Counter(nn.Module):
@@ -67,8 +77,7 @@ def make_parts(vae=None, regularizers=None, weights=None, norm="batch"):
     perceptual = LPIPS.random("squeeze", seed=0)
     step = AutoencoderStep(
         objective,
-        vae=vae,
-        regularizers=regularizers,
+        objective,
         weights=weights,
         perceptual=perceptual,
         discriminator=discriminator,
@@ -78,16 +87,21 @@ def make_parts(vae=None, regularizers=None, weights=None, norm="batch"):
 
 def make_batch(batch_size: int = 2, size: int = 64):
     generator = torch.Generator().manual_seed(2)
-    pixels = torch.rand(batch_size, 3, size, size, generator=generator) * 2 - 1
-    return pixels, torch.randn(batch_size, 4, size // 2, size // 2, generator=generator)
+    return {"pixel_values": torch.rand(batch_size, 3, size, size, generator=generator) * 2 - 1}
 
 
 def draw_of_kind(objective, kind: str):
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        draws = objective.draw((32, 32), generator)
-        if draws["equivariance"].kind == kind:
-            return draws
+    """The draw of the first step that is of this kind."""
+    batch = make_batch()
+    for step in range(100):
+        draw = objective.draw(batch, StepRandomness(0).at(step, 0))
+        if draw["equivariance"].kind == kind:
+            return draw
+    raise AssertionError(kind)
+
+
+def plain_draw(objective):
+    return objective.draw(make_batch(), StepRandomness(0))
 
 
 def gradients(module: nn.Module) -> list[torch.Tensor]:
@@ -107,25 +121,25 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance
 def test_gradients_equal_the_plain_step(kind):
     weights = AutoencoderLossWeights()
     vae, objective, discriminator, perceptual, step = make_parts(weights=weights)
-    draws, (pixels, noise) = draw_of_kind(objective, kind), make_batch()
+    draw, batch = draw_of_kind(objective, kind), make_batch()
 
-    loss, discriminator_loss, _ = step(pixels, noise, draws, step=0)
+    loss, discriminator_loss, _ = step(batch, draw, step=0)
     loss.backward()
     discriminator_loss.backward(inputs=list(discriminator.parameters()))
     ours, ours_discriminator = gradients(vae), gradients(discriminator)
 
     last = last_decoder_layer(vae).weight
-    plain.plain_generator_loss(objective, discriminator, perceptual, last, pixels, noise, draws, weights).backward()
+    plain.plain_generator_loss(objective, discriminator, perceptual, last, batch, draw, weights).backward()
     theirs = gradients(vae)
     gradients(discriminator)
-    plain.plain_discriminator_loss(objective, discriminator, perceptual, pixels, noise, draws, weights).backward()
+    plain.plain_discriminator_loss(objective, discriminator, perceptual, batch, draw, weights).backward()
     assert_close(ours, theirs, 1e-5)
     assert_close(ours_discriminator, gradients(discriminator), 1e-5)
 
 
 def test_each_network_gets_only_its_own_gradient():
     vae, objective, discriminator, _, step = make_parts()
-    loss, discriminator_loss, _ = step(*make_batch(), draw_of_kind(objective, "equivariance"), step=0)
+    loss, discriminator_loss, _ = step(make_batch(), draw_of_kind(objective, "equivariance"), step=0)
     loss.backward(retain_graph=True)
     assert not gradients(discriminator)
     assert all(parameter.grad is not None for parameter in vae.parameters())
@@ -141,7 +155,7 @@ def test_perceptual_gradient_reaches_the_autoencoder():
     )
     found = []
     for vae, objective, _, _, step in (only_lpips, without):
-        loss, _, _ = step(*make_batch(), draw_of_kind(objective, "plain"), step=0)
+        loss, _, _ = step(make_batch(), draw_of_kind(objective, "plain"), step=0)
         loss.backward()
         found.append(gradients(vae))
     difference = max((a - b).abs().max() for a, b in zip(*found, strict=True))
@@ -149,45 +163,45 @@ def test_perceptual_gradient_reaches_the_autoencoder():
 
 
 def test_terms_that_are_off_cost_nothing():
-    vae, objective, discriminator, perceptual, _ = make_parts()
+    _, objective, discriminator, perceptual, _ = make_parts()
     counters = Counter(perceptual), Counter(discriminator), Counter(objective)
     step = AutoencoderStep(
         counters[2],
-        vae=vae,
-        regularizers={},
+        objective,
         weights=AutoencoderLossWeights(perceptual=0, discriminator=0.5, discriminator_start=5),
         perceptual=counters[0],
         discriminator=counters[1],
     )
-    draws = draw_of_kind(objective, "plain")
-    _, discriminator_loss, _ = step(*make_batch(), draws, step=4)
+    draw = draw_of_kind(objective, "plain")
+    _, discriminator_loss, _ = step(make_batch(), draw, step=4)
     assert discriminator_loss is None
     assert [counter.calls for counter in counters] == [0, 0, 1]
-    _, discriminator_loss, _ = step(*make_batch(), draws, step=5)
+    _, discriminator_loss, _ = step(make_batch(), draw, step=5)
     assert discriminator_loss is not None
     assert [counter.calls for counter in counters] == [0, 2, 2]
 
 
 def test_a_weighted_term_needs_its_network():
-    vae = make_vae()
-    with pytest.raises(ValueError, match="perceptual"):
-        AutoencoderStep(AutoencoderObjective(vae), vae=vae, regularizers={}, weights=AutoencoderLossWeights())
+    objective = AutoencoderObjective(make_vae())
+    with pytest.raises(ValueError, match=r"The perceptual term has weight 1\.0 but no perceptual network"):
+        AutoencoderStep(objective, objective, weights=AutoencoderLossWeights())
 
 
 def test_adaptive_penalty_has_the_gradient_norm_of_the_reconstruction():
     weights = AutoencoderLossWeights(discriminator=0, kl=0)
     regularizers = {"square": LatentSquare(weight=1.0, adaptive=True)}
     vae, objective, _, perceptual, step = make_parts(regularizers=regularizers, weights=weights)
-    pixels, noise = make_batch()
-    _, _, logs = step(pixels, noise, {"square": None}, step=0)
+    batch, draw = make_batch(), plain_draw(objective)
+    _, _, logs = step(batch, draw, step=0)
 
-    output = objective(pixels, noise, {"square": None})
-    nll = (output["reconstruction"] - output["target"]).abs().sum() / len(pixels)
-    nll = nll + pixels[0].numel() * perceptual(output["reconstruction"], output["target"]).mean()
+    output = objective(batch, draw)
+    ((reconstruction, target, _),) = output["decodings"]
+    nll = (reconstruction - target).abs().sum() / len(target)
+    nll = nll + target[0].numel() * perceptual(reconstruction, target).mean()
     weight = vae.encoder.conv_out.weight
     expected = (
         torch.autograd.grad(nll, weight, retain_graph=True)[0].norm()
-        / torch.autograd.grad(output["penalties"]["square"], weight)[0].norm()
+        / torch.autograd.grad(output["terms"]["square"], weight)[0].norm()
     )
     assert torch.isclose(logs["square_weight"], expected, rtol=1e-3)
 
@@ -195,24 +209,26 @@ def test_adaptive_penalty_has_the_gradient_norm_of_the_reconstruction():
 def test_regularizers_compose():
     regularizers = {"equivariance": EquivarianceRegularizer(2), "square": LatentSquare(weight=3.0, adaptive=False)}
     vae, objective, _, _, step = make_parts(regularizers=regularizers)
-    draws = draw_of_kind(objective, "equivariance")
-    pixels, noise = make_batch()
-    output = objective(pixels, noise, draws)
-    tau = draws["equivariance"].tau
-    assert torch.equal(output["target"], tau.apply_to_pixels(pixels, 2))
-    latents = vae.encode(pixels).latent_dist
-    latents = latents.mean + latents.std * noise
-    assert torch.isclose(output["penalties"]["square"], latents.square().mean())
-    _, _, logs = step(pixels, noise, draws, step=0)
+    draw, batch = draw_of_kind(objective, "equivariance"), make_batch()
+    output = objective(batch, draw)
+    tau = draw["equivariance"].tau
+    assert torch.equal(output["decodings"][0][1], tau.apply_to_pixels(batch["pixel_values"], 2))
+    posterior = vae.encode(batch["pixel_values"]).latent_dist
+    raw_latents = posterior.mean + posterior.std * draw["noise"]
+    assert torch.isclose(output["terms"]["square"], raw_latents.square().mean())
+    _, _, logs = step(batch, draw, step=0)
     assert logs["square_weight"] == 3.0
 
 
 def test_kl_is_of_the_untransformed_posterior():
     _, objective, _, _, _ = make_parts()
-    pixels, noise = make_batch()
-    kls = {kind: objective(pixels, noise, draw_of_kind(objective, kind))["kl"] for kind in ("plain", "equivariance")}
-    assert torch.equal(kls["plain"], kls["equivariance"])
-    assert torch.allclose(kls["plain"], objective.vae.encode(pixels).latent_dist.kl().mean(), rtol=1e-5)
+    batch, posterior = make_batch(), objective.model.encode(make_batch()["pixel_values"]).latent_dist
+    kls = []
+    for kind in ("plain", "equivariance"):
+        draw = draw_of_kind(objective, kind)
+        kls.append(objective(batch, draw)["terms"]["kl"])
+    assert torch.equal(*kls)
+    assert torch.allclose(kls[0], posterior.kl().mean(), rtol=1e-5)
 
 
 def test_deterministic_autoencoder_trains():
@@ -223,7 +239,7 @@ def test_deterministic_autoencoder_trains():
         num_decoder_blocks=(1, 1),
     )
     _, objective, _, _, step = make_parts(vae=vae, regularizers={"equivariance": EquivarianceRegularizer(2)})
-    loss, _, logs = step(*make_batch(), draw_of_kind(objective, "equivariance"), step=0)
+    loss, _, logs = step(make_batch(), draw_of_kind(objective, "equivariance"), step=0)
     loss.backward()
     assert logs["loss/kl"] == 0
     assert all(parameter.grad is not None for parameter in vae.parameters())
@@ -231,18 +247,58 @@ def test_deterministic_autoencoder_trains():
 
 def test_draw_shares_follow_the_probabilities():
     regularizer = EquivarianceRegularizer(8)
-    generator = torch.Generator().manual_seed(0)
-    kinds = [regularizer.draw((32, 32), generator).kind for _ in range(4000)]
+    kinds = [regularizer.draw((32, 32), StepRandomness(0).at(step, 0)).kind for step in range(4000)]
     for kind, share in (("equivariance", 0.5), ("low_resolution", 0.125), ("plain", 0.375)):
         assert abs(kinds.count(kind) / len(kinds) - share) < 0.025
 
 
 def test_rotation_alone_has_no_low_resolution_steps():
     regularizer = EquivarianceRegularizer(8, distribution=TauDistribution(scale="none"))
-    generator = torch.Generator().manual_seed(0)
-    assert "low_resolution" not in {regularizer.draw((32, 32), generator).kind for _ in range(200)}
+    draws = [regularizer.draw((32, 32), StepRandomness(0).at(step, 0)) for step in range(200)]
+    assert "low_resolution" not in {draw.kind for draw in draws}
 
 
 def test_probabilities_are_checked():
     with pytest.raises(ValueError, match="p_equivariance"):
         EquivarianceRegularizer(8, p_equivariance=1.5)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_gradient_at_a_layer_is_its_own_trained_or_not(padding_mode, trained):
+    torch.manual_seed(0)
+    before, layer = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3, padding=1, stride=2, padding_mode=padding_mode)
+    end = LastLayer(layer)
+    goals = torch.randn(2, 4, 5, 5)
+    image = torch.randn(2, 3, 12, 12)
+    expected = torch.autograd.grad((layer(before(image)) * goals).sum() * 2, layer.weight)[0]
+    layer.weight.requires_grad_(trained)
+    end.calls.clear()
+    # Two calls of the layer count twice, as autograd counts them.
+    outputs = [layer(before(image)), layer(before(image))]
+    torch.testing.assert_close(end.weight_gradient(outputs, [goals, goals]), expected)
+
+
+def test_a_further_decoding_is_judged_like_the_first():
+    weights = AutoencoderLossWeights(discriminator=0, kl=0, perceptual=0)
+    once, twice = (
+        make_parts(regularizers=regularizers, weights=weights) for regularizers in ({}, {"again": SecondDecoding(0.5)})
+    )
+    found = []
+    for vae, objective, _, _, step in (once, twice):
+        loss, _, logs = step(make_batch(), plain_draw(objective), step=0)
+        loss.backward()
+        found.append((gradients(vae), logs["loss/nll"]))
+    assert torch.isclose(found[1][1], 1.5 * found[0][1])
+    assert_close(found[1][0], [1.5 * gradient for gradient in found[0][0]], 1e-5)
+
+
+def test_two_regularizers_of_one_step_continue_one_generator():
+    """Their draws are shared by all ranks and differ from each other."""
+    objective = AutoencoderObjective(make_vae(), {"a": EquivarianceRegularizer(2), "b": EquivarianceRegularizer(2)})
+    left, right = (
+        [objective.draw(make_batch(), StepRandomness(0, rank, 2).at(step, 0)) for step in range(40)] for rank in (0, 1)
+    )
+    assert all(one["a"] == other["a"] and one["b"] == other["b"] for one, other in zip(left, right, strict=True))
+    assert any(draw["a"] != draw["b"] for draw in left)
+    assert not any(torch.equal(one["noise"], other["noise"]) for one, other in zip(left, right, strict=True))

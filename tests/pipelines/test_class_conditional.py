@@ -27,9 +27,9 @@ class AnalyticTransformer(ModelMixin, ConfigMixin):
         sample_size: int = 4,
         num_classes: int = 10,
         slope: float = 0.7,
-        timestep_convention: str = "flow",
+        objective: str = "flow_matching",
         learn_sigma: bool = False,
-        latent_fingerprint: str | None = None,
+        autoencoder: str | None = None,
     ):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(1))
@@ -64,7 +64,7 @@ def test_euler_equals_the_closed_form(analytic, noise, scheduler):
     analytic.scheduler = scheduler
     steps, slope, label = 5, 0.7, 3.0
     output = analytic(
-        3, num_images_per_prompt=2, guidance_scale=1.0, num_inference_steps=steps, latents=noise, output_type="latent"
+        3, num_images_per_label=2, guidance_scale=1.0, num_inference_steps=steps, latents=noise, output_type="latent"
     )
     factor = (1 - slope / steps) ** steps
     # x <- x - (slope x + label) / N has the fixed point -label / slope.
@@ -78,7 +78,7 @@ def test_guidance_equals_the_velocity_of_the_extrapolated_label(analytic, noise)
     """uncond + w (cond - uncond) of offsets 0.5 and 3 is the offset 0.5 + 2.5 w."""
     steps, slope, offset = 4, 0.7, 0.5 + 2.5 * 2.0
     output = analytic(
-        3, num_images_per_prompt=2, guidance_scale=2.0, num_inference_steps=steps, latents=noise, output_type="latent"
+        3, num_images_per_label=2, guidance_scale=2.0, num_inference_steps=steps, latents=noise, output_type="latent"
     )
     expected = (noise + offset / slope) * (1 - slope / steps) ** steps - offset / slope
     torch.testing.assert_close(output.images, expected, atol=1e-4, rtol=1e-4)
@@ -144,7 +144,7 @@ def test_output_types_show_the_same_images(analytic, noise):
 
 def test_the_images_of_one_label_lie_side_by_side(analytic):
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "latents": torch.zeros(4, 4, 4, 4)}
-    images = analytic([["otter"], [5]], num_images_per_prompt=2, output_type="latent", **options).images
+    images = analytic([["otter"], [5]], num_images_per_label=2, output_type="latent", **options).images
     # One Euler step from 0 ends at minus the velocity, which is the label there.
     assert images[:, 0, 0, 0].tolist() == [-2, -2, -5, -5]
     with pytest.raises(ValueError, match=r"crane.*id"):
@@ -210,7 +210,7 @@ def test_channels_must_agree(tiny_autoencoder_kl):
 
 
 def test_fingerprint_must_agree(tiny_autoencoder_kl):
-    transformer = AnalyticTransformer(latent_fingerprint=vae_fingerprint(tiny_autoencoder_kl))
+    transformer = AnalyticTransformer(autoencoder=vae_fingerprint(tiny_autoencoder_kl))
     pipeline = ClassConditionalPipeline(transformer, tiny_autoencoder_kl, FlowMatchODEScheduler())
     other = AutoencoderKL.from_config(tiny_autoencoder_kl.config)
     pipeline.vae = other
@@ -226,7 +226,7 @@ def test_scheduler_must_integrate_what_the_transformer_predicts(tiny_autoencoder
         ClassConditionalPipeline(AnalyticTransformer(), tiny_autoencoder_kl, DDIMScheduler())
     with pytest.raises(ValueError, match="use a DDPM-style scheduler"):
         ClassConditionalPipeline(
-            AnalyticTransformer(timestep_convention="diffusion"),
+            AnalyticTransformer(objective="denoising"),
             tiny_autoencoder_kl,
             FlowMatchEulerDiscreteScheduler(),
         )
@@ -236,7 +236,7 @@ def test_scheduler_must_integrate_what_the_transformer_predicts(tiny_autoencoder
 @pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
 def test_diffusion_transformer_with_learned_variance(tiny_autoencoder_kl, scheduler_class, variance_type):
     options = {} if scheduler_class is DDIMScheduler else {"variance_type": variance_type}
-    transformer = AnalyticTransformer(timestep_convention="diffusion", learn_sigma=True, slope=0.1)
+    transformer = AnalyticTransformer(objective="denoising", learn_sigma=True, slope=0.1)
     pipeline = ClassConditionalPipeline(
         transformer, tiny_autoencoder_kl, scheduler_class(clip_sample=False, **options)
     )

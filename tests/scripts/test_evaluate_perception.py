@@ -25,7 +25,7 @@ from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets,
 from diffusers_eqvae.perception.annotated_images import split_figures
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
 from diffusers_eqvae.provenance import hash_tensors, vae_fingerprint
-from diffusers_eqvae.training_utils.arguments import parse
+from diffusers_eqvae.training_utils.command_line import parse
 
 COUNT, SIDE, VOID = 7, 32, 9
 POSITIVE = ("batch_size", "num_shown", "num_classes", "window", "num_tested", "resolution", "neighbours", "max_depth")

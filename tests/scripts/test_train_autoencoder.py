@@ -119,7 +119,7 @@ def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
     state = last_checkpoint(folder / "run", "objective")
     start = tiny_autoencoder_kl.state_dict()
     for part in ("module", "ema"):
-        moved = [state[part][f"vae.{name}"] != value for name, value in start.items()]
+        moved = [state[part][f"model.{name}"] != value for name, value in start.items()]
         share = torch.cat([mask.flatten() for mask in moved]).float().mean()
         assert share > 0.99, f"{part}: {share:.3f} of the weights moved"
         assert all(value.dtype == torch.float32 for value in state[part].values())
@@ -129,7 +129,7 @@ def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
     ("options", "message"),
     [
         ({"resolution": 30}, "multiple of the autoencoder's stride 4"),
-        ({"regularizers": "equivarianse"}, "--regularizers takes"),
+        ({"regularizers": "equivarianse"}, "There is no regularizer .equivarianse."),
         ({"disc_weight": 0.5}, "The discriminator needs images"),
         ({"mixed_precision": "fp16"}, "fp16"),
         ({"model_config": "x.json"}, "exactly one of"),

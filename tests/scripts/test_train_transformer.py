@@ -15,20 +15,25 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
-from diffusers_eqvae.flow import interpolate, velocity_target
+from diffusers_eqvae.data.latent_store import LatentStore
+from diffusers_eqvae.data.order import DrawDataset, DrawSampler
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 from diffusers_eqvae.provenance import vae_fingerprint
-from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
-from diffusers_eqvae.training_utils.transformer.arguments import FlowArguments, SamplingArguments, TransformerArguments
+from diffusers_eqvae.randomness import StepRandomness
+from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
+from diffusers_eqvae.training_utils.command_line import parse
+from diffusers_eqvae.training_utils.transformer import arguments as cli
+from diffusers_eqvae.training_utils.transformer.model_source import ModelSource
 
 from ..invariants.tiny_latents import CLASS_NAMES, write_store
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "training" / "train_transformer.py"
-TINY = {"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+SIZES = {"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+TINY = {"_class_name": "SiTTransformer2DModel", **SIZES}
 PRESETS = sorted((ROOT / "training" / "configs").glob("sit_*.yaml"))
-GROUPS = (TransformerArguments, FlowArguments, SamplingArguments, DataArguments, RunArguments)
+GROUPS = (cli.TransformerArguments, cli.OptimizerArguments, cli.SamplingArguments, DataArguments, RunArguments)
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ import diffusers_eqvae
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({str(run)!r})
 output = pipeline(["otter", 0], num_inference_steps=2, guidance_scale=1.5)
-print(len(output.images), output.images[0].size, pipeline.transformer.config.latent_fingerprint)
+print(len(output.images), output.images[0].size, pipeline.transformer.config.autoencoder)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -73,55 +78,55 @@ print(len(output.images), output.images[0].size, pipeline.transformer.config.lat
 
 def test_finished_weights_are_the_average(script, tmp_path, store):
     script.main(flags(tmp_path, latents_dir=store, learning_rate=0.1, ema_decay=0.5, validation_steps=0))
-    saved = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "transformer.pt", weights_only=True)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "objective.pt", weights_only=True)
     transformer = DiffusionPipeline.from_pretrained(tmp_path / "run").transformer
     for name, tensor in transformer.state_dict().items():
-        assert torch.equal(tensor, saved["ema"][name])
-    assert not torch.equal(saved["ema"]["proj_out.weight"], saved["module"]["proj_out.weight"])
+        assert torch.equal(tensor, saved["ema"][f"model.{name}"])
+    assert not torch.equal(saved["ema"]["model.proj_out.weight"], saved["module"]["model.proj_out.weight"])
 
 
-def test_the_objective_is_the_one_of_the_paper(script, tmp_path, store, monkeypatch):
-    """Latents are normalised once, time is 1000 sigma, the target is the velocity, and labels drop by the mask."""
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch):
+    """What the model was given in every forward, and what was drawn."""
+    calls = []
     original = SiTTransformer2DModel.forward
 
-    def forward(self, hidden_states, timestep, class_labels, drop_labels=None, return_dict=True):
-        seen.update(x=hidden_states, timestep=timestep, drop=drop_labels, labels=class_labels)
-        return original(self, hidden_states, timestep, class_labels, drop_labels, return_dict)
-
-    def loss(prediction, target):
-        seen["target"] = target
-        return (prediction - target).square().flatten(1).mean(1)
+    def forward(self, hidden_states, timestep, class_labels, **options):
+        calls.append({"x": hidden_states, "timestep": timestep, "labels": class_labels, **options})
+        output = original(self, hidden_states, timestep, class_labels, **options)
+        calls[-1]["output"] = output.sample if options.get("return_dict", True) else output[0]
+        return output
 
     monkeypatch.setattr(SiTTransformer2DModel, "forward", forward)
-    monkeypatch.setattr(script, "flow_matching_loss", loss)
-    script.main(flags(tmp_path, latents_dir=store, max_train_steps=1, validation_steps=0, train_batch_size=16))
-
-    sigma = (seen["timestep"] / 1000).view(-1, 1, 1, 1)
-    clean = seen["x"] - sigma * seen["target"]
-    noise = clean + seen["target"]
-    assert torch.allclose(interpolate(clean, noise, sigma.flatten()), seen["x"], atol=1e-5)
-    assert torch.allclose(velocity_target(clean, noise, sigma.flatten()), seen["target"], atol=1e-5)
-    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-    # The store's moments are N(0, 1) means and N(0, 1) log-variances: a raw latent has variance 1 + e^0.5.
-    expected = (1 + np.exp(0.5)) ** 0.5 * LatentNormalization.from_vae(
-        AutoencoderKL.from_pretrained(store / "vae")
-    ).scaling_factor
-    assert abs(clean.std() / expected - 1) < 0.1
-    assert seen["drop"].dtype == torch.bool and seen["drop"].shape == seen["labels"].shape
+    return calls
 
 
-def test_labels_drop_as_often_as_the_model_says(script, tmp_path, store, monkeypatch):
-    dropped, original = [], SiTTransformer2DModel.forward
+def test_the_loss_is_the_one_of_the_paper(script, tmp_path, store, seen):
+    """Latents are normalised once and noised with the run's own numbers, time is 1000 sigma, and the loss is the mean
+    square of the velocity, all recomputed here from the seed."""
+    options = {"max_train_steps": 1, "validation_steps": 0, "train_batch_size": 16, "logging_steps": 1}
+    script.main(flags(tmp_path, latents_dir=store, **options))
+    call, vae = seen[0], AutoencoderKL.from_pretrained(store / "vae")
+    data = LatentStore(store, vae=vae)
+    numbers = next(iter(DrawSampler(len(data), 16, seed=0)))
+    moments = DrawDataset(data, seed=0).__getitems__(numbers)["moments"].double()
+    randomness = StepRandomness(0)
+    posterior_noise, noise = (randomness.randn((16, 4, 4, 4)).double() for _ in range(2))
+    sigma = randomness.rand((16,)).double().view(-1, 1, 1, 1)
+    mean, logvar = moments.chunk(2, dim=1)
+    clean = (mean + (0.5 * logvar).exp() * posterior_noise) * LatentNormalization.from_vae(vae).scaling_factor
+    torch.testing.assert_close(call["timestep"].double(), 1000 * sigma.flatten())
+    torch.testing.assert_close(call["x"].double(), (1 - sigma) * clean + sigma * noise, rtol=1e-5, atol=1e-5)
+    expected = (call["output"].double() - (noise - clean)).square().mean()
+    (line, *_) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
-    def forward(self, hidden_states, timestep, class_labels, drop_labels=None, return_dict=True):
-        dropped.append(drop_labels)
-        return original(self, hidden_states, timestep, class_labels, drop_labels, return_dict)
 
-    monkeypatch.setattr(SiTTransformer2DModel, "forward", forward)
+def test_labels_drop_as_often_as_the_model_says(script, tmp_path, store, seen):
     options = {"max_train_steps": 8, "train_batch_size": 16, "validation_steps": 0, "class_dropout_prob": 0.3}
     script.main(flags(tmp_path, latents_dir=store, **options))
-    assert 20 < torch.cat(dropped).sum() < 58  # 38.4 expected of 128, standard deviation 5.2
+    dropped = torch.cat([call["drop_labels"] for call in seen])
+    assert 20 < dropped.sum() < 58  # 38.4 expected of 128, standard deviation 5.2
 
 
 def test_images_on_the_fly(script, tmp_path, tiny_autoencoder_kl):
@@ -139,12 +144,12 @@ def test_images_on_the_fly(script, tmp_path, tiny_autoencoder_kl):
 
 def test_continues_from_a_saved_transformer_and_a_deterministic_autoencoder(script, tmp_path, tiny_autoencoder_tiny):
     store = write_store(tmp_path / "store", tiny_autoencoder_tiny)
-    start = SiTTransformer2DModel(**TINY, sample_size=4, in_channels=4, num_classes=3)
+    start = SiTTransformer2DModel(**SIZES, sample_size=4, in_channels=4, num_classes=3)
     start.save_pretrained(tmp_path / "start")
     script.main(flags(tmp_path, latents_dir=store, model=tmp_path / "start", learning_rate=1e-30, validation_steps=0))
     finished = DiffusionPipeline.from_pretrained(tmp_path / "run").transformer
     assert torch.allclose(finished.patch_embed.weight, start.patch_embed.weight)
-    assert finished.config.latent_fingerprint == vae_fingerprint(tiny_autoencoder_tiny)
+    assert finished.config.autoencoder == vae_fingerprint(tiny_autoencoder_tiny)
     again = {"model": tmp_path / "run", "output_dir": tmp_path / "again", "learning_rate": 1e-30}
     script.main(flags(tmp_path, latents_dir=store, validation_steps=0, **again))
     continued = DiffusionPipeline.from_pretrained(tmp_path / "again").transformer
@@ -159,7 +164,7 @@ def other_autoencoder(tmp_path, vae):
 
 
 def test_refuses_a_store_of_another_autoencoder(script, tmp_path, store, tiny_autoencoder_kl):
-    with pytest.raises(ValueError, match=r"(?i)autoencoder"):
+    with pytest.raises(ValueError, match="does not have the latent space expected here"):
         script.main(flags(tmp_path, latents_dir=store, vae=other_autoencoder(tmp_path, tiny_autoencoder_kl)))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -174,8 +179,8 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
     ("options", "message"),
     [
         ({"num_classes": 1000}, "3 classes, but --num_classes says 1000"),
-        ({"model": "SiT-Q/2"}, "Unknown model preset"),
-        ({"model": "DiT-S/2"}, "use SiT-S/2"),
+        ({"model": "SiT-Q/2"}, "Unknown model 'SiT-Q/2'"),
+        ({"model": "DiT-S/2"}, "no objective 'denoising'; there are autoencoder, flow_matching"),
         ({"model": "SiT-S/8"}, "multiple of `patch_size`"),
         ({"train_data_dir": "images"}, "either --latents_dir"),
         ({"sigma_std": 0}, "sigma_std must be positive"),
@@ -192,17 +197,17 @@ def test_refused_in_one_sentence(script, tmp_path, store, options, message):
 
 def test_refuses_a_reversed_guidance_interval():
     with pytest.raises(ValueError, match="lo <= hi"):
-        SamplingArguments(guidance_interval=[0.8, 0.2])
+        cli.SamplingArguments(guidance_interval=[0.8, 0.2])
 
 
 def test_refuses_a_model_for_other_latents(script, tmp_path, store):
-    SiTTransformer2DModel(**TINY, sample_size=4, in_channels=16, num_classes=3).save_pretrained(tmp_path / "start")
+    SiTTransformer2DModel(**SIZES, sample_size=4, in_channels=16, num_classes=3).save_pretrained(tmp_path / "start")
     with pytest.raises(ValueError, match=r"in_channels = 16.*have 4"):
         script.main(flags(tmp_path, latents_dir=store, model=tmp_path / "start"))
 
 
 def test_refuses_an_autoencoder_as_the_model(script, tmp_path, store):
-    with pytest.raises(ValueError, match="holds an AutoencoderKL; a SiTTransformer2DModel is trained here"):
+    with pytest.raises(ValueError, match="AutoencoderKL is not a backbone known here"):
         script.main(flags(tmp_path, latents_dir=store, model=store / "vae"))
 
 
@@ -231,9 +236,7 @@ def test_dry_run_leaves_nothing(script, tmp_path, store, capsys):
 def test_presets_describe_models_that_exist(preset, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments, *_ = parse(*GROUPS, argv=[str(preset), "--output_dir", "x"])
+    source = ModelSource.find(arguments.model)
     with torch.device("meta"):
-        if arguments.model.endswith(".json"):
-            model = SiTTransformer2DModel(**json.loads(Path(arguments.model).read_text()))
-        else:
-            model = SiTTransformer2DModel.from_preset(arguments.model)
-    assert model.config.timestep_convention == "flow"
+        model = source.cls(**source.config)
+    assert model.config.objective == "flow_matching" and model.config.prediction_type == "flow_prediction"

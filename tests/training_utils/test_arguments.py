@@ -7,15 +7,8 @@ import yaml
 
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
-from diffusers_eqvae.training_utils.arguments import (
-    DataArguments,
-    RunArguments,
-    parse,
-    read_model_config,
-    resolved,
-    save_resolved,
-    warn_without_effect,
-)
+from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, warn_without_effect
+from diffusers_eqvae.training_utils.command_line import parse, read_model_config, resolved, save_resolved
 
 
 @dataclass

@@ -6,7 +6,7 @@ The three families share one network and its parameter names, and differ in what
 |--------|----------------|------------------------------|----------------------------------------------|
 | SiT    | t = 1 - sigma  | d x / d t = -(d x / d sigma) | last layer negated                           |
 | REPA   | sigma          | d x / d sigma                | first time layer reflected (`_reflect_time`) |
-| DiT    | step 0 .. 999  | noise (and variance)         | unchanged, timestep_convention="diffusion"   |
+| DiT    | step 0 .. 999  | noise (and variance)         | unchanged, objective="denoising"   |
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_eqvae.models.transformer_sit import SIT_PRESETS, sincos_position_embedding, timestep_frequencies
+from diffusers_eqvae.models.transformer_sit import (
+    SiTTransformer2DModel,
+    sincos_position_embedding,
+    timestep_frequencies,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +148,8 @@ def infer_sit_config(
         "num_classes": published["y_embedder.embedding_table.weight"].shape[0] - 1,
         "learn_sigma": out_channels == 2 * in_channels,
         "qk_norm": "blocks.0.attn.q_norm.weight" in published,
-        "timestep_convention": "diffusion" if family == "DiT" else "flow",
+        "objective": "denoising" if family == "DiT" else "flow_matching",
+        "prediction_type": "epsilon" if family == "DiT" else "flow_prediction",
     }
 
 
@@ -209,7 +214,7 @@ def _check_family(family: str) -> None:
 
 
 def _heads_by_width() -> dict[int, int]:
-    presets = SIT_PRESETS.values()
+    presets = SiTTransformer2DModel.PRESETS.values()
     return {p["num_attention_heads"] * p["attention_head_dim"]: p["num_attention_heads"] for p in presets}
 
 

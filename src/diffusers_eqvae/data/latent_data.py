@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
 from ..autoencoders import Posterior, downsampling_factor, encode
+from ..latents import LatentNormalization
+from ..randomness import StepRandomness
 from .image_datasets import PixelDataset
 from .latent_store import LatentStore
 
@@ -38,13 +42,29 @@ class LatentData:
         """Shorter side of the images behind the latents."""
         return min(self.latent_shape[1:]) * downsampling_factor(self.vae)
 
+    @cached_property
+    def normalization(self) -> LatentNormalization:
+        """Of the autoencoder, as its config says."""
+        return LatentNormalization.from_vae(self.vae)
+
     @property
     def stored(self) -> bool:
         return isinstance(self.dataset, LatentStore)
 
     @torch.no_grad()
-    def posterior(self, batch: dict[str, Tensor]) -> Posterior:
-        """Of a batch on the device, in float32: read from the store, or encoded now."""
+    def read(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Tensor]:
+        """What an objective trains on, of a batch on the device, in float32.
+
+        Returns:
+            "latents" (B, C, h, w): a sample of the posterior that was stored, or is encoded now, normalised; and
+            whatever else the batch holds ("class_labels", features).
+        """
+        posterior = self._posterior(batch)
+        raw_latents = posterior.sample(randomness.randn(posterior.mean.shape, device=posterior.mean.device))
+        rest = {key: value for key, value in batch.items() if key not in ("moments", "pixel_values")}
+        return {"latents": self.normalization.normalize(raw_latents), **rest}
+
+    def _posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
         if isinstance(self.dataset, LatentStore):
             return self.dataset.posterior(batch["moments"].float())
         return encode(self.vae, batch["pixel_values"])

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from tqdm.auto import tqdm
 
 from ..files import write_json
-from ..training_utils.arguments import parse
+from ..training_utils.command_line import parse
 from .photographs import write_photographs
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -16,15 +16,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-TIMESTEP_CONVENTIONS = ("flow", "diffusion")
+from .backbone import PREDICTION_TYPES, Backbone, BackboneOutput, register_backbone
+
+OBJECTIVES = ("flow_matching", "denoising")
 NUM_TRAIN_TIMESTEPS = 1000
 TIME_FREQUENCIES = 128
 MAX_PERIOD = 10_000.0
@@ -37,14 +37,8 @@ _SIZES = {
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 674.83
 }
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "SiT": {"timestep_convention": "flow", "learn_sigma": False},
-    "DiT": {"timestep_convention": "diffusion", "learn_sigma": True},
-}
-SIT_PRESETS: dict[str, dict[str, Any]] = {
-    f"{family}-{size}/{patch_size}": {**_SIZES[size], **options, "patch_size": patch_size}
-    for family, options in _FAMILIES.items()
-    for size in _SIZES
-    for patch_size in (1, 2, 4, 8)
+    "SiT": {"objective": "flow_matching", "prediction_type": "flow_prediction", "learn_sigma": False},
+    "DiT": {"objective": "denoising", "prediction_type": "epsilon", "learn_sigma": True},
 }
 
 
@@ -172,10 +166,11 @@ class SiTTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff, transformed)
 
 
-class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+@register_backbone
+class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
     """Predicts the velocity (SiT) or the noise (DiT) of class-conditional latents.
 
-    Parameters are those of the papers (`SIT_PRESETS`); the position table is a buffer, neither counted nor saved.
+    Parameters are those of the papers (`PRESETS`); the position table is a buffer, neither counted nor saved.
 
     Args:
         sample_size: side of the latents in cells, or (height, width); divisible by `patch_size`.
@@ -188,11 +183,11 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         class_dropout_prob: share of samples whose label becomes the null class, per forward in training.
         learn_sigma: 2C output channels; the second half is the learned variance (DiT) or unused (SiT).
         qk_norm: LayerNorm on queries and keys.
-        timestep_convention: "flow" embeds t = 1 - timestep / 1000 and gives the velocity d x / d sigma (published SiT
-            weights have the opposite sign; the conversion negates their last layer); "diffusion" embeds the timestep
-            as it is and gives the noise (DiT).
+        objective: "flow_matching" embeds t = 1 - timestep / 1000 (SiT), "denoising" the timestep as it is (DiT).
+        prediction_type: "flow_prediction", the velocity d x / d sigma (published SiT weights have the opposite sign;
+            the conversion negates their last layer), or "epsilon", the noise (DiT).
         norm_eps: of the LayerNorms without parameters.
-        latent_fingerprint: which autoencoder and normalisation the latents came from (`latents.vae_fingerprint`).
+        autoencoder: identity of the autoencoder and normalisation that the latents came from.
 
     Raises:
         ValueError: for sizes that do not divide or an unknown convention.
@@ -204,6 +199,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         >>> velocity = model(torch.randn(2, 4, 32, 32), torch.tensor([900.0, 100.0]), torch.tensor([3, 7])).sample
     """
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        f"{family}-{size}/{patch_size}": {**_SIZES[size], **options, "patch_size": patch_size}
+        for family, options in _FAMILIES.items()
+        for size in _SIZES
+        for patch_size in (1, 2, 4, 8)
+    }
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["SiTTransformerBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["SiTTransformerBlock"]
@@ -224,20 +225,23 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = False,
         qk_norm: bool = False,
-        timestep_convention: str = "flow",
+        objective: str = "flow_matching",
+        prediction_type: str = "flow_prediction",
         norm_eps: float = 1e-6,
-        latent_fingerprint: str | None = None,
+        autoencoder: str | None = None,
     ):
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim
         self.sample_height, self.sample_width = _height_and_width(sample_size, patch_size)
-        _check_options(hidden_size, timestep_convention, class_dropout_prob)
+        _check_options(hidden_size, objective, prediction_type, class_dropout_prob)
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.token_grid = (self.sample_height // patch_size, self.sample_width // patch_size)
 
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-        grid = (self.sample_height // patch_size, self.sample_width // patch_size)
-        self.register_buffer("pos_embed", sincos_position_embedding(*grid, hidden_size), persistent=False)
+        positions = sincos_position_embedding(*self.token_grid, hidden_size)
+        self.register_buffer("pos_embed", positions, persistent=False)
         self.time_embedder = SiTTimeEmbedding(hidden_size)
         self.class_embedder = nn.Embedding(num_classes + 1, hidden_size)
         # Rows: 6 vectors per block (shift, scale, gate of attention, then of the MLP), then the last shift and scale.
@@ -265,30 +269,16 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.proj_out.weight)
 
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> SiTTransformer2DModel:
-        """A freshly initialised model of the papers' size, e.g. "SiT-XL/2"; `overrides` are constructor arguments.
-
-        Raises:
-            ValueError: for a name that is not in `SIT_PRESETS`.
-        """
-        if name not in SIT_PRESETS:
-            raise ValueError(f"Unknown model preset {name!r}. Choose one of: {', '.join(SIT_PRESETS)}.")
-        return cls(**{**SIT_PRESETS[name], **overrides})
-
-    @property
-    def null_class(self) -> int:
-        """The label that means "no class"."""
-        return self.config.num_classes
-
     def forward(
         self,
         hidden_states: Tensor,
         timestep: Tensor | float,
         class_labels: Tensor,
+        *,
         drop_labels: Tensor | None = None,
+        hidden_layers: tuple[int, ...] = (),
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    ) -> BackboneOutput | tuple[Tensor, dict[int, Tensor]]:
         """The prediction, (B, C, h, w), or (B, 2C, h, w) with `learn_sigma`.
 
         Args:
@@ -297,6 +287,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             class_labels: (B,) integers, 0 .. num_classes, where num_classes is the null class.
             drop_labels: (B,) bool, True where the label becomes the null class; without it, and in training only,
                 drawn once per call from the global generator with `class_dropout_prob`.
+            hidden_layers: blocks, counted from 1, whose output is given back as well.
 
         Raises:
             ValueError: for shapes that do not fit, and labels out of range (looked at on the CPU only: reading them
@@ -310,15 +301,20 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).contiguous()
         # The weights' dtype: float32 under autocast, so that the residual stream stays in float32 there.
         hidden_states = hidden_states + self.pos_embed.to(self.patch_embed.weight.dtype)
-        for block, block_modulation in zip(self.transformer_blocks, block_modulations, strict=True):
+        kept: dict[int, Tensor] = {}
+        for number, (block, block_modulation) in enumerate(
+            zip(self.transformer_blocks, block_modulations, strict=True), start=1
+        ):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, block_modulation)
             else:
                 hidden_states = block(hidden_states, block_modulation)
+            if number in hidden_layers:
+                kept[number] = hidden_states
 
         shift, scale = last.chunk(2, dim=1)
         output = self._unpatchify(self.proj_out(modulate(self.norm_out(hidden_states), shift, scale)))
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        return BackboneOutput(sample=output, hidden_states=kept) if return_dict else (output, kept)
 
     def _modulation(
         self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor, drop_labels: Tensor | None
@@ -344,7 +340,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 f"{batch_size}. Pass 1000 * sigma as a tensor of shape ({batch_size},)."
             )
         timestep = timestep.expand(batch_size)
-        return 1 - timestep / NUM_TRAIN_TIMESTEPS if self.config.timestep_convention == "flow" else timestep
+        return 1 - timestep / NUM_TRAIN_TIMESTEPS if self.config.objective == "flow_matching" else timestep
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, p * p * channels) with p, p, channels in this order -> (B, channels, h, w)."""
@@ -388,13 +384,15 @@ def _height_and_width(sample_size: int | Sequence[int], patch_size: int) -> tupl
     return height, width
 
 
-def _check_options(hidden_size: int, timestep_convention: str, class_dropout_prob: float) -> None:
+def _check_options(hidden_size: int, objective: str, prediction_type: str, class_dropout_prob: float) -> None:
     if hidden_size % 4:
         raise ValueError(
             "The hidden size (num_attention_heads * attention_head_dim) must be divisible by 4 for the 2-D positions; "
             f"got {hidden_size}. Change one of the two factors."
         )
-    if timestep_convention not in TIMESTEP_CONVENTIONS:
-        raise ValueError(f"`timestep_convention` must be one of {TIMESTEP_CONVENTIONS}; got {timestep_convention!r}.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {OBJECTIVES}; got {objective!r}.")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}; got {prediction_type!r}.")
     if not 0 <= class_dropout_prob < 1:
         raise ValueError(f"`class_dropout_prob` must lie in [0, 1); got {class_dropout_prob}.")

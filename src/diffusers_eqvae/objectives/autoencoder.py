@@ -1,4 +1,4 @@
-"""One step of autoencoder training: one generator forward, one generator backward, one shared D(fake).
+"""Autoencoder training: one generator forward, one generator backward, one shared D(fake).
 
 The objective lives at the reconstruction r. Its gradient there, d(nll)/dr + w * d(g)/dr, is all the generator needs,
 and both terms also give the adaptive weight w at the decoder's last layer without a second walk through the
@@ -8,78 +8,106 @@ whose backward is an ordinary one: it synchronises over ranks and accumulates li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
-from ..autoencoders import decode, encode, last_decoder_layer, last_encoder_layer
+from ..autoencoders import (
+    Decoded,
+    decode,
+    downsampling_factor,
+    encode,
+    last_decoder_layer,
+    last_encoder_layer,
+    latent_channels,
+)
 from ..losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from ..losses.reconstruction import kl_loss, reconstruction_loss
-from ..regularizers import Regularizer
+from ..randomness import StepRandomness
+from ..regularizers.base import AutoencoderRegularizer, AutoencoderState
+from .base import Objective, register_objective, tie_idle
 
 # A summed reconstruction outweighs a mean penalty by C * H * W alone, so VQGAN's limit of 1e4 would bind here.
 MAX_PENALTY_RATIO = 1e8
 
 
-class AutoencoderObjective(nn.Module):
-    """The one wrapped forward: encode, tau, decode and penalties, so that DDP and FSDP see every parameter.
+@register_objective("autoencoder")
+class AutoencoderObjective(Objective[AutoencoderRegularizer]):
+    """Encode, transform, decode and penalise any diffusers autoencoder.
 
     Args:
-        vae: any diffusers autoencoder.
+        model: the autoencoder.
         regularizers: by name; applied in this order.
         sample_posterior: decode a sample of the posterior (training), or its mean.
         reduction: of the KL term, "sum" or "mean" (see `losses.reconstruction`).
     """
 
+    reads = "pixels"
+
     def __init__(
         self,
-        vae: nn.Module,
-        regularizers: Mapping[str, Regularizer] | None = None,
+        model: nn.Module,
+        regularizers: Mapping[str, AutoencoderRegularizer] | None = None,
         *,
         sample_posterior: bool = True,
         reduction: Literal["sum", "mean"] = "sum",
     ) -> None:
-        super().__init__()
-        self.vae = vae
-        self.regularizers = nn.ModuleDict(regularizers or {})
+        super().__init__(model, regularizers)
         self.sample_posterior = sample_posterior
         self.reduction = reduction
 
-    def draw(self, latent_size: tuple[int, int], generator: torch.Generator) -> dict[str, Any]:
-        """Every regularizer's random choices of one optimizer step."""
-        return {name: regularizer.draw(latent_size, generator) for name, regularizer in self.regularizers.items()}
+    def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
+        """The posterior's "noise" (B, C, h, w), and each regularizer's draw under its name."""
+        pixels, factor = batch["pixel_values"], downsampling_factor(self.model)
+        size = (pixels.shape[-2] // factor, pixels.shape[-1] // factor)
+        noise = randomness.randn((len(pixels), latent_channels(self.model), *size), device=pixels.device)
+        return {"noise": noise, **self.draw_regularizers(size, randomness)}
 
-    def forward(self, pixels: Tensor, noise: Tensor, draws: Mapping[str, Any]) -> dict[str, Any]:
+    def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
         """
         Args:
-            pixels: (B, 3, H, W) in [-1, 1].
-            noise: (B, C, h, w) standard normal; a step that encodes smaller images uses its top-left corner.
-            draws: from `draw`.
+            batch: "pixel_values" (B, 3, H, W) in [-1, 1], and the features that a regularizer reads.
+            draw: from `draw`; a step that encodes smaller images uses the noise's top-left corner.
 
         Returns:
-            `reconstruction` and `target` (B, 3, H', W'), `kl` (scalar), `penalties` (name -> scalar).
+            `decodings`: (reconstruction, target, weight) each, the first of weight 1; `terms`: "kl", a codebook's
+            terms, and each regularizer's penalty; `idle`: see `tie_idle`.
         """
+        pixels = batch["pixel_values"]
         for name, regularizer in self.regularizers.items():
-            pixels = regularizer.augment(pixels, draws[name])
-        posterior = encode(self.vae, pixels)
+            pixels = regularizer.augment(pixels, draw[name])
+        posterior = encode(self.model, pixels)
         height, width = posterior.mean.shape[-2:]
-        latents = posterior.sample(noise[..., :height, :width]) if self.sample_posterior else posterior.mode()
+        sampled = self.sample_posterior
+        raw_latents = posterior.sample(draw["noise"][..., :height, :width]) if sampled else posterior.mode()
+        state = AutoencoderState(posterior, raw_latents, pixels, self._encode, self._decode)
 
-        decoded, target, penalties = latents, pixels, {}
+        transformed, target = raw_latents, pixels
+        terms = {"kl": kl_loss(posterior, reduction=self.reduction)}
+        further: list[tuple[Tensor, Tensor, float]] = []
         for name, regularizer in self.regularizers.items():
-            decoded, target = regularizer.transform(decoded, target, draws[name])
-            penalty = regularizer.penalty(latents, pixels, draws[name])
+            transformed, target = regularizer.transform(transformed, target, draw[name])
+            further += regularizer.decodings(state, draw[name])
+            penalty = regularizer.penalty(state, batch, draw[name])
             if penalty is not None:
-                penalties[name] = penalty
-        return {
-            "reconstruction": decode(self.vae, decoded),
-            "target": target,
-            "kl": kl_loss(posterior, reduction=self.reduction),
-            "penalties": penalties,
-        }
+                terms[name] = penalty
+        decoded = self._decode(transformed)
+        decodings = [(decoded.pixels, target, 1.0)]
+        decodings += [(self._decode(latents).pixels, goal, weight) for latents, goal, weight in further]
+        terms |= decoded.terms
+        outputs = [*terms.values(), *(reconstruction for reconstruction, _, _ in decodings)]
+        return {"decodings": decodings, "terms": terms, "idle": tie_idle(self, outputs)}
+
+    def _encode(self, pixels: Tensor) -> Any:
+        return encode(self.model, pixels)
+
+    def _decode(self, raw_latents: Tensor) -> Decoded:
+        return Decoded(decode(self.model, raw_latents))
 
 
 @dataclass(frozen=True)
@@ -88,7 +116,7 @@ class AutoencoderLossWeights:
 
     Args:
         reconstruction: "l1" or "l2".
-        reduction: "sum" (over C, H, W; the LDM/EQ-VAE form, where a image scaled by s weighs s^2) or "mean".
+        reduction: "sum" (over C, H, W; the LDM/EQ-VAE form, where an image scaled by s weighs s^2) or "mean".
         perceptual: factor of LPIPS inside the negative log-likelihood.
         kl: factor of the KL divergence.
         discriminator: factor of the adversarial term; with `adaptive` it multiplies |grad nll| / |grad g|.
@@ -106,13 +134,48 @@ class AutoencoderLossWeights:
     adaptive: bool = True
 
 
+class LastLayer:
+    """The gradient at a convolution's weight, found from what goes in and what comes out, trained or not."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer = layer
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        layer.register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            self.calls.append((inputs[0].detach(), output))
+
+    def weight_gradient(self, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> Tensor:
+        """d <outputs, gradients> / d weight, summed over the layer's calls; the graph is kept."""
+        found = torch.autograd.grad(
+            outputs, [output for _, output in self.calls], gradients, retain_graph=True, allow_unused=True
+        )
+        layer, total = self.layer, torch.zeros_like(self.layer.weight)
+        for (taken, output), gradient in zip(self.calls, found, strict=True):
+            if gradient is None:
+                continue
+            padding: Any = layer.padding
+            if layer.padding_mode != "zeros":
+                taken, padding = F.pad(taken, layer._reversed_padding_repeated_twice, layer.padding_mode), 0
+            total += conv2d_weight(
+                taken.to(output.dtype),
+                layer.weight.shape,  # type: ignore[arg-type]
+                gradient.to(output.dtype),
+                stride=layer.stride,
+                padding=padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+            )
+        return total
+
+
 class AutoencoderStep:
-    """Turns one micro-batch into the generator's and the discriminator's loss.
+    """Turns one micro-batch into the generator's and the discriminator's loss: `Objective.total` where networks judge.
 
     Args:
         objective: the (wrapped) `AutoencoderObjective`.
-        vae: the autoencoder inside it, for its last layers.
-        regularizers: those inside it, for their penalty weights.
+        inner: the same without its wrapping.
         weights: the terms of the objective.
         perceptual: LPIPS, (B, 3, H, W) x 2 -> (B,); needed where `weights.perceptual` is not 0.
         discriminator: the (wrapped) discriminator; needed where `weights.discriminator` is not 0.
@@ -122,9 +185,8 @@ class AutoencoderStep:
     def __init__(
         self,
         objective: nn.Module,
+        inner: AutoencoderObjective,
         *,
-        vae: nn.Module,
-        regularizers: Mapping[str, Regularizer],
         weights: AutoencoderLossWeights,
         perceptual: nn.Module | None = None,
         discriminator: nn.Module | None = None,
@@ -136,94 +198,113 @@ class AutoencoderStep:
         ):
             if weight and module is None:
                 raise ValueError(f"The {name} term has weight {weight} but no {name} network; give one or weigh it 0.")
-        self.objective = objective
-        self.regularizers = regularizers
-        self.weights = weights
+        self.objective, self.inner, self.weights = objective, inner, weights
         self.perceptual = perceptual if weights.perceptual else None
         self.discriminator = discriminator if weights.discriminator else None
         self.average = average
-        self.encoder_weight = last_encoder_layer(vae).weight
-        self.decoder_weight = last_decoder_layer(vae).weight
+        self.encoder_end = LastLayer(last_encoder_layer(inner.model))
+        self.decoder_end = LastLayer(last_decoder_layer(inner.model))
 
     def __call__(
-        self, pixels: Tensor, noise: Tensor, draws: Mapping[str, Any], step: int
+        self, batch: Mapping[str, Tensor], draw: Mapping[str, Any], step: int
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The generator's loss, the discriminator's (None before its start), and scalars to log (detached).
 
         Back-propagate the second with respect to the discriminator's parameters only (`inputs=`).
         """
-        output = self.objective(pixels, noise, draws)
-        target = output["target"]
-        # Everything above the reconstruction is differentiated with respect to this leaf, once.
-        reconstruction = output["reconstruction"].detach().requires_grad_()
+        self.encoder_end.calls.clear()
+        self.decoder_end.calls.clear()
+        output = self.objective(batch, draw)
+        reconstructions = [reconstruction for reconstruction, _, _ in output["decodings"]]
+        # Everything above the reconstructions is differentiated with respect to these leaves, once.
+        judged = [(image.detach().requires_grad_(), target, weight) for image, target, weight in output["decodings"]]
 
-        logs: dict[str, Tensor | float]
-        nll, logs = self._negative_log_likelihood(reconstruction, target)
-        (nll_gradient,) = torch.autograd.grad(nll, reconstruction)
-        gradient, loss_discriminator = nll_gradient, None
+        nll, logs = self._negative_log_likelihood(judged)
+        nll_gradients = torch.autograd.grad(nll, [image for image, _, _ in judged])
+        gradients, loss_discriminator = nll_gradients, None
         if self.discriminator is not None and step >= self.weights.discriminator_start:
-            logits_fake = self.discriminator(reconstruction)
-            adversarial = generator_loss(logits_fake)
-            (adversarial_gradient,) = torch.autograd.grad(adversarial, reconstruction, retain_graph=True)
-            weight = self._adversarial_weight(output["reconstruction"], nll_gradient, adversarial_gradient)
-            gradient = nll_gradient + weight * adversarial_gradient
-            logits_real = self.discriminator(target)
-            loss_discriminator = discriminator_loss(logits_real, logits_fake, self.weights.discriminator_loss)
-            logs |= {
-                "loss/generator": adversarial,
-                "loss/discriminator": loss_discriminator,
-                "adversarial_weight": weight,
-                "logits/real": logits_real.mean(),
-                "logits/fake": logits_fake.mean(),
-            }
+            adversarial, loss_discriminator, found = self._play(judged)
+            adversarial_gradients = torch.autograd.grad(
+                adversarial, [image for image, _, _ in judged], retain_graph=True
+            )
+            weight = self._adversarial_weight(reconstructions, nll_gradients, adversarial_gradients)
+            pairs = zip(nll_gradients, adversarial_gradients, strict=True)
+            gradients = tuple(nll_gradient + weight * gradient for nll_gradient, gradient in pairs)
+            logs |= {"loss/generator": adversarial, "adversarial_weight": weight, **found}
 
-        loss = (output["reconstruction"] * gradient).sum()
-        if self.weights.kl:
-            loss = loss + self.weights.kl * output["kl"]
-        logs |= {"loss/kl": output["kl"]}
-        for name, penalty in output["penalties"].items():
-            weight = self._penalty_weight(self.regularizers[name], penalty, output["reconstruction"], nll_gradient)
-            loss = loss + weight * penalty
-            logs |= {f"loss/{name}": penalty, f"{name}_weight": weight}
+        loss: Tensor = output["idle"]
+        for reconstruction, gradient in zip(reconstructions, gradients, strict=True):
+            loss = loss + (reconstruction * gradient).sum()
+        for name, term in output["terms"].items():
+            factor = self._term_weight(name, term, reconstructions, nll_gradients)
+            loss = loss + factor * term if factor is not None else loss
+            logs |= {f"loss/{name}": term}
+            if name in self.inner.regularizers:
+                logs |= {f"{name}_weight": factor}
         return loss, loss_discriminator, {name: torch.as_tensor(value).detach() for name, value in logs.items()}
 
-    def _negative_log_likelihood(
-        self, reconstruction: Tensor, target: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _negative_log_likelihood(self, judged: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, dict[str, Any]]:
         """|x - r| + weight * LPIPS, where LPIPS counts once per element as in LDM: nll_sum = C*H*W * nll_mean."""
         weights = self.weights
-        pixel_loss = reconstruction_loss(
-            reconstruction, target, kind=weights.reconstruction, reduction=weights.reduction
-        )
-        nll = pixel_loss
-        logs: dict[str, Tensor | float] = {"loss/reconstruction": pixel_loss}
-        if self.perceptual is not None:
-            perceptual = self.perceptual(reconstruction, target).mean()
-            elements = target[0].numel() if weights.reduction == "sum" else 1
-            nll = nll + weights.perceptual * elements * perceptual
-            logs["loss/perceptual"] = perceptual
-        return nll, logs | {"loss/nll": nll}
+        pixel, perceptual, nll = [], [], []
+        for image, target, weight in judged:
+            pixel.append(
+                weight * reconstruction_loss(image, target, kind=weights.reconstruction, reduction=weights.reduction)
+            )
+            nll.append(pixel[-1])
+            if self.perceptual is not None:
+                perceptual.append(weight * self.perceptual(image, target).mean())
+                elements = target[0].numel() if weights.reduction == "sum" else 1
+                nll[-1] = nll[-1] + weights.perceptual * elements * perceptual[-1]
+        logs = {"loss/reconstruction": _sum(pixel), "loss/nll": _sum(nll)}
+        return _sum(nll), logs | ({"loss/perceptual": _sum(perceptual)} if perceptual else {})
+
+    def _play(self, judged: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The generator's adversarial loss, the discriminator's, and its logits; D(fake) is computed once for both."""
+        assert self.discriminator is not None
+        adversarial, losses, reals, fakes = [], [], [], []
+        for image, target, weight in judged:
+            fake = self.discriminator(image)
+            adversarial.append(weight * generator_loss(fake))
+            real = self.discriminator(target)
+            losses.append(weight * discriminator_loss(real, fake, self.weights.discriminator_loss))
+            reals.append(real.mean())
+            fakes.append(fake.mean())
+        loss = _sum(losses)
+        logs = {"loss/discriminator": loss, "logits/real": reals[0], "logits/fake": fakes[0]}
+        return _sum(adversarial), loss, logs
 
     def _adversarial_weight(
-        self, reconstruction: Tensor, nll_gradient: Tensor, adversarial_gradient: Tensor
+        self, reconstructions: list[Tensor], nll_gradients: Sequence[Tensor], adversarial_gradients: Sequence[Tensor]
     ) -> Tensor | float:
         """VQGAN eq. 7, at the decoder's last layer; only that layer's weight gradient is computed."""
         if not self.weights.adaptive:
             return self.weights.discriminator
         nll, adversarial = (
-            self.average(torch.autograd.grad(reconstruction, self.decoder_weight, gradient, retain_graph=True)[0])
-            for gradient in (nll_gradient, adversarial_gradient)
+            self.average(self.decoder_end.weight_gradient(reconstructions, gradients))
+            for gradients in (nll_gradients, adversarial_gradients)
         )
         return self.weights.discriminator * adaptive_weight(nll, adversarial)
 
-    def _penalty_weight(
-        self, regularizer: Regularizer, penalty: Tensor, reconstruction: Tensor, nll_gradient: Tensor
-    ) -> Tensor | float:
-        """The same ratio at the encoder's last layer (VA-VAE, ReaLS) for regularizers that ask for it."""
-        if not regularizer.adaptive:
+    def _term_weight(
+        self, name: str, term: Tensor, reconstructions: list[Tensor], nll_gradients: Sequence[Tensor]
+    ) -> Tensor | float | None:
+        """The KL's weight, 1 for a codebook's terms, and a regularizer's own, times the ratio of gradients where it
+        is adaptive (VA-VAE, ReaLS): |grad nll| / |grad penalty| at the encoder's last layer. None leaves it out."""
+        if name == "kl":
+            return self.weights.kl or None
+        if name not in self.inner.regularizers:
+            return 1.0
+        regularizer: Any = self.inner.regularizers[name]
+        if not regularizer.adaptive or not self.encoder_end.calls:
             return regularizer.weight
-        weight = self.encoder_weight
-        (nll,) = torch.autograd.grad(reconstruction, weight, nll_gradient, retain_graph=True)
-        (own,) = torch.autograd.grad(penalty, weight, retain_graph=True)
-        ratio = adaptive_weight(self.average(nll), self.average(own), max_weight=MAX_PENALTY_RATIO)
-        return regularizer.weight * ratio
+        nll = self.average(self.encoder_end.weight_gradient(reconstructions, nll_gradients))
+        own = self.average(self.encoder_end.weight_gradient(term))
+        return regularizer.weight * adaptive_weight(nll, own, max_weight=MAX_PENALTY_RATIO)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

@@ -22,6 +22,7 @@ from ..guidance import IntervalGuidance
 from ..images import to_image
 from ..latents import LatentNormalization
 from ..provenance import check_fingerprint
+from ..schedulers.capabilities import integrates_velocity, takes_variance
 from .labels import parse_id2label, resolve_class_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -52,7 +53,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     Args:
         transformer: `SiTTransformer2DModel` or a model with its forward and config.
         vae: any diffusers autoencoder (AutoencoderKL, AutoencoderTiny, their subclasses) with the same channels.
-        scheduler: a flow-matching scheduler for `timestep_convention="flow"`, a DDPM-style one for "diffusion".
+        scheduler: a flow-matching one for a transformer of `objective="flow_matching"`, a DDPM-style one for
+            "denoising".
         id2label: class id -> name (or names, or one string with commas); saved with the pipeline.
 
     Raises:
@@ -97,15 +99,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"The transformer works on {expected} latent channels but the {type(self.vae).__name__} has {given}: "
                 "load the VAE that the transformer was trained with."
             )
-        fingerprint = getattr(self.transformer.config, "latent_fingerprint", None)
+        fingerprint = getattr(self.transformer.config, "autoencoder", None)
         if fingerprint is not None:
             check_fingerprint(fingerprint, self.vae)
-        convention = _timestep_convention(self.transformer)
-        if (convention == "flow") != _is_flow_scheduler(self.scheduler):
-            remedy = "a flow-matching scheduler" if convention == "flow" else "a DDPM-style scheduler (DDPM, DDIM)"
+        objective = _objective(self.transformer)
+        if (objective == "flow_matching") != integrates_velocity(self.scheduler):
+            flow = objective == "flow_matching"
+            remedy = "a flow-matching scheduler" if flow else "a DDPM-style scheduler (DDPM, DDIM)"
             raise ValueError(
-                f"The transformer was trained with timestep_convention={convention!r}, "
-                f"which {type(self.scheduler).__name__} does not integrate: use {remedy}."
+                f"The transformer was trained with objective={objective!r}, whose prediction "
+                f"{type(self.scheduler).__name__} does not integrate: use {remedy}."
             )
         parse_id2label(self.config.id2label, self.transformer.config.num_classes)
         self._checked_parts = parts
@@ -128,7 +131,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         if batch_size < 1 or num_inference_steps < 1:
             raise ValueError(
-                "num_images_per_prompt and num_inference_steps must be at least 1; "
+                "num_images_per_label and num_inference_steps must be at least 1; "
                 f"got {batch_size} images and {num_inference_steps} steps."
             )
         if output_type not in OUTPUT_TYPES:
@@ -173,7 +176,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         class_labels: Any,
         *,
-        num_images_per_prompt: int = 1,
+        num_images_per_label: int = 1,
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guided_channels: int | None = None,
@@ -186,11 +189,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         sequential_guidance: bool = False,
     ) -> ClassConditionalPipelineOutput | tuple[Any, float, float]:
-        """Generates B = (number of labels) * num_images_per_prompt images, the images of one label side by side.
+        """Generates B = (number of labels) * num_images_per_label images, the images of one label side by side.
 
         Args:
             class_labels: class id, label name, tensor, or nested lists of them.
-            num_images_per_prompt: images per label.
+            num_images_per_label: images per label.
             guidance_scale: 1 = no guidance, one forward per step.
             guidance_interval: (lo, hi) in noise level sigma in [0, 1], 1 = noise: guidance where lo <= sigma <= hi,
                 elsewhere the unconditional forward is skipped. For DDPM schedules sigma = t / num_train_timesteps.
@@ -211,7 +214,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         started = time.perf_counter()
         self.check_parts()
         label_ids = self.resolve_class_labels(class_labels)
-        batch_size = len(label_ids) * num_images_per_prompt
+        batch_size = len(label_ids) * num_images_per_label
         self.check_inputs(
             batch_size,
             guidance_scale=guidance_scale,
@@ -231,7 +234,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             num_train_timesteps=self._model_timesteps,
         )
         device = self._execution_device
-        labels = torch.tensor(label_ids).repeat_interleave(num_images_per_prompt).to(device)
+        labels = torch.tensor(label_ids).repeat_interleave(num_images_per_label).to(device)
         self._set_timesteps(num_inference_steps)
         latents = self.prepare_latents(batch_size, generator=generator, latents=latents, device=device)
         step_kwargs = {"generator": generator} if _accepts(self.scheduler.step, "generator") else {}
@@ -260,9 +263,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @property
     def _model_timesteps(self) -> int:
         """What noise level 1 is on the transformer's time axis: 1000 for flow, the schedule's length for diffusion."""
-        if _timestep_convention(self.transformer) == "flow":
-            return 1000
-        return self.scheduler.config.num_train_timesteps
+        flow = _objective(self.transformer) == "flow_matching"
+        return 1000 if flow else self.scheduler.config.num_train_timesteps
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
         # On the CPU for every device: schedulers index their tables by the timestep, and a timestep on the GPU would
@@ -284,24 +286,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return latents if scale is None else scale(latents, timestep)
 
     def _drop_variance(self, prediction: Tensor, latents: Tensor) -> Tensor:
-        return prediction if _takes_variance(self.scheduler) else prediction[:, : latents.shape[1]]
+        return prediction if takes_variance(self.scheduler) else prediction[:, : latents.shape[1]]
 
 
-def _timestep_convention(transformer: ModelMixin) -> str:
-    return getattr(transformer.config, "timestep_convention", "flow")
-
-
-def _is_flow_scheduler(scheduler: SchedulerMixin) -> bool:
-    """True where `step` integrates a velocity: FlowMatch* schedulers, and those set to prediction_type flow."""
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return True
-    return getattr(scheduler.config, "prediction_type", "flow_prediction") == "flow_prediction"
-
-
-def _takes_variance(scheduler: SchedulerMixin) -> bool:
-    """True for ancestral DDPM sampling with a learned variance; other schedulers keep the option and want only eps."""
-    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
-    return learned and type(scheduler).__name__.startswith("DDPM")
+def _objective(transformer: ModelMixin) -> str:
+    return getattr(transformer.config, "objective", "flow_matching")
 
 
 def _accepts(function: Callable, name: str) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..autoencoders import latent_channels
@@ -15,7 +16,7 @@ from ..losses.alignment import alignment_loss
 from ..models.alignment_network import AlignmentNetwork
 from ..models.autoencoder_kl_aligned import ALIGNMENT_SUBFOLDER
 from ..models.feature_teacher import FeatureTeacher
-from .base import Regularizer, register
+from .base import AutoencoderRegularizer, AutoencoderState, register_regularizer
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,34 @@ class _Shared:
         return self
 
 
-@register("alignment")
-class AlignmentRegularizer(Regularizer):
+@dataclass
+class AlignmentArguments:
+    """ReaLS' teacher and the network that predicts its features."""
+
+    alignment_teacher: str = field(
+        default="facebook/dinov2-with-registers-large",
+        metadata={"help": "Feature network of the alignment regularizer: a transformers name or directory."},
+    )
+    alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
+    alignment_adaptive: bool = field(
+        default=True,
+        metadata={"help": "Multiply it by |grad nll| / |grad alignment| at the encoder's last layer."},
+    )
+    alignment_hidden_size: int = field(default=2048, metadata={"help": "Width of the alignment network."})
+    alignment_image_size: int = field(
+        default=448, metadata={"help": "Side in pixels of the images shown to the teacher."}
+    )
+    alignment_final_norm: bool = field(
+        default=True,
+        metadata={
+            "help": "Align with the teacher's features after its last LayerNorm (what DINOv2's segmentation heads "
+            "read), or with --no_alignment_final_norm before it (what its depth heads read)."
+        },
+    )
+
+
+@register_regularizer("alignment")
+class AlignmentRegularizer(AutoencoderRegularizer):
     """Adds L(patch) + L(cls) between predicted and teacher features (ReaLS, arXiv 2502.00359, section 3).
 
     L = 0.9 (1 - cos) + 0.1 SmoothL1 (`losses.alignment`); the prediction is the alignment network's, of the raw
@@ -52,6 +79,8 @@ class AlignmentRegularizer(Regularizer):
         ValueError: where teacher and network differ in feature size.
     """
 
+    Arguments = AlignmentArguments
+
     def __init__(
         self, network: AlignmentNetwork, teacher: FeatureTeacher, *, weight: float = 1.0, adaptive: bool = True
     ) -> None:
@@ -68,17 +97,17 @@ class AlignmentRegularizer(Regularizer):
         self._told_about_grids = False
 
     @classmethod
-    def from_arguments(cls, arguments: Any, vae: nn.Module) -> AlignmentRegularizer:
+    def from_arguments(cls, arguments: AlignmentArguments, model: nn.Module) -> Self:
         teacher = FeatureTeacher.from_pretrained(
             arguments.alignment_teacher,
             image_size=arguments.alignment_image_size,
             final_norm=arguments.alignment_final_norm,
         )
         # An autoencoder that was aligned before goes on with the network that it was aligned by.
-        network = getattr(vae, "alignment_network", None)
+        network = getattr(model, "alignment_network", None)
         if network is None:
             network = AlignmentNetwork(
-                latent_channels=latent_channels(vae),
+                latent_channels=latent_channels(model),
                 hidden_size=arguments.alignment_hidden_size,
                 feature_size=teacher.feature_size,
             )
@@ -98,10 +127,10 @@ class AlignmentRegularizer(Regularizer):
         self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def penalty(self, latents: Tensor, pixels: Tensor, draw: Any) -> Tensor:
-        patch, cls = self.teacher(pixels)
-        predicted = self.network(latents)
-        loss = alignment_loss(predicted.patch, self._on_latent_grid(patch, latents))
+    def penalty(self, state: AutoencoderState, batch: dict[str, Tensor], draw: Any) -> Tensor:
+        patch, cls = self.teacher(state.pixels)
+        predicted = self.network(state.raw_latents)
+        loss = alignment_loss(predicted.patch, self._on_latent_grid(patch, state.raw_latents))
         if predicted.cls is not None:
             loss = loss + alignment_loss(predicted.cls, cls)
         return loss
@@ -122,5 +151,5 @@ class AlignmentRegularizer(Regularizer):
     def frozen_modules(self) -> list[nn.Module]:
         return [self.teacher]
 
-    def save_components(self, directory: Path) -> None:
-        self.network.save_pretrained(directory / ALIGNMENT_SUBFOLDER)
+    def components(self) -> dict[str, ModelMixin]:
+        return {ALIGNMENT_SUBFOLDER: self.network}

@@ -1,78 +1,146 @@
-"""A regularizer of the latent space: what it draws once per step, and what it does to latents, pixels and the loss.
+"""What a regularizer may do: one base class for each product, with hooks that compose.
 
-A method is one file in this folder whose class is decorated with `@register("its_name")`, one import line in
-`regularizers/__init__.py`, and its test.
+A method is one file: a class with its `Arguments`, decorated with `@register_regularizer("its_name")`, in this folder
+or anywhere else (`--extension FILE`). No other file names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
-import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-REGULARIZERS: dict[str, type[Regularizer]] = {}
+from ..autoencoders import Decoded, Posterior
+from ..extensions import Registry
+from ..randomness import StepRandomness
 
-
-def register(name: str) -> Callable[[type[Regularizer]], type[Regularizer]]:
-    """Makes a regularizer available as `--regularizers NAME`; a name that is taken is refused."""
-
-    def add(cls: type[Regularizer]) -> type[Regularizer]:
-        if name in REGULARIZERS:
-            raise ValueError(
-                f"The regularizer {name!r} is already {REGULARIZERS[name].__name__}; choose another name."
-            )
-        REGULARIZERS[name] = cls
-        return cls
-
-    return add
+REGULARIZERS: Registry[type[Regularizer]] = Registry("regularizer", "diffusers_eqvae.regularizers")
+register_regularizer = REGULARIZERS.register
 
 
 class Regularizer(nn.Module):
-    """Two hooks that compose, `transform` and `penalty`, and the draw that both share.
-
-    One optimizer step calls, in this order and with the same `draw`:
-
-    1. `draw(latent_size, generator)`: every random choice of the step, the same on all ranks and micro-batches;
-    2. `augment(pixels, draw)`: the images that are encoded;
-    3. `transform(latents, pixels, draw)`: what is decoded, and the images it must become;
-    4. `penalty(latents, pixels, draw)`: a term added to the loss, of the untransformed latents.
+    """One method: what it draws once per step, and the term it adds. Not subclassed directly.
 
     Attributes:
+        Arguments: dataclass of its command-line options, each named after the method or with one of `prefixes`.
         weight: factor of the penalty.
         adaptive: whether the penalty is first scaled so that its gradient at the encoder's last layer is as large as
-            that of the reconstruction (`|grad reconstruction| / |grad penalty|`).
+            that of the reconstruction (autoencoder side).
+        couples_samples: whether it gathers samples over ranks, so that two ranks may still equal twice the batch.
+        features: teacher features that it reads as `batch["features.NAME"]`.
     """
 
+    Arguments: ClassVar[type | None] = None
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    couples_samples: ClassVar[bool] = False
+    features: ClassVar[tuple[str, ...]] = ()
     weight: float = 1.0
     adaptive: bool = False
 
     @classmethod
-    def from_arguments(cls, arguments: Any, vae: nn.Module) -> Regularizer:
-        """The regularizer that `training_utils.autoencoder.arguments.RegularizerArguments` describe, for `vae`."""
+    def from_arguments(cls, arguments: Any, model: nn.Module) -> Self:
+        """Built for `model` from an instance of `Arguments`; a component that an earlier run saved goes on."""
         return cls()
 
-    def draw(self, latent_size: tuple[int, int], generator: torch.Generator) -> Any:
-        """The step's random choices for latents of (h, w) cells."""
+    def draw(self, size: tuple[int, int], randomness: StepRandomness) -> Any:
+        """Every random choice of one step, for latents of `size` = (h, w); None = switched off in this step.
+
+        `randomness.shared_generator()` is the same on all ranks, `.rand` and `.randn` are per sample,
+        `.step` is the number of the optimizer step, for schedules.
+        """
         return None
 
-    def augment(self, pixels: Tensor, draw: Any) -> Tensor:
-        """Pixels (B, 3, H, W) to encode, of any size the autoencoder accepts."""
-        return pixels
-
-    def transform(self, latents: Tensor, pixels: Tensor, draw: Any) -> tuple[Tensor, Tensor]:
-        """The raw latents to decode and the pixels that their decoding is compared with."""
-        return latents, pixels
-
-    def penalty(self, latents: Tensor, pixels: Tensor, draw: Any) -> Tensor | None:
-        """A scalar to add to the loss, of raw latents (B, C, h, w) and the pixels they encode; None for nothing."""
+    def penalty(self, state: Any, batch: dict[str, Tensor], draw: Any) -> Tensor | None:
+        """A scalar to add to the loss, the mean over samples; None for nothing."""
         return None
+
+    def components(self) -> dict[str, ModelMixin]:
+        """Networks worth keeping, by the folder that they are saved in beside the finished model."""
+        return {}
 
     def frozen_modules(self) -> list[nn.Module]:
-        """Networks that help without learning and are no submodules; a run counts them in its memory."""
+        """Networks that help without learning: moved to the device, never trained, never saved."""
         return []
 
-    def save_components(self, directory: Path) -> None:
-        """Writes networks worth keeping beside the finished autoencoder."""
+
+@dataclass
+class AutoencoderState:
+    """What an autoencoder-side penalty sees.
+
+    Attributes:
+        posterior: of the encoded pixels.
+        raw_latents: (B, C, h, w), its sample or mode, not transformed.
+        pixels: (B, 3, H, W) that were encoded.
+        encode, decode: the autoencoder's own, inside the wrapped forward.
+    """
+
+    posterior: Posterior
+    raw_latents: Tensor
+    pixels: Tensor
+    encode: Callable[[Tensor], Posterior]
+    decode: Callable[[Tensor], Decoded]
+
+
+class AutoencoderRegularizer(Regularizer):
+    """Regularizes an autoencoder. One step calls, in this order and with the same draw,
+
+        pixels             = augment(pixels)                    what is encoded
+        raw_latents, target = transform(raw_latents, pixels)    what is decoded, and what it must become
+        (latents, target, weight) ... = decodings(state)        further pairs, judged like the first
+        term               = penalty(state)                     of the untransformed raw latents
+
+    Attributes:
+        reaches: which halves of the autoencoder its gradient moves.
+    """
+
+    reaches: ClassVar[frozenset[str]] = frozenset({"encoder", "decoder"})
+
+    def smallest_scale(self) -> float:
+        """The least factor by which it may shrink an image, for the size checks of a run."""
+        return 1.0
+
+    def augment(self, pixels: Tensor, draw: Any) -> Tensor:
+        """Pixels (B, 3, H, W) to encode, of any size that the autoencoder accepts."""
+        return pixels
+
+    def transform(self, raw_latents: Tensor, pixels: Tensor, draw: Any) -> tuple[Tensor, Tensor]:
+        """The raw latents to decode, and the pixels that their decoding is compared with."""
+        return raw_latents, pixels
+
+    def decodings(self, state: AutoencoderState, draw: Any) -> list[tuple[Tensor, Tensor, float]]:
+        """Further (raw_latents, target, weight), judged like the first."""
+        return []
+
+
+@dataclass
+class GeneratorState:
+    """What a generator-side penalty sees.
+
+    Attributes:
+        prediction: of the network, (B, C, h, w) in the objective's prediction type, or logits of tokens.
+        target: what it is compared with.
+        noisy, clean, noise: (B, C, h, w).
+        sigmas: (B,) noise levels; the share of masked tokens for a discrete objective.
+        hidden_states: {n: (B, N, D)} after block n, for the `hidden_layers` that were asked for.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    noisy: Tensor
+    clean: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+
+
+class GeneratorRegularizer(Regularizer):
+    """Regularizes a generator.
+
+    Attributes:
+        hidden_layers: blocks (counted from 1) whose output it reads, inside the one wrapped forward.
+    """
+
+    hidden_layers: tuple[int, ...] = ()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor
-from ..equivariance import Tau, TauDistribution
-from .base import Regularizer, register
+from ..equivariance import SMALLEST_SCALE, Interpolation, ScaleMode, Tau, TauDistribution
+from ..randomness import StepRandomness
+from .base import AutoencoderRegularizer, register_regularizer
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,28 @@ class EquivarianceDraw:
     tau: Tau | None = None
 
 
-@register("equivariance")
-class EquivarianceRegularizer(Regularizer):
+@dataclass
+class EquivarianceArguments:
+    """EQ-VAE's transforms and how often they act."""
+
+    p_equivariance: float = field(
+        default=0.5, metadata={"help": "Share of steps that reconstruct tau(x) from tau(z) (EQ-VAE)."}
+    )
+    p_low_resolution: float = field(
+        default=0.25, metadata={"help": "Among the other steps, share that encodes a resized image."}
+    )
+    tau_scale: ScaleMode = field(
+        default="isotropic", metadata={"help": "How tau's scale is drawn; none leaves rotation alone."}
+    )
+    tau_rotation: bool = field(default=True, metadata={"help": "Whether tau rotates by quarter turns."})
+    tau_interpolation: Interpolation = field(
+        default="bilinear", metadata={"help": "Resampling of latents and images."}
+    )
+    tau_antialias: bool = field(default=False, metadata={"help": "Low-pass filter before resampling."})
+
+
+@register_regularizer("equivariance")
+class EquivarianceRegularizer(AutoencoderRegularizer):
     """Replaces the reconstruction objective on a share of the steps (EQ-VAE, arXiv 2502.09509, eq. 5 and section 3.3).
 
     - with probability `p_equivariance`: reconstruct tau(x) from D(tau(z)), z ~ q(z | x);
@@ -38,6 +59,9 @@ class EquivarianceRegularizer(Regularizer):
     Differs from the reference: its `p_prior` is the probability of the equivariance step, against its own
     documentation, and generator and discriminator see different draws; here a step draws once for both.
     """
+
+    Arguments = EquivarianceArguments
+    prefixes = ("p_", "tau_")
 
     def __init__(
         self,
@@ -57,9 +81,9 @@ class EquivarianceRegularizer(Regularizer):
         self.p_low_resolution = p_low_resolution if self.distribution.scale != "none" else 0.0
 
     @classmethod
-    def from_arguments(cls, arguments: Any, vae: nn.Module) -> EquivarianceRegularizer:
+    def from_arguments(cls, arguments: EquivarianceArguments, model: nn.Module) -> Self:
         return cls(
-            downsampling_factor(vae),
+            downsampling_factor(model),
             distribution=TauDistribution(
                 scale=arguments.tau_scale,
                 rotation=arguments.tau_rotation,
@@ -70,12 +94,16 @@ class EquivarianceRegularizer(Regularizer):
             p_low_resolution=arguments.p_low_resolution,
         )
 
-    def draw(self, latent_size: tuple[int, int], generator: torch.Generator) -> EquivarianceDraw:
+    def smallest_scale(self) -> float:
+        return 1.0 if self.distribution.scale == "none" else SMALLEST_SCALE
+
+    def draw(self, size: tuple[int, int], randomness: StepRandomness) -> EquivarianceDraw:
+        generator = randomness.shared_generator()
         equivariance, low_resolution = torch.rand(2, generator=generator).tolist()
         if equivariance < self.p_equivariance:
-            return EquivarianceDraw("equivariance", self.distribution.draw(latent_size, generator))
+            return EquivarianceDraw("equivariance", self.distribution.draw(size, generator))
         if low_resolution < self.p_low_resolution:
-            return EquivarianceDraw("low_resolution", self.distribution.draw(latent_size, generator))
+            return EquivarianceDraw("low_resolution", self.distribution.draw(size, generator))
         return EquivarianceDraw("plain")
 
     def augment(self, pixels: Tensor, draw: EquivarianceDraw) -> Tensor:
@@ -83,7 +111,7 @@ class EquivarianceRegularizer(Regularizer):
             return pixels
         return draw.tau.resize_pixels(pixels, self.downsampling_factor)
 
-    def transform(self, latents: Tensor, pixels: Tensor, draw: EquivarianceDraw) -> tuple[Tensor, Tensor]:
+    def transform(self, raw_latents: Tensor, pixels: Tensor, draw: EquivarianceDraw) -> tuple[Tensor, Tensor]:
         if draw.tau is None or draw.kind != "equivariance":
-            return latents, pixels
-        return draw.tau.apply_to_latents(latents), draw.tau.apply_to_pixels(pixels, self.downsampling_factor)
+            return raw_latents, pixels
+        return draw.tau.apply_to_latents(raw_latents), draw.tau.apply_to_pixels(pixels, self.downsampling_factor)

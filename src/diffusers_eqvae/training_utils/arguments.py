@@ -1,26 +1,22 @@
-"""The command line of every training script: dataclasses, a YAML preset, and what is saved beside the weights."""
+"""Options that both training scripts share: the run and its data."""
 
-import argparse
-import difflib
-import inspect
-import json
+from __future__ import annotations
+
 import logging
 import os
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.image_datasets import ImageSource, load_image_dataset
-from ..files import write_text
+
+if TYPE_CHECKING:
+    pass
 
 logger = logging.getLogger(__name__)
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-YAML_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass
@@ -193,111 +189,3 @@ def warn_without_effect(arguments: Any, names: Iterable[str], reason: str) -> No
     changed = [f"--{name}" for name in names if getattr(arguments, name) != defaults[name]]
     if changed:
         logger.warning("Without effect, since %s: %s.", reason, ", ".join(changed))
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows a script's docstring line by line, and every default."""
-
-
-def parse(
-    *dataclass_types: type, argv: Sequence[str] | None = None, description: str | None = None
-) -> tuple[Any, ...]:
-    """Reads `[PRESET.yaml] [--flag value ...]` into one instance per dataclass; flags win over the preset.
-
-    Args:
-        dataclass_types: dataclasses whose fields carry their help in `metadata`; names must differ between them.
-        argv: arguments without the program name; None reads `sys.argv`.
-        description: what --help says first.
-
-    Raises:
-        ValueError: a preset that is absent, not a flat mapping, or holds an unknown key (the nearest is named), or a
-            value that a dataclass refuses. Unknown flags end the program, also with the nearest name.
-
-    Example:
-        >>> (run,) = parse(RunArguments, argv=["--output_dir", "runs/x", "--seed", "3"])
-        >>> run.seed
-        3
-    """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        dataclass_types, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
-    )
-    parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
-    parser.epilog = "A YAML preset may come first; its keys are the flags' names, and flags given after it win."
-    for action in parser._actions:  # the --no_X that HfArgumentParser adds would repeat X's help and the wrong default
-        if action.option_strings[0].startswith("--no_") and action.nargs == 0:
-            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
-    argv = list(sys.argv[1:] if argv is None else argv)
-    known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
-    if argv and Path(argv[0]).suffix in YAML_SUFFIXES:
-        argv = _preset_as_flags(Path(argv[0]), known) + argv[1:]
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    misplaced = [word for word in unknown if Path(word).suffix in YAML_SUFFIXES]
-    if misplaced:
-        parser.error(f"the preset must come first, before every flag; {misplaced[0]} does not")
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}; the nearest flag is --{_nearest(unknown[0].lstrip('-'), known)}")
-    return tuple(parsed)
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-
-
-def _preset_as_flags(path: Path, known: Sequence[str]) -> list[str]:
-    """The preset as command-line words, so that one parser checks types for both; null means 'not given'."""
-    if not path.is_file():
-        raise ValueError(f"The preset {path} does not exist; presets are in training/configs.")
-    content = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"A preset must map flag names to values; {path} holds a {type(content).__name__}.")
-    flags: list[str] = []
-    for key, value in content.items():
-        if key not in known:
-            nearest = _nearest(str(key), known)
-            raise ValueError(f"Unknown key {key!r} in the preset {path}; the nearest flag is {nearest!r}.")
-        if isinstance(value, dict):
-            raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
-        if value is not None:
-            flags += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return flags
-
-
-def read_model_config(path: str | Path, model_class: type) -> dict[str, Any]:
-    """The init arguments of `model_class` in a JSON file; what diffusers notes beside them (_class_name) is left out.
-
-    Raises:
-        ValueError: a file that is absent or holds no mapping; a key that the class does not have (the nearest is
-            named).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"The model config {path} does not exist; it is a JSON file with init arguments.")
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"A model config must map init arguments to values; {path} holds a {type(content).__name__}.")
-    known = [name for name in inspect.signature(model_class).parameters if name not in ("args", "kwargs")]
-    config = {key: value for key, value in content.items() if not key.startswith("_")}
-    for key in config:
-        if key not in known:
-            raise ValueError(
-                f"Unknown key {key!r} in {path}; the nearest of {model_class.__name__} is {_nearest(key, known)!r}."
-            )
-    return config
-
-
-def resolved(*arguments: Any) -> dict[str, Any]:
-    """All fields of several argument dataclasses as one flat mapping, in their order."""
-    merged: dict[str, Any] = {}
-    for group in arguments:
-        merged.update(asdict(group))
-    return merged
-
-
-def save_resolved(values: dict[str, Any], directory: Path) -> None:
-    """Writes `resolved_arguments.json` and `.yaml` (which is a preset that repeats the run)."""
-    write_text(directory / "resolved_arguments.json", json.dumps(values, indent=2) + "\n")
-    write_text(directory / "resolved_arguments.yaml", yaml.safe_dump(values, sort_keys=False))

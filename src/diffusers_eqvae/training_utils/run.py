@@ -30,8 +30,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..extensions import loaded_extensions
 from ..randomness import StepRandomness, preserved_global_state, reseed_global
-from . import arguments as cli
+from . import command_line
+from .arguments import RunArguments
 from .checkpoints import find_checkpoint, publish, read_module, resumed_step, write_checkpoint
 from .dry_run import SavedActivations, first_example, report
 from .launch import StopSignal, build_accelerator, wrap
@@ -69,7 +71,7 @@ class TrainingRun:
             run, without --resume_from_checkpoint; see `find_checkpoint`.
     """
 
-    def __init__(self, arguments: cli.RunArguments, *others: Any, name: str) -> None:
+    def __init__(self, arguments: RunArguments, *others: Any, name: str) -> None:
         self.arguments, self.name = arguments, name
         self.output_dir = Path(arguments.output_dir)
         self.accelerator = build_accelerator(arguments)
@@ -79,7 +81,7 @@ class TrainingRun:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.allow_tf32
         reseed_global(arguments.seed, 0, 0, 0)
         # Without the resumption: what is saved is to repeat the run, not to open it again.
-        self._resolved = {**cli.resolved(arguments, *others), "resume_from_checkpoint": None}
+        self._resolved = {**command_line.resolved(arguments, *others), "resume_from_checkpoint": None}
         self._checkpoint = find_checkpoint(arguments.resume_from_checkpoint, self.output_dir, warn=self.is_main)
         self.step = 0
         if self._checkpoint is not None:
@@ -310,7 +312,7 @@ class TrainingRun:
             def write(directory: Path) -> None:
                 for name, entry in self._modules.items():
                     torch.save(entry.state_dict(), directory / f"{name}.pt")
-                cli.save_resolved(self._resolved, directory)
+                command_line.save_resolved(self._resolved, directory)
 
             path = write_checkpoint(
                 self.output_dir,
@@ -325,7 +327,12 @@ class TrainingRun:
 
     def _facts(self) -> dict[str, Any]:
         world_size = self.accelerator.num_processes
-        return {"global_batch_size": self.global_batch_size, "world_size": world_size, "arguments": self._resolved}
+        return {
+            "global_batch_size": self.global_batch_size,
+            "world_size": world_size,
+            "extensions": loaded_extensions(),
+            "arguments": self._resolved,
+        }
 
     def _claim_output_dir(self) -> None:
         if self.is_main:
@@ -336,7 +343,7 @@ class TrainingRun:
                 probe.unlink()
             except OSError as reason:
                 raise ValueError(f"Cannot write to --output_dir {self.output_dir}: {reason}.") from reason
-            cli.save_resolved(self._resolved, self.output_dir)
+            command_line.save_resolved(self._resolved, self.output_dir)
         self.accelerator.wait_for_everyone()
 
     def _next_batch(self, batches: Iterator[Any]) -> Any:

@@ -1,9 +1,11 @@
 """What `training/train_autoencoder.py` can be told about the model, the losses and the regularizers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...regularizers import REGULARIZERS
+from ...regularizers.base import REGULARIZERS, AutoencoderRegularizer
+from ..command_line import Choice, regularizer_choice
 
 
 @dataclass
@@ -79,51 +81,19 @@ class AutoencoderLossArguments:
 
 @dataclass
 class RegularizerArguments:
-    """Which latent-space regularizers run, and how."""
+    """Which regularizers run; each brings its own options."""
 
     regularizers: list[str] = field(
         default_factory=lambda: ["equivariance"],
-        metadata={"help": f"Any of {', '.join(REGULARIZERS)}, or none. Several compose on one autoencoder."},
-    )
-    p_equivariance: float = field(
-        default=0.5, metadata={"help": "Share of steps that reconstruct tau(x) from tau(z) (EQ-VAE)."}
-    )
-    p_low_resolution: float = field(
-        default=0.25, metadata={"help": "Among the other steps, share that encodes a resized image."}
-    )
-    tau_scale: Literal["isotropic", "anisotropic", "uniform", "discrete", "none"] = field(
-        default="isotropic", metadata={"help": "How tau's scale is drawn; none leaves rotation alone."}
-    )
-    tau_rotation: bool = field(default=True, metadata={"help": "Whether tau rotates by quarter turns."})
-    tau_interpolation: Literal["bilinear", "bicubic"] = field(
-        default="bilinear", metadata={"help": "Resampling of latents and images."}
-    )
-    tau_antialias: bool = field(default=False, metadata={"help": "Low-pass filter before resampling."})
-    alignment_teacher: str = field(
-        default="facebook/dinov2-with-registers-large",
-        metadata={"help": "Feature network of the alignment regularizer: a transformers name or directory."},
-    )
-    alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
-    alignment_adaptive: bool = field(
-        default=True,
-        metadata={"help": "Multiply it by |grad nll| / |grad alignment| at the encoder's last layer."},
-    )
-    alignment_hidden_size: int = field(default=2048, metadata={"help": "Width of the alignment network."})
-    alignment_image_size: int = field(
-        default=448, metadata={"help": "Side in pixels of the images shown to the teacher."}
-    )
-    alignment_final_norm: bool = field(
-        default=True,
         metadata={
-            "help": "Align with the teacher's features after its last LayerNorm (what DINOv2's segmentation heads "
-            "read), or with --no_alignment_final_norm before it (what its depth heads read)."
+            "help": f"Any of {', '.join(REGULARIZERS)}, or none. Several compose on one autoencoder, in this order."
         },
     )
 
-    def of(self, name: str) -> dict[str, Any]:
-        """The arguments that belong to one regularizer: equivariance's start with p_ or tau_, others with its name."""
-        prefixes = ("p_", "tau_") if name == "equivariance" else (f"{name}_",)
-        return {key: value for key, value in vars(self).items() if key.startswith(prefixes)}
+
+def autoencoder_choices(given: Mapping[str, Any]) -> list[Choice]:
+    """Whose options the script takes besides its own: those of the regularizers."""
+    return [regularizer_choice(given["regularizers"], AutoencoderRegularizer)]
 
 
 @dataclass

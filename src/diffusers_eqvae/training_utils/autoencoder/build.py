@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder
 from ...data.image_datasets import PixelDataset, load_image_dataset
@@ -15,9 +16,10 @@ from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_aligned import AutoencoderKLAligned
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ
 from ...models.discriminator import PatchDiscriminator
-from ...objectives.autoencoder import AutoencoderLossWeights
-from ...regularizers import REGULARIZERS, Regularizer
-from ..arguments import DataArguments, read_model_config, warn_without_effect
+from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
+from ...regularizers.base import REGULARIZERS
+from ..arguments import DataArguments, warn_without_effect
+from ..command_line import read_model_config
 from .arguments import (
     AutoencoderArguments,
     AutoencoderEvaluationArguments,
@@ -109,22 +111,24 @@ def load_images(
     return images, torch.stack([chosen[index]["pixel_values"] for index in range(count)])
 
 
-def build_regularizers(arguments: RegularizerArguments, vae: nn.Module) -> dict[str, Regularizer]:
-    """The regularizers named in `arguments.regularizers` ("none" for an empty list), in that order.
+def build_objective(
+    arguments: AutoencoderArguments,
+    regularizing: RegularizerArguments,
+    methods: Mapping[str, Any],
+    *,
+    reduction: Literal["sum", "mean"],
+    gradient_checkpointing: bool = False,
+) -> AutoencoderObjective:
+    """The autoencoder to train, inside its objective with the regularizers that were chosen.
 
-    Raises:
-        ValueError: an unknown or repeated name.
+    Args:
+        methods: the regularizers' own arguments, by name.
+        reduction: of the KL term.
     """
-    names = [name for name in arguments.regularizers if name != "none"]
-    unknown = [name for name in names if name not in REGULARIZERS]
-    if unknown or len(set(names)) != len(names):
-        raise ValueError(
-            f"--regularizers takes each of {', '.join(REGULARIZERS)} at most once, or none; got "
-            f"{' '.join(arguments.regularizers)}."
-        )
-    for name in REGULARIZERS.keys() - set(names):
-        warn_without_effect(arguments, arguments.of(name), f"--regularizers leaves out {name}")
-    return {name: REGULARIZERS[name].from_arguments(arguments, vae) for name in names}
+    names = [name for name in regularizing.regularizers if name != "none"]
+    vae = build_autoencoder(arguments, aligned="alignment" in names, gradient_checkpointing=gradient_checkpointing)
+    regularizers: dict[str, Any] = {name: REGULARIZERS[name].from_arguments(methods.get(name), vae) for name in names}
+    return AutoencoderObjective(vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=reduction)
 
 
 def build_loss_weights(arguments: AutoencoderLossArguments) -> AutoencoderLossWeights:
@@ -144,7 +148,7 @@ def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int) -
     """LPIPS, or None where its weight is 0.
 
     Args:
-        smallest_px: shortest side of the smallest image that it will see (tau's smallest scale).
+        smallest_px: shortest side of the smallest image that it will see (see `smallest_image_px`).
 
     Raises:
         ValueError: that side is below what the network's strides need.
@@ -166,7 +170,7 @@ def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int
     """The PatchGAN discriminator, or None where its weight is 0.
 
     Args:
-        smallest_px: shortest side of the smallest image that it will see (tau's smallest scale).
+        smallest_px: shortest side of the smallest image that it will see (see `smallest_image_px`).
 
     Raises:
         ValueError: that side is below what the discriminator's strides need.
@@ -190,23 +194,25 @@ def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int
 def _check_smallest(who: str, needed_px: int, smallest_px: int, remedy: str) -> None:
     if smallest_px < needed_px:
         raise ValueError(
-            f"{who} needs images of at least {needed_px} px, but tau's smallest image has {smallest_px} px; raise "
+            f"{who} needs images of at least {needed_px} px, but a regularizer's smallest has {smallest_px} px; raise "
             f"--resolution, {remedy}, or give the term weight 0."
         )
 
 
-def smallest_image_px(arguments: RegularizerArguments, vae: nn.Module, resolution: int) -> int:
-    """Shortest side of the smallest image tau can produce: a quarter of the latent side, in pixels.
+def smallest_image_px(objective: AutoencoderObjective, resolution: int) -> int:
+    """Shortest side of the smallest image that a regularizer makes of one of `resolution` pixels.
 
     Raises:
-        ValueError: latents of a single cell, which tau cannot shrink.
+        ValueError: latents of a single position, which no regularizer can shrink.
     """
-    if "equivariance" not in arguments.regularizers or arguments.tau_scale == "none":
+    scale = min((regularizer.smallest_scale() for regularizer in objective.regularizers.values()), default=1.0)
+    if scale == 1.0:
         return resolution
-    factor = downsampling_factor(vae)
-    if resolution < 2 * factor:
+    factor = downsampling_factor(objective.model)
+    side = resolution // factor
+    if side < 2:
         raise ValueError(
-            f"tau's scale needs latents of at least 2 cells a side, and --resolution {resolution} gives 1 at stride "
-            f"{factor}; use --resolution {2 * factor} or more, or --tau_scale none."
+            f"A regularizer that scales latents needs at least 2 positions a side, and --resolution {resolution} "
+            f"gives 1 at stride {factor}; use --resolution {2 * factor} or more, or leave scaling out."
         )
-    return max(resolution // factor // 4, 1) * factor
+    return max(int(side * scale), 1) * factor

@@ -44,6 +44,7 @@ def autoencoder_facts(
     model: AutoencoderArguments,
     losses: AutoencoderLossArguments,
     regularizing: RegularizerArguments,
+    methods: Mapping[str, Any],
     data: DataArguments,
 ) -> dict[str, Any]:
     """What the arguments say about the run, in `RunFacts`' words."""
@@ -53,6 +54,7 @@ def autoencoder_facts(
         "kl": losses.kl_weight,
         f"discriminator ({losses.disc_loss})": losses.disc_weight,
     }
+    chosen = [name for name in regularizing.regularizers if name != "none"]
     return {
         "base_model": model.pretrained_model_name_or_path,
         "dataset": data.name,
@@ -64,7 +66,7 @@ def autoencoder_facts(
         "ema_decay": run.arguments.ema_decay if run.arguments.use_ema else None,
         "seed": run.arguments.seed,
         "losses": {name: weight for name, weight in weights.items() if weight},
-        "regularizers": {name: regularizing.of(name) for name in regularizing.regularizers if name != "none"},
+        "regularizers": {name: vars(methods[name]) if name in methods else {} for name in chosen},
     }
 
 
@@ -103,13 +105,13 @@ def save_autoencoder(
     """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_facts.json.
 
     Args:
-        objective: its `vae` and what its regularizers keep are written.
+        objective: its model and its components are written.
         images: training images, on which mean and std of the latents are measured.
         evaluation: how many of them, and whether the config takes the result.
         facts: further fields of `RunFacts`.
         figures: measured values by name.
     """
-    vae = objective.vae
+    vae = objective.model
     num_samples = None
     if evaluation.normalization != "config":
         statistics = measure_normalization(vae, images, evaluation.num_normalization_images)
@@ -119,8 +121,8 @@ def save_autoencoder(
     normalization = LatentNormalization.from_vae(vae)
     vae.save_pretrained(directory)
     normalization.save_json(directory / "mean_std.json", num_samples=num_samples)
-    for regularizer in objective.regularizers.values():
-        regularizer.save_components(directory)
+    for folder, component in objective.components().items():
+        component.save_pretrained(directory / folder)
     if discriminator is not None:
         discriminator.save_pretrained(directory / "discriminator")
     write_run_facts(

@@ -1,14 +1,18 @@
-"""What `training/train_transformer.py` can be told about the model, its latents and the objective."""
+"""What `training/train_transformer.py` can be told about the model, its latents and how it is measured."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from ...guidance import validate_interval
 from ...metrics.feature_networks import EvaluatorName
-from ...models.transformer_sit import SIT_PRESETS
+from ...objectives.base import OBJECTIVES
+from ...regularizers.base import GeneratorRegularizer
 from ..arguments import warn_without_effect
-
-FLOW_PRESETS = tuple(name for name in SIT_PRESETS if name.startswith("SiT"))
+from ..command_line import Choice, regularizer_choice
+from .model_source import ModelSource
 
 
 @dataclass
@@ -18,8 +22,8 @@ class TransformerArguments:
     model: str = field(
         default="SiT-B/2",
         metadata={
-            "help": "A size of the papers (SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2; patch 1, 2, 4 or 8), a JSON file with "
-            "the init arguments of SiTTransformer2DModel, or the directory of a saved one or of its pipeline, to "
+            "help": "A model name (SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2; patch 1, 2, 4 or 8), a JSON file with the "
+            "_class_name and constructor arguments of one, or the directory of a saved one or of its pipeline, to "
             "continue from."
         },
     )
@@ -40,35 +44,34 @@ class TransformerArguments:
     class_dropout_prob: float = field(
         default=0.1, metadata={"help": "Share of samples trained without their label, for classifier-free guidance."}
     )
-    qk_norm: bool = field(
-        default=False, metadata={"help": "Normalise queries and keys (steadier at high learning rates)."}
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Constructor arguments of the model over its preset's: KEY=VALUE ..., e.g. qk_norm=true."},
+    )
+    objective: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(OBJECTIVES)}; unset, the one that the model was made for."}
+    )
+    regularizers: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Regularizers of the generator, or none; they compose."}
     )
 
 
 @dataclass
-class FlowArguments:
-    """The objective and its optimizer."""
+class OptimizerArguments:
+    """AdamW."""
 
-    objective: Literal["flow"] = field(
-        default="flow", metadata={"help": "flow: mean square of the predicted velocity (SiT)."}
-    )
-    path: Literal["linear", "cosine"] = field(
-        default="linear", metadata={"help": "x = alpha * latents + beta * noise: (1 - sigma, sigma), or cosine."}
-    )
-    sigma_distribution: Literal["uniform", "logit_normal"] = field(
-        default="uniform", metadata={"help": "How noise levels are drawn in training."}
-    )
-    sigma_mean: float = field(default=0.0, metadata={"help": "Mean of logit(sigma) for logit_normal; > 0: noisier."})
-    sigma_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma) for logit_normal."})
     adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of AdamW."})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of AdamW."})
 
-    def __post_init__(self) -> None:
-        if self.sigma_std <= 0:
-            raise ValueError(f"--sigma_std must be positive; got {self.sigma_std}.")
-        if self.sigma_distribution == "uniform":
-            warn_without_effect(self, ("sigma_mean", "sigma_std"), "--sigma_distribution is uniform")
+
+def transformer_choices(given: Mapping[str, Any]) -> list[Choice]:
+    """Whose options the script takes besides its own: the objective's and the regularizers'."""
+    objective = given["objective"] or ModelSource.find(given["model"]).objective
+    return [
+        Choice(OBJECTIVES, (objective,), "objective"),
+        regularizer_choice(given["regularizers"], GeneratorRegularizer),
+    ]
 
 
 @dataclass

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...autoencoders import downsampling_factor, is_pipeline, latent_channels, load_autoencoder
+from ...autoencoders import downsampling_factor, latent_channels, load_autoencoder
 from ...data.image_datasets import PixelDataset
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
-from ...models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from ...models.backbone import Backbone
+from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ...provenance import vae_fingerprint
-from ...schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
-from ..arguments import DataArguments, read_model_config, warn_without_effect
-from .arguments import FLOW_PRESETS, SamplingArguments, TransformerArguments
+from ...regularizers.base import REGULARIZERS
+from ..arguments import DataArguments, warn_without_effect
+from ..command_line import parse_overrides
+from .arguments import SamplingArguments, TransformerArguments
+from .model_source import ModelSource
 
 
 def load_latents(arguments: TransformerArguments, data: DataArguments) -> LatentData:
@@ -70,50 +74,73 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
     return LatentData(dataset, vae, len(source.id2label), source.id2label, shape, name=data.name)
 
 
+def build_objective(
+    arguments: TransformerArguments,
+    methods: Mapping[str, Any],
+    latents: LatentData,
+    *,
+    gradient_checkpointing: bool = False,
+) -> Objective:
+    """The transformer to train, inside its objective with the regularizers that were chosen.
+
+    Args:
+        methods: the objective's and the regularizers' own arguments, by name.
+
+    Raises:
+        ValueError: model, objective and data that do not belong together.
+    """
+    source = ModelSource.find(arguments.model)
+    name = arguments.objective or source.objective
+    kind: Any = OBJECTIVES[name]
+    if kind.reads != "latents":
+        raise ValueError(f"The objective {name} reads {kind.reads}, and these data are latents; choose another.")
+    if name != source.objective:
+        raise ValueError(
+            f"{arguments.model} is a model for the objective {source.objective}, which another cannot train; leave "
+            f"--objective {name} out, or choose a model that was made for it."
+        )
+    model = build_transformer(arguments, source, latents, gradient_checkpointing=gradient_checkpointing)
+    if model.config.prediction_type not in kind.prediction_types:
+        raise ValueError(
+            f"The objective {name} trains models that predict {' or '.join(kind.prediction_types)}; "
+            f"{arguments.model} predicts {model.config.prediction_type}."
+        )
+    names = [regularizer for regularizer in arguments.regularizers if regularizer != "none"]
+    regularizers = {each: REGULARIZERS[each].from_arguments(methods.get(each), model) for each in names}
+    return kind(model, regularizers, arguments=methods.get(name))
+
+
 def build_transformer(
-    arguments: TransformerArguments, latents: LatentData, *, gradient_checkpointing: bool = False
-) -> SiTTransformer2DModel:
+    arguments: TransformerArguments, source: ModelSource, latents: LatentData, *, gradient_checkpointing: bool = False
+) -> Backbone:
     """The transformer to train, in float32, whose config says which latents it belongs to.
 
     Raises:
-        ValueError: an unknown preset, one of another objective, or a saved model for other latents or classes.
+        ValueError: a saved model for other latents or classes, or an override that its class does not take.
     """
     channels, height, width = latents.latent_shape
     fitting = {
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
         "num_classes": latents.num_classes,
-        "latent_fingerprint": vae_fingerprint(latents.vae),
+        "autoencoder": vae_fingerprint(latents.vae),
     }
-    options = {"class_dropout_prob": arguments.class_dropout_prob, "qk_norm": arguments.qk_norm}
-    path = Path(arguments.model)
-    if path.is_dir() and is_pipeline(arguments.model):
-        path = path / "transformer"
-    if path.is_dir():
-        warn_without_effect(arguments, options, f"the saved model {path} has its own")
-        kind = SiTTransformer2DModel.load_config(path)["_class_name"]
-        if kind != SiTTransformer2DModel.__name__:
-            raise ValueError(f"--model {path} holds an {kind}; a {SiTTransformer2DModel.__name__} is trained here.")
-        model = SiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
-        _refuse_mismatch(path, dict(model.config), fitting)
-        model.register_to_config(latent_fingerprint=fitting["latent_fingerprint"])
-    elif path.is_file():
-        config = read_model_config(path, SiTTransformer2DModel)
-        _refuse_mismatch(path, config, fitting)
-        model = SiTTransformer2DModel(**{**options, **config, **fitting})
-    elif arguments.model in SIT_PRESETS and arguments.model not in FLOW_PRESETS:
-        raise ValueError(
-            f"{arguments.model} predicts noise, which --objective flow does not train; "
-            f"use {arguments.model.replace('DiT', 'SiT')}."
-        )
+    options = {"class_dropout_prob": arguments.class_dropout_prob, "config_overrides": arguments.config_overrides}
+    _refuse_mismatch(arguments.model, source.config, fitting)
+    if source.directory is not None:
+        warn_without_effect(arguments, options, f"the saved model {source.directory} has its own")
+        model = source.cls.from_pretrained(source.directory, torch_dtype=torch.float32)
+        model.register_to_config(autoencoder=fitting["autoencoder"])
     else:
-        model = SiTTransformer2DModel.from_preset(arguments.model, **options, **fitting)
+        overrides = parse_overrides(arguments.config_overrides, source.cls)
+        given = {"class_dropout_prob": arguments.class_dropout_prob, **source.config, **overrides, **fitting}
+        model = source.cls(**given)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
 
 
-def check_guidance(model: SiTTransformer2DModel, sampling: SamplingArguments) -> None:
+def check_guidance(model: Backbone, sampling: SamplingArguments) -> None:
     """Raises ValueError where validation would guide a model that learns no null class."""
     if sampling.guidance_scale != 1.0 and model.config.class_dropout_prob == 0.0:
         raise ValueError(
@@ -122,7 +149,7 @@ def check_guidance(model: SiTTransformer2DModel, sampling: SamplingArguments) ->
         )
 
 
-def _refuse_mismatch(path: Path, config: dict[str, Any], fitting: dict[str, Any]) -> None:
+def _refuse_mismatch(path: str, config: dict[str, Any], fitting: dict[str, Any]) -> None:
     for key, value in fitting.items():
         saved = config.get(key, value)
         saved = list(saved) if isinstance(saved, tuple) else saved
@@ -130,14 +157,12 @@ def _refuse_mismatch(path: Path, config: dict[str, Any], fitting: dict[str, Any]
             raise ValueError(f"The model {path} has {key} = {saved}, but the latents have {value}: they do not fit.")
 
 
-def build_pipeline(
-    transformer: SiTTransformer2DModel, latents: LatentData, *, path: str = "linear"
-) -> ClassConditionalPipeline:
-    """The pipeline that samples what was trained, with an Euler solver of the path's ODE."""
+def build_pipeline(objective: Objective, latents: LatentData) -> ClassConditionalPipeline:
+    """The pipeline that samples what `objective` trains."""
     pipeline = ClassConditionalPipeline(
-        transformer=transformer,
+        transformer=objective.model,
         vae=latents.vae,
-        scheduler=FlowMatchODEScheduler(path=path),
+        scheduler=objective.scheduler(),
         id2label=latents.id2label or None,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -13,10 +13,11 @@ from PIL import Image
 from ...data.latent_data import LatentData
 from ...hub import RunFacts, write_run_facts
 from ...latents import LatentNormalization
-from ...models.transformer_sit import SIT_PRESETS
+from ...models.backbone import backbones
+from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..run import TrainingRun
-from .arguments import FlowArguments, SamplingArguments, TransformerArguments
+from .arguments import SamplingArguments, TransformerArguments
 
 
 def sample_grid(pipeline: ClassConditionalPipeline, sampling: SamplingArguments, *, seed: int) -> list[Image.Image]:
@@ -24,7 +25,7 @@ def sample_grid(pipeline: ClassConditionalPipeline, sampling: SamplingArguments,
     labels = [label for label in sampling.validation_labels if label < pipeline.transformer.config.num_classes]
     return pipeline(
         labels or [0],
-        num_images_per_prompt=sampling.num_validation_images,
+        num_images_per_label=sampling.num_validation_images,
         guidance_scale=sampling.guidance_scale,
         guidance_interval=(sampling.guidance_interval[0], sampling.guidance_interval[1]),
         num_inference_steps=sampling.num_inference_steps,
@@ -38,12 +39,14 @@ def save_pipeline(
     run: TrainingRun,
     *,
     arguments: TransformerArguments,
-    flow: FlowArguments,
+    objective: Objective,
     sampling: SamplingArguments,
     latents: LatentData,
 ) -> None:
     """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_facts.json."""
     pipeline.save_pretrained(directory)
+    for folder, component in objective.components().items():
+        component.save_pretrained(directory / folder)
     normalization = LatentNormalization.from_vae(latents.vae)
     if normalization.mean is not None:
         normalization.save_json(directory / "vae" / "mean_std.json")
@@ -52,8 +55,8 @@ def save_pipeline(
     images = [{"path": drawn, "caption": caption}] if (run.output_dir / drawn).exists() else []
     facts = RunFacts(
         model_class=type(pipeline.transformer).__name__,
-        architecture=arguments.model if arguments.model in SIT_PRESETS else None,
-        objective=f"{flow.objective}, {flow.path} path, sigma {flow.sigma_distribution}",
+        architecture=arguments.model if arguments.model in backbones() else None,
+        objective=_describe(objective),
         vae=arguments.vae,
         dataset=latents.name,
         steps=run.step,
@@ -73,3 +76,9 @@ def save_pipeline(
         command=shlex.join(sys.argv),
     )
     write_run_facts(directory / "run_facts.json", facts)
+
+
+def _describe(objective: Objective) -> str:
+    """The objective and its options, for the card."""
+    options = vars(getattr(objective, "arguments", None) or object()) if hasattr(objective, "arguments") else {}
+    return ", ".join([OBJECTIVES.name_of(type(objective)), *(f"{key} {value}" for key, value in options.items())])

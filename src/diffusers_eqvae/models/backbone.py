@@ -1,0 +1,136 @@
+"""What a generator's network must be, whatever it is made of; and the room's list of them.
+
+A backbone is one file `models/transformer_*.py`, or a file of yours (`--extension FILE`): a class decorated with
+`@register_backbone`, with its sizes in `PRESETS`. No other file names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from .. import _registration
+
+PREDICTION_TYPES = ("flow_prediction", "epsilon", "v_prediction", "sample", "logits")
+_BACKBONES: dict[str, type[Backbone]] = {}
+B = TypeVar("B", bound="type[Backbone]")
+
+
+@dataclass
+class BackboneOutput(BaseOutput):
+    """What a backbone gives.
+
+    Args:
+        sample: (B, C, h, w), (B, 2C, h, w) with a learned variance, or logits (B, V, h, w) of tokens.
+        hidden_states: {n: (B, N, D)} after block n, for the `hidden_layers` that were asked for.
+    """
+
+    sample: Tensor
+    hidden_states: dict[int, Tensor] | None = None
+
+
+class Backbone(ModelMixin, ConfigMixin):
+    """A generator's network: what stands in its saved config decides how it is trained and sampled.
+
+    config:
+        objective: "flow_matching" (time is 1000 sigma), "denoising" (time is a step of 0 .. 999) or "masked_tokens".
+        prediction_type: what the output is, in diffusers' words: "flow_prediction", "epsilon", ...
+        sample_size, in_channels: of the latents.
+        num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null class.
+        class_dropout_prob: share of samples trained without their label; 0 = there is no null class to guide with.
+        autoencoder: identity of the autoencoder whose latents it knows (`provenance.autoencoder_identity`).
+
+    Attributes:
+        PRESETS: model name ("SiT-B/2") -> constructor arguments, objective and prediction_type included.
+        hidden_size: D. num_layers: blocks. token_grid: tokens along height and width.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    hidden_size: int
+    num_layers: int
+    token_grid: tuple[int, int]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """A freshly initialised model of that name; `overrides` are constructor arguments.
+
+        Raises:
+            ValueError: for a name that is not in `PRESETS`.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"Unknown model {name!r}. Choose one of: {', '.join(cls.PRESETS)}.")
+        return cls(**{**cls.PRESETS[name], **overrides})
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class"."""
+        return self.config.num_classes
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor,
+        *,
+        drop_labels: Tensor | None = None,
+        hidden_layers: tuple[int, ...] = (),
+        return_dict: bool = True,
+    ) -> BackboneOutput | tuple[Tensor, dict[int, Tensor]]:
+        """The prediction for noisy latents (B, C, h, w), or for tokens (B, h, w) with `timestep` None."""
+
+
+def register_backbone(cls: B) -> B:
+    """Class decorator: makes the names in `PRESETS` models of `--model`, and the class loadable by diffusers.
+
+    Raises:
+        ValueError: a name belongs to another class, or a preset does not say its objective and prediction_type.
+
+    Example:
+        >>> @register_backbone
+        ... class MyTransformer2DModel(Backbone):
+        ...     PRESETS = {"My-S": {"objective": "flow_matching", "prediction_type": "flow_prediction"}}
+    """
+    for name, config in cls.PRESETS.items():
+        owner = _BACKBONES.get(name)
+        if owner is not None and (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"The model name {name!r} of {cls.__module__} is taken by {owner.__module__}.")
+        missing = [key for key in ("objective", "prediction_type") if key not in config]
+        if missing:
+            raise ValueError(f"The preset {name!r} of {cls.__name__} must say its {' and '.join(missing)}.")
+    _BACKBONES.update(dict.fromkeys(cls.PRESETS, cls))
+    _registration.register([cls])
+    return cls
+
+
+def backbones() -> dict[str, type[Backbone]]:
+    """Model name -> class, of this folder's `transformer_*` modules and of the extensions."""
+    package = importlib.import_module(__package__ or "")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith("transformer_"):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(_BACKBONES)
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """The class that is called `name`, as a saved config's `_class_name` says it.
+
+    Raises:
+        ValueError: there is none; says which there are.
+    """
+    classes = {cls.__name__: cls for cls in backbones().values()}
+    if name not in classes:
+        raise ValueError(
+            f"{name} is not a backbone known here ({', '.join(sorted(classes))}). One of your own is loaded from its "
+            "file (--extension FILE, or diffusers_eqvae.load_extension)."
+        )
+    return classes[name]

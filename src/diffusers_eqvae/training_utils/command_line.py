@@ -1,0 +1,307 @@
+"""The command line of every script: dataclasses, a YAML preset, extensions, and what is saved beside the weights."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..extensions import Registry, load_extension
+from ..files import write_text
+from ..regularizers.base import REGULARIZERS, Regularizer
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+logger = logging.getLogger(__name__)
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Members of one room that an option chose: their own options join the script's.
+
+    Args:
+        registry: the room.
+        names: those chosen.
+        flag: the option that chose them.
+    """
+
+    registry: Registry[Any]
+    names: tuple[str, ...]
+    flag: str
+
+    def arguments(self) -> dict[str, type]:
+        """Name -> `Arguments` of those that have any."""
+        found = {name: getattr(self.registry[name], "Arguments", None) for name in self.names}
+        return {name: kind for name, kind in found.items() if kind is not None}
+
+    def others(self) -> tuple[str, ...]:
+        return tuple(name for name in self.registry.names() if name not in self.names)
+
+
+Choices = Callable[[Mapping[str, Any]], Sequence[Choice]]
+
+
+def parse(
+    *dataclass_types: type,
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    choices: Choices | None = None,
+) -> tuple[Any, ...]:
+    """Reads `[PRESET.yaml] [--flag value ...]` into one instance per dataclass; flags win over the preset.
+
+    `--extension FILE_OR_MODULE`, repeatable and from the command line only, is loaded before everything else.
+
+    Args:
+        dataclass_types: dataclasses whose fields carry their help in `metadata`; names must differ between them.
+        argv: arguments without the program name; None reads `sys.argv`.
+        description: what --help says first.
+        choices: from the values read so far (name -> value), whose further options there are; their instances are
+            the last value returned, by member name.
+
+    Raises:
+        ValueError: a preset that is absent, not a flat mapping, or holds an unknown key (the nearest is named), or a
+            value that a dataclass refuses. Unknown flags end the program, also with the nearest name, and options of
+            a method that was not chosen with the method's.
+
+    Example:
+        >>> (run,) = parse(RunArguments, argv=["--output_dir", "runs/x", "--seed", "3"])
+        >>> run.seed
+        3
+    """
+    argv = load_extensions(list(sys.argv[1:] if argv is None else argv))
+    preset: dict[str, Any] = {}
+    if argv and Path(argv[0]).suffix in YAML_SUFFIXES:
+        preset, argv = _read_preset(Path(argv[0])), argv[1:]
+    chosen: Sequence[Choice] = ()
+    if choices is not None:
+        known = _field_names(dataclass_types)
+        chosen = choices(_preliminary(dataclass_types, _as_flags(preset, known) + argv))
+    methods = {name: kind for choice in chosen for name, kind in choice.arguments().items()}
+
+    types = [*dataclass_types, *methods.values()]
+    parser = _build_parser(types, description, chosen)
+    known = _field_names(types)
+    _check_preset(preset, known, chosen)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        _as_flags(preset, known) + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(_explain(unknown, known, chosen))
+    if choices is None:
+        return tuple(parsed)
+    count = len(dataclass_types)
+    return (*parsed[:count], dict(zip(methods, parsed[count:], strict=True)))
+
+
+def load_extensions(argv: list[str]) -> list[str]:
+    """Loads what `--extension FILE_OR_MODULE` names, and gives back the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--extension", action="append", default=[])
+    given, rest = parser.parse_known_args(argv)
+    for extension in given.extension:
+        load_extension(extension)
+    return rest
+
+
+def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choice:
+    """The regularizers of `--regularizers` ("none" for no one).
+
+    Args:
+        product: `AutoencoderRegularizer` or `GeneratorRegularizer`: which of the two products is trained.
+
+    Raises:
+        ValueError: an unknown or repeated name, or a regularizer of the other product.
+    """
+    names = tuple(name for name in given if name != "none")
+    if len(set(names)) != len(names) or (names and "none" in given):
+        raise ValueError(f"--regularizers takes each name at most once, or none alone; got {' '.join(given)}.")
+    for name in names:
+        if not issubclass(REGULARIZERS[name], product):
+            raise ValueError(
+                f"The regularizer {name} is a {REGULARIZERS[name].__mro__[1].__name__}, and this script takes a "
+                f"{product.__name__}; leave it out of --regularizers."
+            )
+    return Choice(REGULARIZERS, names, "regularizers")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a script's docstring line by line, every default, and each option under one name."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = action.option_strings[:1]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _build_parser(types: Sequence[type], description: str | None, chosen: Sequence[Choice]) -> HfArgumentParser:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser((), description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    for kind in types:
+        kind._argument_group_name = str(kind.__doc__).splitlines()[0].rstrip(".")  # type: ignore[attr-defined]
+        parser._add_dataclass_arguments(kind)
+    parser.dataclass_types = list(types)
+    parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
+    parser.add_argument(
+        "--extension",
+        metavar="FILE_OR_MODULE",
+        default=argparse.SUPPRESS,  # read before the parser is built; here it only shows in --help
+        help="Python file or module that adds a method or a model; repeatable.",
+    )
+    parser.epilog = "\n".join(
+        ["A YAML preset may come first; its keys are the flags' names, and flags given after it win."]
+        + [f"Other choices of --{choice.flag}: {', '.join(choice.others())}." for choice in chosen if choice.others()]
+    )
+    for action in parser._actions:  # the --no_X that HfArgumentParser adds would repeat X's help and the wrong default
+        if action.option_strings[0].startswith("--no_") and action.nargs == 0:
+            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
+    return parser
+
+
+def _preliminary(types: Sequence[type], argv: Sequence[str]) -> dict[str, Any]:
+    """The values of the base options, before it is known which others there are."""
+    parser = _build_parser(types, None, ())
+    for action in parser._actions:
+        action.required = False
+    given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    return vars(given)
+
+
+def _field_names(types: Iterable[type]) -> list[str]:
+    return [entry.name for kind in types for entry in fields(kind) if entry.init]
+
+
+def _explain(unknown: Sequence[str], known: Sequence[str], chosen: Sequence[Choice]) -> str:
+    misplaced = [word for word in unknown if Path(word).suffix in YAML_SUFFIXES]
+    if misplaced:
+        return f"the preset must come first, before every flag; {misplaced[0]} does not"
+    name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+    owner = _owner(name, chosen)
+    if owner is not None:
+        choice, member = owner
+        return f"--{name} belongs to the {choice.registry.kind} {member}, which --{choice.flag} does not choose"
+    return f"unknown argument {unknown[0]}; the nearest flag is --{_nearest(name, known)}"
+
+
+def _owner(name: str, chosen: Sequence[Choice]) -> tuple[Choice, str] | None:
+    """The member that was not chosen and has the option `name`."""
+    for choice in chosen:
+        for member in choice.others():
+            arguments = getattr(choice.registry[member], "Arguments", None)
+            if arguments is not None and name.removeprefix("no_") in _field_names([arguments]):
+                return choice, member
+    return None
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def _read_preset(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"The preset {path} does not exist; presets are in training/configs.")
+    content = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"A preset must map flag names to values; {path} holds a {type(content).__name__}.")
+    for key, value in content.items():
+        if key == "extension":
+            raise ValueError(f"The preset {path} names an extension; code is loaded from the command line only.")
+        if isinstance(value, dict):
+            raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
+    return content
+
+
+def _check_preset(preset: Mapping[str, Any], known: Sequence[str], chosen: Sequence[Choice]) -> None:
+    """Refuses unknown keys; those of methods that the command line did not choose have no effect, which is logged."""
+    unused = []
+    for key in preset:
+        if key in known:
+            continue
+        if _owner(str(key), chosen) is None:
+            nearest = _nearest(str(key), known)
+            raise ValueError(f"Unknown key {key!r} in the preset; the nearest flag is {nearest!r}.")
+        unused.append(str(key))
+    if unused:
+        logger.warning("Without effect, since their methods are not chosen: %s.", ", ".join(unused))
+
+
+def _as_flags(preset: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    """A preset as command-line words, so that one parser checks types for both; null means 'not given'."""
+    flags: list[str] = []
+    for key, value in preset.items():
+        if key in known and value is not None:
+            flags += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def read_model_config(path: str | Path, model_class: type) -> dict[str, Any]:
+    """The init arguments of `model_class` in a JSON file; what diffusers notes beside them (_class_name) is left out.
+
+    Raises:
+        ValueError: a file that is absent or holds no mapping; a key that the class does not have (the nearest is
+            named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"The model config {path} does not exist; it is a JSON file with init arguments.")
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"A model config must map init arguments to values; {path} holds a {type(content).__name__}.")
+    config = {key: value for key, value in content.items() if not key.startswith("_")}
+    _require_known(config, model_class, str(path))
+    return config
+
+
+def parse_overrides(overrides: Sequence[str], model_class: type) -> dict[str, Any]:
+    """Constructor arguments from KEY=VALUE words, whose values are read as YAML.
+
+    Raises:
+        ValueError: a word without "=", or a key that the class does not have (the nearest is named).
+    """
+    config: dict[str, Any] = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--config_overrides takes KEY=VALUE words; got {word!r}.")
+        config[key] = yaml.safe_load(value)
+    _require_known(config, model_class, "--config_overrides")
+    return config
+
+
+def _require_known(config: Mapping[str, Any], model_class: type, where: str) -> None:
+    known = [name for name in inspect.signature(model_class).parameters if name not in ("args", "kwargs")]
+    for key in config:
+        if key not in known:
+            raise ValueError(
+                f"Unknown key {key!r} in {where}; the nearest of {model_class.__name__} is {_nearest(key, known)!r}."
+            )
+
+
+def resolved(*arguments: Any) -> dict[str, Any]:
+    """All fields of several argument dataclasses as one flat mapping, in their order."""
+    merged: dict[str, Any] = {}
+    for group in arguments:
+        merged.update(asdict(group))
+    return merged
+
+
+def save_resolved(values: dict[str, Any], directory: Path) -> None:
+    """Writes `resolved_arguments.json` and `.yaml` (which is a preset that repeats the run)."""
+    write_text(directory / "resolved_arguments.json", json.dumps(values, indent=2) + "\n")
+    write_text(directory / "resolved_arguments.yaml", yaml.safe_dump(values, sort_keys=False))

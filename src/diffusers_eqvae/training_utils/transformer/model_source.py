@@ -1,0 +1,69 @@
+"""What `--model` may name: a preset, a JSON file, a saved model or its pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...autoencoders import is_pipeline
+from ...models.backbone import Backbone, backbone_class, backbones
+from ..command_line import read_model_config
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A backbone that is not built yet.
+
+    Args:
+        cls: its class.
+        config: constructor arguments; of a saved model, what its config says.
+        directory: of the saved weights to continue from, or None for new ones.
+    """
+
+    cls: type[Backbone]
+    config: dict[str, Any]
+    directory: Path | None = None
+
+    @classmethod
+    def find(cls, model: str) -> ModelSource:
+        """
+        Raises:
+            ValueError: neither a model name, a JSON file nor a saved backbone; says which names there are.
+        """
+        path = Path(model)
+        if path.is_dir():
+            directory = path / "transformer" if is_pipeline(model) else path
+            file = directory / "config.json"
+            if not file.is_file():
+                raise ValueError(f"{path} is neither a saved model nor a pipeline: there is no {file}.")
+            saved = json.loads(file.read_text())
+            kind = backbone_class(str(saved.get("_class_name")))
+            return cls(kind, {key: value for key, value in saved.items() if not key.startswith("_")}, directory)
+        if path.suffix == ".json":
+            kind = backbone_class(_class_name(path))
+            return cls(kind, read_model_config(path, kind))
+        known = backbones()
+        if model not in known:
+            raise ValueError(
+                f"Unknown model {model!r}. Choose one of: {', '.join(known)}; or name a JSON file or a saved model."
+            )
+        return cls(known[model], dict(known[model].PRESETS[model]))
+
+    @property
+    def objective(self) -> str:
+        """What it was made to be trained by."""
+        return str(self.config.get("objective", inspect.signature(self.cls).parameters["objective"].default))
+
+
+def _class_name(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"The model config {path} does not exist; it is a JSON file with constructor arguments.")
+    content = json.loads(path.read_text())
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if name is None:
+        classes = sorted({kind.__name__ for kind in backbones().values()})
+        raise ValueError(f'{path} must say its "_class_name": one of {", ".join(classes)}.')
+    return str(name)
