@@ -170,8 +170,6 @@ def test_bf16_run_moves_float32_weights_and_the_ema_follows(tmp_path, store):
     before = torch.cat([start[name].detach().flatten() for name in start])
     names = ("module", "ema")
     after, average = (torch.cat([end[part][f"model.{name}"].flatten() for name in start]) for part in names)
-        torch.cat([end[part][f"model.{name}"].flatten() for name in start]) for part in ("module", "ema")
-    )
     assert after.dtype == average.dtype == torch.float32
     assert (after != before).float().mean() > 0.99
     assert (average != before).float().mean() > 0.99
