@@ -26,6 +26,8 @@ from ..schedulers.capabilities import integrates_velocity, takes_variance
 from .labels import parse_id2label, resolve_class_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Whether what an objective trains is sampled by integrating a velocity; of others the scheduler alone decides.
+INTEGRATE_A_VELOCITY = {"flow_matching": True, "denoising": False}
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -102,9 +104,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         fingerprint = getattr(self.transformer.config, "autoencoder", None)
         if fingerprint is not None:
             check_fingerprint(fingerprint, self.vae)
-        objective = _objective(self.transformer)
-        if (objective == "flow_matching") != integrates_velocity(self.scheduler):
-            flow = objective == "flow_matching"
+        objective = getattr(self.transformer.config, "objective", "flow_matching")
+        flow = INTEGRATE_A_VELOCITY.get(objective)
+        if flow is not None and flow != integrates_velocity(self.scheduler):
             remedy = "a flow-matching scheduler" if flow else "a DDPM-style scheduler (DDPM, DDIM)"
             raise ValueError(
                 f"The transformer was trained with objective={objective!r}, whose prediction "
@@ -263,7 +265,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @property
     def _model_timesteps(self) -> int:
         """What noise level 1 is on the transformer's time axis: 1000 for flow, the schedule's length for diffusion."""
-        flow = _objective(self.transformer) == "flow_matching"
+        flow = integrates_velocity(self.scheduler)
         return 1000 if flow else self.scheduler.config.num_train_timesteps
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
@@ -287,10 +289,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _drop_variance(self, prediction: Tensor, latents: Tensor) -> Tensor:
         return prediction if takes_variance(self.scheduler) else prediction[:, : latents.shape[1]]
-
-
-def _objective(transformer: ModelMixin) -> str:
-    return getattr(transformer.config, "objective", "flow_matching")
 
 
 def _accepts(function: Callable, name: str) -> bool:
