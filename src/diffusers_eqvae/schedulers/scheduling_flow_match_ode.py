@@ -6,16 +6,17 @@ from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ..flow import PATHS, FlowPath, interpolate
+from ..flow import PATHS, FlowPath
+from .flow_match_base import FlowMatchScheduler
 
 Solver = Literal["euler", "heun"]
 
 
-class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchODEScheduler(FlowMatchScheduler):
     """Deterministic sampling from noise (sigma = 1) to data (sigma = 0): N steps mean N steps.
 
         euler:  x' = x + dsigma * v(x, sigma)                                                one model call per step
@@ -47,7 +48,6 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
         "FlowMatchSDEScheduler",
         "FlowMatchEulerDiscreteScheduler",
     ]
-    init_noise_sigma = 1.0
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, solver: Solver = "euler", path: FlowPath = "linear") -> None:
@@ -56,38 +56,13 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
-        self.num_inference_steps: int | None = None
-        self.sigma_list: list[float] = []
-        self.sigmas = torch.empty(0)
-        self.timesteps = torch.empty(0)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
         self._predictor: tuple[Tensor, Tensor] | None = None
+        self._forget()
 
     @property
     def order(self) -> int:
         """Model calls per step."""
         return 2 if self.config.solver == "heun" else 1
-
-    @property
-    def step_index(self) -> int | None:
-        """Index into `timesteps` of the model call that `step` takes in next; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index into `timesteps` of the first model call where a pipeline set one."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts at a later model call (image-to-image).
-
-        Raises:
-            ValueError: an odd index for Heun, whose steps begin at the even ones.
-        """
-        if begin_index % self.order:
-            raise ValueError(f"A step of {self.order} model calls cannot begin at the odd index {begin_index}.")
-        self._begin_index = begin_index
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Prepares N = `num_inference_steps` steps and forgets any sampling under way.
@@ -99,21 +74,9 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}.")
         n = self.num_inference_steps = num_inference_steps
         grid = [(n - i) / n for i in range(n + 1)]
-        if self.config.solver == "heun":
-            self.sigma_list = [sigma for pair in pairwise(grid) for sigma in pair]
-        else:
-            self.sigma_list = grid[:-1]
-        self.sigmas = torch.tensor([*self.sigma_list, 0.0])
-        self.timesteps = torch.tensor([self.config.num_train_timesteps * s for s in self.sigma_list]).to(device)
-        self._step_index = self._begin_index = self._predictor = None
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The sample as it is: flow matching does not rescale the model's input."""
-        return sample
-
-    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
-        """x_sigma of clean data `sample`, at timestep = num_train_timesteps * sigma, a number or (B,)."""
-        return interpolate(sample, noise, timestep / self.config.num_train_timesteps, self.config.path)
+        heun = self.config.solver == "heun"
+        self._lay([sigma for pair in pairwise(grid) for sigma in pair] if heun else grid[:-1], device)
+        self._predictor = None
 
     def step(
         self,
@@ -150,32 +113,3 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
             previous = start + 0.5 * dsigma * (first_velocity + velocity)
         previous = previous.to(sample.dtype)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
-
-    def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Where in `timesteps` a step begins with `timestep`.
-
-        Raises:
-            ValueError: nowhere.
-        """
-        matches = (self.timesteps == timestep).nonzero().flatten().tolist()
-        beginnings = [index for index in matches if index % self.order == 0]
-        if not beginnings:
-            raise ValueError(f"No step begins at timestep {float(timestep)}; take it from scheduler.timesteps.")
-        return beginnings[0]
-
-    def _advance(self, timestep: float | Tensor) -> int:
-        """The index of this model call; looked up for the first one, counted from there on."""
-        if self.num_inference_steps is None:
-            raise ValueError("The number of steps is not set; call set_timesteps before step.")
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        if self._step_index >= len(self.sigma_list):
-            raise ValueError(
-                f"All {self.num_inference_steps} steps have been taken; call set_timesteps to sample again."
-            )
-        self._step_index += 1
-        return self._step_index - 1
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps

@@ -6,8 +6,8 @@ import math
 from typing import ClassVar, Literal, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -17,15 +17,15 @@ from ..flow import (
     DiffusionForm,
     FlowPath,
     diffusion_coefficient,
-    interpolate,
     velocity_to_clean,
     velocity_to_score,
 )
+from .flow_match_base import FlowMatchScheduler
 
 LastStep = Literal["Mean", "Tweedie", "Euler"]
 
 
-class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchSDEScheduler(FlowMatchScheduler):
     """Stochastic sampling from noise (sigma = 1) to data (sigma = 0), one model call per step.
 
         x' = x + (w score - v) dt + sqrt(2 w dt) noise,   dt = sigma - sigma'      (SiT, arXiv 2401.08740, section 2)
@@ -61,8 +61,6 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         "FlowMatchODEScheduler",
         "FlowMatchEulerDiscreteScheduler",
     ]
-    init_noise_sigma = 1.0
-    order = 1
 
     @register_to_config
     def __init__(
@@ -88,26 +86,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"diffusion_norm must be finite and >= 0; got {diffusion_norm}.")
         if not 0.0 < last_step_size < 1.0:
             raise ValueError(f"last_step_size is a noise level and must lie in (0, 1); got {last_step_size}.")
-        self.num_inference_steps: int | None = None
-        self.sigma_list: list[float] = []
-        self.sigmas = torch.empty(0)
-        self.timesteps = torch.empty(0)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-
-    @property
-    def step_index(self) -> int | None:
-        """Index into `timesteps` of the model call that `step` takes in next; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index into `timesteps` of the first model call where a pipeline set one."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts at a later model call (image-to-image)."""
-        self._begin_index = begin_index
+        self._forget()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Prepares N = `num_inference_steps` model calls and forgets any sampling under way.
@@ -123,21 +102,10 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
             )
         n = self.num_inference_steps = num_inference_steps
         if self.config.last_step is None:
-            self.sigma_list = [(n - i) / n for i in range(n)]
+            self._lay([(n - i) / n for i in range(n)], device)
         else:
             last = self.config.last_step_size
-            self.sigma_list = [last + (1.0 - last) * (n - 1 - i) / (n - 1) for i in range(n)]
-        self.sigmas = torch.tensor([*self.sigma_list, 0.0])
-        self.timesteps = torch.tensor([self.config.num_train_timesteps * s for s in self.sigma_list]).to(device)
-        self._step_index = self._begin_index = None
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The sample as it is: flow matching does not rescale the model's input."""
-        return sample
-
-    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
-        """x_sigma of clean data `sample`, at timestep = num_train_timesteps * sigma, a number or (B,)."""
-        return interpolate(sample, noise, timestep / self.config.num_train_timesteps, self.config.path)
+            self._lay([last + (1.0 - last) * (n - 1 - i) / (n - 1) for i in range(n)], device)
 
     def step(
         self,
@@ -181,17 +149,6 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         previous = previous.to(sample.dtype)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
-    def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Where in `timesteps` the model is called with `timestep`.
-
-        Raises:
-            ValueError: nowhere.
-        """
-        matches = (self.timesteps == timestep).nonzero().flatten().tolist()
-        if not matches:
-            raise ValueError(f"No step begins at timestep {float(timestep)}; take it from scheduler.timesteps.")
-        return matches[0]
-
     def _diffusion(self, sigma: float, next_sigma: float) -> float:
         is_infinite = self.config.diffusion_form == "SBDM" and sigma == 1.0
         return diffusion_coefficient(
@@ -200,20 +157,3 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
             norm=self.config.diffusion_norm,
             path=self.config.path,
         )
-
-    def _advance(self, timestep: float | Tensor) -> int:
-        """The index of this model call; looked up for the first one, counted from there on."""
-        if self.num_inference_steps is None:
-            raise ValueError("The number of steps is not set; call set_timesteps before step.")
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        if self._step_index >= len(self.sigma_list):
-            raise ValueError(
-                f"All {self.num_inference_steps} steps have been taken; call set_timesteps to sample again."
-            )
-        self._step_index += 1
-        return self._step_index - 1
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
