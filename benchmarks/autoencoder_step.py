@@ -25,8 +25,8 @@ from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.discriminator import PatchDiscriminator
 from diffusers_eqvae.objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective, AutoencoderStep
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the definition of the right gradients is a test's
-from tests.golden.plain_autoencoder_step import plain_discriminator_loss, plain_generator_loss
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "golden"))  # the plain step is a test's reference
+from plain_autoencoder_step import plain_discriminator_loss, plain_generator_loss
 
 
 def parse_arguments() -> argparse.Namespace:

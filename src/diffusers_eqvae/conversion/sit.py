@@ -18,12 +18,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor
 
 from diffusers_eqvae.models.transformer_sit import (
+    TIME_CHANNELS,
     SiTTransformer2DModel,
     sincos_position_embedding,
-    timestep_frequencies,
 )
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,8 @@ def _reflect_time(weight: Tensor) -> Tensor:
     cos(f - ft) = cos f cos ft + sin f sin ft and sin(f - ft) = sin f cos ft - cos f sin ft, so a reflection of each
     frequency's two columns exchanges t and 1 - t; done twice it is the identity.
     """
-    cos, sin = timestep_frequencies(torch.ones(1, device=weight.device)).double().chunk(2, dim=1)
+    frequencies = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+    cos, sin = frequencies(torch.ones(1, device=weight.device)).double().chunk(2, dim=1)
     norm = (cos.square() + sin.square()).sqrt()
     cos, sin = cos / norm, sin / norm
     by_cos, by_sin = weight.double().chunk(2, dim=1)

@@ -10,7 +10,6 @@ product gives every block's modulation:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,13 +19,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from .backbone import PREDICTION_TYPES, Backbone, BackboneOutput, register_backbone
 
 OBJECTIVES = ("flow_matching", "denoising")
 NUM_TRAIN_TIMESTEPS = 1000
-TIME_FREQUENCIES = 128
+TIME_CHANNELS = 256
 MAX_PERIOD = 10_000.0
 
 # Depth, width and heads of the papers. Trainable parameters with patch 2, 4 channels and learned sigma, in millions.
@@ -62,30 +62,9 @@ def sincos_position_embedding(rows: int, columns: int, hidden_size: int) -> Tens
     return table.to(dtype=torch.float32).to(torch.get_default_device())
 
 
-def timestep_frequencies(time: Tensor) -> Tensor:
-    """[cos | sin] of time * 10000^(-i / 128), i = 0 .. 127: (B,) -> (B, 256), in float32."""
-    index = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=time.device)
-    frequencies = torch.exp(index * (-math.log(MAX_PERIOD) / TIME_FREQUENCIES))
-    angles = time.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """normed * (1 + scale) + shift in one pass; (B, N, D) with (B, 1, D) shift and scale."""
     return torch.addcmul(shift, normed, 1 + scale)
-
-
-class SiTTimeEmbedding(nn.Module):
-    """Frequencies -> Linear -> SiLU -> Linear: (B,) times -> (B, hidden_size)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(2 * TIME_FREQUENCIES, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, time: Tensor) -> Tensor:
-        features = timestep_frequencies(time).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(features)))
 
 
 class SiTAttnProcessor:
@@ -242,7 +221,9 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         positions = sincos_position_embedding(*self.token_grid, hidden_size)
         self.register_buffer("pos_embed", positions, persistent=False)
-        self.time_embedder = SiTTimeEmbedding(hidden_size)
+        # [cos | sin] of time * 10000^(-i / 128), i = 0 .. 127, in float32; then Linear, SiLU, Linear.
+        self.time_frequencies = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(TIME_CHANNELS, hidden_size)
         self.class_embedder = nn.Embedding(num_classes + 1, hidden_size)
         # Rows: 6 vectors per block (shift, scale, gate of attention, then of the MLP), then the last shift and scale.
         self.modulation = nn.Linear(hidden_size, (6 * num_layers + 2) * hidden_size)
@@ -326,7 +307,8 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
             drop_labels = chances < self.config.class_dropout_prob
         if drop_labels is not None:
             class_labels = class_labels.masked_fill(drop_labels, self.null_class)
-        condition = self.time_embedder(time) + self.class_embedder(class_labels)
+        frequencies = self.time_frequencies(time).to(self.time_embedder.linear_1.weight.dtype)
+        condition = self.time_embedder(frequencies) + self.class_embedder(class_labels)
         modulation = self.modulation(F.silu(condition).to(self.class_embedder.weight.dtype))
         return modulation.unflatten(1, (-1, self.class_embedder.embedding_dim))
 
