@@ -87,7 +87,7 @@ def what_decides_the_images(
     elsewhere = ("model", "output_dir", "save_png", "class_labels")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"scheduler_config": sampling.scheduler_facts(pipeline.scheduler), "class_ids": class_ids}
-    return settings | {"weights": provenance.weights_digest(pipeline.transformer, pipeline.vae)}
+    return settings | {"weights": provenance.weights_hash(pipeline.transformer, pipeline.vae)}
 
 
 def sample_block(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -156,9 +155,3 @@ def open_npz_array(path: str | Path, key: str) -> np.ndarray:
 def _is_compressed(path: str | Path, key: str) -> bool:
     with zipfile.ZipFile(path) as archive:
         return archive.getinfo(f"{key}.npy").compress_type != zipfile.ZIP_STORED
-
-
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """First 16 hex digits of a file's sha256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
 from diffusers_eqvae.latents import LatentStatistics
-from diffusers_eqvae.provenance import vae_fingerprint
+from diffusers_eqvae.provenance import autoencoder_identity
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS = StoreSettings(
@@ -43,14 +43,14 @@ def labels_of(settings: StoreSettings) -> torch.Tensor:
     return torch.arange(settings.num_examples) % 3
 
 
-def write(path: Path, settings: StoreSettings = SETTINGS, *, order=None, fingerprint: str = "f-f") -> Path:
+def write(path: Path, settings: StoreSettings = SETTINGS, *, order=None, autoencoder=None) -> Path:
     moments, labels = moments_of(settings), labels_of(settings)
     for shard in order or range(settings.num_shards):
         examples = list(settings.examples(shard))
         LatentStoreWriter(path, settings).write_shard(
             shard, moments[examples], labels=labels[examples] if settings.labelled else None, skipped=[f"bad{shard}"]
         )
-    LatentStoreWriter(path, settings).finish(fingerprint=fingerprint, id2label={0: "a", 1: "b", 2: "c", 3: "none"})
+    LatentStoreWriter(path, settings).finish(autoencoder=autoencoder, id2label={0: "a", 1: "b", 2: "c", 3: "none"})
     return path
 
 
@@ -161,7 +161,7 @@ def test_unfinished_foreign_or_newer_directories_are_refused(tmp_path: Path) -> 
 
 
 def test_another_autoencoder_is_refused_in_one_sentence(tmp_path: Path, tiny_autoencoder_kl) -> None:
-    write(tmp_path, fingerprint=vae_fingerprint(tiny_autoencoder_kl))
+    write(tmp_path, autoencoder=autoencoder_identity(tiny_autoencoder_kl))
     LatentStore(tmp_path, vae=tiny_autoencoder_kl)
     with torch.no_grad():
         tiny_autoencoder_kl.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3

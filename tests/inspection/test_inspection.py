@@ -16,7 +16,7 @@ from diffusers_eqvae.inspection.card import COLUMNS, strips, table_rows
 from diffusers_eqvae.inspection.health import inspect_autoencoder, judge
 from diffusers_eqvae.inspection.run import _card_names, load_images, run_inspection
 from diffusers_eqvae.metrics.result_card import ResultCard
-from diffusers_eqvae.provenance import hash_tensors
+from diffusers_eqvae.provenance import weights_hash
 
 pytest.importorskip("matplotlib")
 
@@ -101,7 +101,7 @@ def test_the_card_says_what_was_measured_where_and_when(tmp_path, images, tiny_a
     content = contents()
     first, second = (model["description"] for model in content["models"])
     assert first["fingerprint"] == second["fingerprint"] and first["revision"] != second["revision"]
-    assert second["revision"] == f"weights {hash_tensors(load_autoencoder(str(tmp_path / 'tuned')))}"
+    assert second["revision"] == f"weights {weights_hash(load_autoencoder(str(tmp_path / 'tuned')))}"
     provenance = content["provenance"]
     assert provenance["data"] == "images" and provenance["hardware"] and provenance["date"]
     assert set(provenance["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"}
@@ -180,7 +180,7 @@ def test_cards_say_which_lpips_they_hold(tmp_path, images, tiny_autoencoder_kl, 
     assert cli.main(["inspect", str(tmp_path / "vae"), *words, "--lpips_backbone_weights", "squeezenet.pth"]) == 0
     card = ResultCard.load(tmp_path / "out" / "card.vae.json")
     assert card.metrics["lpips"] > 0 and card.protocol["lpips_net"] == "squeeze"
-    assert card.protocol["lpips_weights_hash"] == hash_tensors(perceptual)
+    assert card.protocol["lpips_weights_hash"] == weights_hash(perceptual)
 
 
 def test_lpips_is_measured_where_given(tiny_autoencoder_kl):

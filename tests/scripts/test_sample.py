@@ -224,9 +224,9 @@ def test_merged_samples_open_as_a_memory_map(tmp_path):
         sampling.open_samples(tmp_path / "small.npz")
 
 
-def test_weights_digest_sees_training(tiny_sit):
-    before = provenance.weights_digest(tiny_sit)
-    assert before == provenance.weights_digest(tiny_sit)
+def test_weights_hash_sees_training(tiny_sit):
+    before = provenance.weights_hash(tiny_sit)
+    assert before == provenance.weights_hash(tiny_sit)
     with torch.no_grad():
         next(tiny_sit.parameters()).add_(1e-3)
-    assert provenance.weights_digest(tiny_sit) != before
+    assert provenance.weights_hash(tiny_sit) != before

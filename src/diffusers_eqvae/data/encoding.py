@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels
 from ..images import adm_center_crop, grid, to_pixels
-from ..provenance import vae_fingerprint
+from ..provenance import autoencoder_identity
 from .image_datasets import ImageSource, PixelDataset
 from .latent_format import TORCH_DTYPES, StoreSettings
 from .latent_store import LatentStore, LatentStoreWriter
@@ -63,7 +63,7 @@ def store_settings(
         resolution=resolution,
         downsampling_factor=factor,
         labelled=source.labels is not None,
-        encoder=vae_fingerprint(vae).partition("-")[0],
+        encoder=autoencoder_identity(vae)["encoder"]["float32"],
         mixed_precision=mixed_precision,
         source=described,
     )

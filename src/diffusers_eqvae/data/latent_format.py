@@ -36,7 +36,7 @@ class StoreSettings:
         resolution: side of the images in pixels.
         downsampling_factor: pixels per latent cell.
         labelled: whether shards hold labels.
-        encoder: first part of `vae_fingerprint`.
+        encoder: of `autoencoder_identity`, as float32.
         mixed_precision: "no" or "bf16", how the encoder computed.
         source: which data (name, split, columns, hashes of the labels and of the files' names and sizes); free,
             compared for equality.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from ..autoencoders import Posterior
 from ..files import UNFINISHED, write_json, written_aside
 from ..latents import LatentStatistics
-from ..provenance import check_fingerprint
+from ..provenance import require_same_autoencoder
 from .latent_format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -135,14 +135,16 @@ class LatentStoreWriter:
             merged.merge(LatentStatistics.from_state_dict(header.notes["statistics"]))
         return merged
 
-    def finish(self, *, fingerprint: str, id2label: dict[int, str] | None = None) -> dict[str, Any]:
+    def finish(
+        self, *, autoencoder: Mapping[str, Any] | None, id2label: dict[int, str] | None = None
+    ) -> dict[str, Any]:
         """Writes and returns the manifest.
 
-        Keys: format_version, settings, fingerprint, id2label, class_counts, statistics, skipped (names), shards
+        Keys: format_version, settings, autoencoder, id2label, class_counts, statistics, skipped (names), shards
         (file, num_examples, bytes).
 
         Args:
-            fingerprint: `vae_fingerprint` of the autoencoder with the normalisation that training will use.
+            autoencoder: `autoencoder_identity` of it, with the normalisation that training will use.
             id2label: class names.
 
         Raises:
@@ -156,7 +158,7 @@ class LatentStoreWriter:
         manifest = {
             "format_version": FORMAT_VERSION,
             "settings": self.settings.to_json(),
-            "fingerprint": fingerprint,
+            "autoencoder": autoencoder,
             "id2label": {str(key): value for key, value in sorted((id2label or {}).items())},
             "class_counts": {str(key): int(count) for key, count in enumerate(counts)},
             "statistics": self.statistics().state_dict(),
@@ -216,12 +218,12 @@ class LatentStore(Dataset):
         self._maps: dict[int, np.ndarray] = {}
         self._labels: np.ndarray | None = None
         if vae is not None:
-            check_fingerprint(self.fingerprint, vae)
+            require_same_autoencoder(self.autoencoder, vae, whose=f"the store {self.path}")
 
     @property
-    def fingerprint(self) -> str:
-        """`vae_fingerprint` of the store's own autoencoder, normalisation included."""
-        return self.manifest["fingerprint"]
+    def autoencoder(self) -> dict[str, Any] | None:
+        """`autoencoder_identity` of the store's own autoencoder, normalisation included."""
+        return self.manifest["autoencoder"]
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autoencoders import downsampling_factor, is_deterministic, latent_channels
 from ..metrics.autoencoder import DEFINITIONS, measure_autoencoder, split_summary
 from ..metrics.result_card import ResultCard
-from ..provenance import model_revision, vae_fingerprint
+from ..provenance import model_revision, weights_hash
 
 # EQ-VAE (arXiv 2502.09509, v3), equivariance errors of SD-VAE on ImageNet 256 before and after EQ fine-tuning.
 PUBLISHED = {"rotation": {"SD-VAE": 0.89, "EQ-VAE": 0.56}, "scale": {"SD-VAE": 0.69, "EQ-VAE": 0.43}}
@@ -61,7 +61,7 @@ def inspect_autoencoder(
         "posterior": "point" if is_deterministic(vae) else "Gaussian, measured at its mean",
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "revision": model_revision(vae),
-        "fingerprint": vae_fingerprint(vae),
+        "weights": weights_hash(vae),
         "seconds": round(time.perf_counter() - start, 2),
     }
     return Inspection(name, description, figures, judge(figures))
@@ -85,14 +85,14 @@ def result_card(
     Args:
         model: its directory or Hub name.
         protocol: `data_hash`, `resize_rule` and, where LPIPS was measured, `lpips_net` and `lpips_weights_hash`.
-        provenance: where and when, as `metrics.result_card.hardware` says it.
+        provenance: where and when, as `provenance.hardware` says it.
     """
     metrics, marks, details = split_summary(inspection.figures)
     points = details["intrinsic_dimension_points"]
     protocol = {"num_images": details["num_images"], "intrinsic_dimension_points": points, **protocol}
     protocol |= {"posterior": "mean", "definitions": DEFINITIONS}
     described = inspection.description
-    settings = {"model": model, "model_class": described["class"], "weights": described["fingerprint"]}
+    settings = {"model": model, "model_class": described["class"], "weights": described["weights"]}
     settings |= {"vae_revision": described["revision"], "dtype": "float32"}
     return ResultCard(metrics, protocol, settings, marks, provenance, "reconstruction", details)
 

@@ -7,20 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..autoencoders import load_autoencoder
 from ..data.image_datasets import load_image_dataset
 from ..files import require_writable
 from ..images import adm_center_crop, to_pixels
 from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests, to_levels
-from ..metrics.result_card import hardware
-from ..provenance import hash_tensors
+from ..provenance import hardware, weights_hash
 from .card import SHOWN_IMAGES, strips, write_figures, write_html, write_png
 from .health import Inspection, inspect_autoencoder, require_fitting, result_card
 
@@ -79,7 +76,7 @@ def run_inspection(
     require_writable(folder / "card.json")
     images = load_images(data, resolution=resolution, num_images=num_images)
     provenance = {"data": Path(data).name}
-    provenance |= hardware(device, diffusers_eqvae=__version__, diffusers=diffusers.__version__)
+    provenance |= hardware(device)
     protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(to_levels(images)))}
     protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
     perceptual = None
@@ -87,7 +84,7 @@ def run_inspection(
         perceptual = LPIPS.from_pretrained(
             lpips_net, backbone_weights=lpips_backbone_weights, linear_weights=lpips_linear_weights
         ).to(device)
-        protocol |= {"lpips_net": lpips_net, "lpips_weights_hash": hash_tensors(perceptual)}
+        protocol |= {"lpips_net": lpips_net, "lpips_weights_hash": weights_hash(perceptual)}
     locations = [(model, subfolder)] + ([(compare, compare_subfolder)] if compare is not None else [])
     models = ["/".join(filter(None, location)) for location in locations]
     names = _short_names([name for name, _ in locations])

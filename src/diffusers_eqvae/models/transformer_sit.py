@@ -192,7 +192,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             weights have the opposite sign; the conversion negates their last layer); "diffusion" embeds the timestep
             as it is and gives the noise (DiT).
         norm_eps: of the LayerNorms without parameters.
-        latent_fingerprint: which autoencoder and normalisation the latents came from (`latents.vae_fingerprint`).
+        autoencoder: whose latents these are (`provenance.autoencoder_identity`).
 
     Raises:
         ValueError: for sizes that do not divide or an unknown convention.
@@ -226,7 +226,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         qk_norm: bool = False,
         timestep_convention: str = "flow",
         norm_eps: float = 1e-6,
-        latent_fingerprint: str | None = None,
+        autoencoder: dict[str, Any] | None = None,
     ):
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics.result_card import UINT8_RULE
-from ..provenance import weights_digest
+from ..provenance import weights_hash
 from .sampling import plan_blocks, require_finite, revisions, sample_generators, sample_labels, scheduler_facts
 
 
@@ -61,7 +61,7 @@ class GeneratedImages:
             **options,
             "seed": seed,
             "scheduler": scheduler_facts(pipeline.scheduler),
-            "weights": weights_digest(pipeline.transformer, pipeline.vae),
+            "weights": weights_hash(pipeline.transformer, pipeline.vae),
             **revisions(pipeline),
             "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
         }

@@ -21,7 +21,7 @@ from ..autoencoders import decode_upcast, latent_channels
 from ..guidance import IntervalGuidance
 from ..images import to_image
 from ..latents import LatentNormalization
-from ..provenance import check_fingerprint
+from ..provenance import require_same_autoencoder
 from .labels import parse_id2label, resolve_class_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -97,9 +97,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"The transformer works on {expected} latent channels but the {type(self.vae).__name__} has {given}: "
                 "load the VAE that the transformer was trained with."
             )
-        fingerprint = getattr(self.transformer.config, "latent_fingerprint", None)
-        if fingerprint is not None:
-            check_fingerprint(fingerprint, self.vae)
+        expected = getattr(self.transformer.config, "autoencoder", None)
+        require_same_autoencoder(expected, self.vae, whose="the transformer")
         convention = _timestep_convention(self.transformer)
         if (convention == "flow") != _is_flow_scheduler(self.scheduler):
             remedy = "a flow-matching scheduler" if convention == "flow" else "a DDPM-style scheduler (DDPM, DDIM)"

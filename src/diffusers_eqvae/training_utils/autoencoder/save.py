@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import ModelMixin
@@ -20,6 +19,7 @@ from ...data.image_datasets import PixelDataset
 from ...hub import RunFacts, write_run_facts
 from ...latents import LatentNormalization, LatentStatistics
 from ...objectives.autoencoder import AutoencoderObjective
+from ...provenance import versions
 from ..arguments import DataArguments
 from ..run import TrainingRun
 from .arguments import (
@@ -141,7 +141,7 @@ def save_autoencoder(
                 for name, value in figures.items()
                 if name in MEASURED
             ],
-            versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
+            versions=versions(),
             command=shlex.join(sys.argv),
             **facts,
         ),

@@ -13,7 +13,7 @@ from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
 from ...models.transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ...provenance import vae_fingerprint
+from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from ..arguments import DataArguments, read_model_config, warn_without_effect
 from .arguments import FLOW_PRESETS, SamplingArguments, TransformerArguments
@@ -83,8 +83,8 @@ def build_transformer(
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
         "num_classes": latents.num_classes,
-        "latent_fingerprint": vae_fingerprint(latents.vae),
     }
+    identity = autoencoder_identity(latents.vae)
     options = {"class_dropout_prob": arguments.class_dropout_prob, "qk_norm": arguments.qk_norm}
     path = Path(arguments.model)
     if path.is_dir() and is_pipeline(arguments.model):
@@ -96,18 +96,19 @@ def build_transformer(
             raise ValueError(f"--model {path} holds an {kind}; a {SiTTransformer2DModel.__name__} is trained here.")
         model = SiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32)
         _refuse_mismatch(path, dict(model.config), fitting)
-        model.register_to_config(latent_fingerprint=fitting["latent_fingerprint"])
+        require_same_autoencoder(model.config.autoencoder, identity, whose=f"the model {path}")
+        model.register_to_config(autoencoder=identity)
     elif path.is_file():
         config = read_model_config(path, SiTTransformer2DModel)
         _refuse_mismatch(path, config, fitting)
-        model = SiTTransformer2DModel(**{**options, **config, **fitting})
+        model = SiTTransformer2DModel(**{**options, **config, **fitting, "autoencoder": identity})
     elif arguments.model in SIT_PRESETS and arguments.model not in FLOW_PRESETS:
         raise ValueError(
             f"{arguments.model} predicts noise, which --objective flow does not train; "
             f"use {arguments.model.replace('DiT', 'SiT')}."
         )
     else:
-        model = SiTTransformer2DModel.from_preset(arguments.model, **options, **fitting)
+        model = SiTTransformer2DModel.from_preset(arguments.model, **options, **fitting, autoencoder=identity)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()

@@ -6,7 +6,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import diffusers
 import torch
 from PIL import Image
 
@@ -15,6 +14,7 @@ from ...hub import RunFacts, write_run_facts
 from ...latents import LatentNormalization
 from ...models.transformer_sit import SIT_PRESETS
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ...provenance import versions
 from ..run import TrainingRun
 from .arguments import FlowArguments, SamplingArguments, TransformerArguments
 
@@ -69,7 +69,7 @@ def save_pipeline(
             "num_inference_steps": sampling.num_inference_steps,
         },
         images=images,
-        versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
+        versions=versions(),
         command=shlex.join(sys.argv),
     )
     write_run_facts(directory / "run_facts.json", facts)
