@@ -19,12 +19,13 @@ from tqdm.auto import tqdm
 
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.files import require_writable
+from diffusers_eqvae.images import UINT8_RULE
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, split_summary, summarize
 from diffusers_eqvae.metrics.feature_networks import EvaluatorName, load_extractor
 from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_reconstruction, network_facts
 from diffusers_eqvae.metrics.inputs import ImageSet
-from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard
+from diffusers_eqvae.metrics.result_card import ResultCard
 from diffusers_eqvae.provenance import hardware, model_revision, weights_hash
 from diffusers_eqvae.training_utils.arguments import DataArguments, parse, warn_without_effect
 from diffusers_eqvae.training_utils.launch import build_state, run_script

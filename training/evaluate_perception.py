@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.files import require_writable
-from diffusers_eqvae.images import grid
+from diffusers_eqvae.images import evenly_spaced, grid
 from diffusers_eqvae.metrics.result_card import ResultCard
 from diffusers_eqvae.perception.annotated_images import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.features import load_alignment_network
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
         facts |= {"window": window, "neighbours": arguments.neighbours}
 
     rows: list[list[torch.Tensor]] = []
-    shown = np.linspace(0, num_tested - 1, min(arguments.num_shown, num_tested)).round().astype(int).tolist()
+    shown = evenly_spaced(num_tested, arguments.num_shown)
     for number, (pixels, seen, truth) in enumerate(tqdm(reader.batches(tested), unit="batch")):
         answers = {name: task.answer(method(seen), truth.shape[-2:]) for name, method in methods.items()}
         for name, answer in answers.items():

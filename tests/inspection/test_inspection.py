@@ -100,7 +100,8 @@ def test_the_card_says_what_was_measured_where_and_when(tmp_path, images, tiny_a
 
     content = contents()
     first, second = (model["description"] for model in content["models"])
-    assert first["fingerprint"] == second["fingerprint"] and first["revision"] != second["revision"]
+    assert first["autoencoder"]["encoder"] == second["autoencoder"]["encoder"]
+    assert first["revision"] != second["revision"]
     assert second["revision"] == f"weights {weights_hash(load_autoencoder(str(tmp_path / 'tuned')))}"
     provenance = content["provenance"]
     assert provenance["data"] == "images" and provenance["hardware"] and provenance["date"]
@@ -219,7 +220,7 @@ def test_no_model_is_measured_where_another_does_not_fit(tmp_path, images, tiny_
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "vae")
     factors = [4, 8]
     monkeypatch.setattr("diffusers_eqvae.inspection.run.inspect_autoencoder", pytest.fail)
-    monkeypatch.setattr("diffusers_eqvae.inspection.health.downsampling_factor", lambda _: factors.pop(0))
+    monkeypatch.setattr("diffusers_eqvae.inspection.run.downsampling_factor", lambda _: factors.pop(0))
     options = {"model": str(tmp_path / "vae"), "compare": str(tmp_path / "vae"), "data": str(images)}
     with pytest.raises(ValueError, match="stride 8 and at least 32; got 16"):
         run_inspection(**options, output_dir=str(tmp_path / "out"), resolution=16)

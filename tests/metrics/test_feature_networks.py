@@ -86,7 +86,7 @@ def test_inception_from_a_file(inception, tmp_path):
 
 def test_a_weights_file_cannot_run_code(inception, tmp_path):
     torch.save({"payload": print}, tmp_path / "hostile.pth")
-    with pytest.raises(ValueError, match=r"hostile\.pth is no whole file of weights") as refused:
+    with pytest.raises(ValueError, match=r"hostile\.pth is not a whole file of weights") as refused:
         InceptionFID.from_file(tmp_path / "hostile.pth")
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
 

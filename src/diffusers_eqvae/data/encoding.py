@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels
-from ..images import adm_center_crop, grid, to_pixels
+from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels, require_fitting
+from ..images import adm_center_crop, evenly_spaced, grid, to_pixels
 from ..provenance import autoencoder_identity
 from .image_datasets import ImageSource, PixelDataset
 from .latent_format import TORCH_DTYPES, StoreSettings
@@ -43,8 +43,7 @@ def store_settings(
         ValueError: a resolution that the autoencoder's stride does not divide.
     """
     factor = downsampling_factor(vae)
-    if resolution <= 0 or resolution % factor:
-        raise ValueError(f"--resolution must be a multiple of the autoencoder's stride {factor}; got {resolution}.")
+    require_fitting(resolution, factor)
     deterministic = is_deterministic(vae)
     side = resolution // factor
     described = dict(description or {})
@@ -161,8 +160,7 @@ def verification_image(
     store: LatentStore, vae: nn.Module, source: ImageSource, *, rows: int = 4, device: torch.device | str = "cpu"
 ) -> Image.Image:
     """Images beside what the store's posterior means decode to, one column per view."""
-    count = min(rows, len(store))
-    indices = [round(i * (len(store) - 1) / max(1, count - 1)) for i in range(count)]
+    indices = evenly_spaced(len(store), rows)
     images = PixelDataset(source, resolution=store.settings.resolution)
     columns = [torch.stack([images[index]["pixel_values"] for index in indices])]
     for view in range(store.settings.views):

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..images import adm_center_crop, random_crop_resize, to_pixels, to_rgb
+from ..images import adm_center_crop, evenly_spaced, random_crop_resize, to_pixels, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class ImageSource:
 
     def check(self, limit: int = START_CHECKS) -> None:
         """Opens up to `limit` evenly spaced images (their headers only), so that bad data fails at the start."""
-        for index in np.unique(np.linspace(0, len(self) - 1, min(limit, len(self))).round().astype(int)).tolist():
+        for index in evenly_spaced(len(self), limit):
             record = self.dataset[index][self.image_column]
             try:
                 _open(record).close()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..autoencoders import Posterior
-from ..files import UNFINISHED, write_json, written_aside
+from ..files import UNFINISHED, atomic_path, require_writable, write_json
 from ..latents import LatentStatistics
 from ..provenance import require_same_autoencoder
 from .latent_format import (
@@ -55,14 +55,7 @@ class LatentStoreWriter:
     def __init__(self, path: str | os.PathLike[str], settings: StoreSettings) -> None:
         self.path = Path(path)
         self.settings = settings
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / f".writable-{os.getpid()}").touch()
-            (self.path / f".writable-{os.getpid()}").unlink()
-        except OSError as error:
-            raise ValueError(
-                f"The store's directory {self.path} cannot be written ({error}); choose another."
-            ) from error
+        require_writable(self.path / MANIFEST)
 
     def pending(self, rank: int = 0, world_size: int = 1) -> tuple[list[int], list[str]]:
         """The shards this rank still has to write (s % world_size == rank), and complaints about unreadable ones.
@@ -125,7 +118,7 @@ class LatentStoreWriter:
             "skipped": list(skipped),
         }
         metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True)}
-        with written_aside(self.path / shard_name(shard)) as sibling:
+        with atomic_path(self.path / shard_name(shard)) as sibling:
             save_file(tensors, sibling, metadata=metadata)
 
     def statistics(self) -> LatentStatistics:

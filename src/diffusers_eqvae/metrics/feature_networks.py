@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import provenance
+from ..files import read_weights
 from .cifar_resnet import cifar_resnet_from_state
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -346,27 +346,6 @@ def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
             "its path (--weights; in training --evaluator_weights)."
         )
     return Path(path)
-
-
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or a .pth file, read without executing what it may hold.
-
-    Raises:
-        ValueError: a file that is neither, is cut short, or holds more than tensors by name.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no whole file of weights (.pth or .safetensors): {reason}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} must hold tensors by name; it holds a {type(state).__name__}.")
-    return dict(state)
 
 
 @contextmanager

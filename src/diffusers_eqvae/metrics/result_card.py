@@ -12,7 +12,6 @@ from typing import Any
 from ..files import write_json
 
 FORMAT = 1
-UINT8_RULE = "clamp(127.5 x + 128), truncated"
 # Cards that differ in one of these measure different things, for the reason given; `compare_cards` says so.
 PROTOCOL = {
     "evaluator": "distances by different networks have different units",

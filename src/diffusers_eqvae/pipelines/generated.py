@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.result_card import UINT8_RULE
+from ..images import UINT8_RULE
 from ..provenance import weights_hash
 from .sampling import plan_blocks, require_finite, revisions, sample_generators, sample_labels, scheduler_facts
 

@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files import map_npz_array, require_writable, strict_json, write_json, write_npz, written_aside
-from ..metrics.result_card import UINT8_RULE
+from ..files import atomic_path, map_npz_array, require_writable, strict_json, write_json, write_npz
+from ..images import UINT8_RULE
 from ..provenance import model_revision
+from ..randomness import numpy_generator, torch_generator
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 LABEL_POLICIES = ("random", "balanced")
@@ -57,14 +58,9 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
     return pipeline
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """63-bit seed of the noise of image `index`."""
-    return int(np.random.SeedSequence((seed, index, _NOISE)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image, for its initial noise and then its SDE noise; CPU so that no device matters."""
-    return [torch.Generator("cpu").manual_seed(sample_seed(seed, index)) for index in indices]
+    """One CPU generator per image, for its initial noise and then its SDE noise; see `randomness.torch_generator`."""
+    return [torch_generator(seed, index, _NOISE) for index in indices]
 
 
 def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int, policy: str = "random") -> list[int]:
@@ -86,7 +82,7 @@ def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int
         raise ValueError("Sampling needs at least one class id; got none.")
     if policy == "balanced":
         return [class_ids[index % len(class_ids)] for index in indices]
-    return [class_ids[int(np.random.default_rng((seed, index, _LABEL)).integers(len(class_ids)))] for index in indices]
+    return [class_ids[int(numpy_generator(seed, index, _LABEL).integers(len(class_ids)))] for index in indices]
 
 
 def require_finite(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +166,7 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(blocks)} parts are missing in {output_dir}; run it again.")
     labels, seconds, nfe = [], 0.0, 0.0
-    with written_aside(Path(output_dir) / SAMPLES_FILE) as sibling, zipfile.ZipFile(sibling, "w") as archive:
+    with atomic_path(Path(output_dir) / SAMPLES_FILE) as sibling, zipfile.ZipFile(sibling, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             for block in blocks:
                 with np.load(part_path(output_dir, block)) as part:
@@ -202,7 +198,7 @@ def write_pngs(samples: np.ndarray, directory: str | Path) -> None:
     for index, sample in enumerate(samples):
         path = directory / f"{index:06d}.png"
         if not path.exists():
-            with written_aside(path) as sibling:
+            with atomic_path(path, durable=False) as sibling:
                 Image.fromarray(np.asarray(sample)).save(sibling, format="png")
 
 

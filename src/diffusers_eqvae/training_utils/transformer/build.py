@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...autoencoders import downsampling_factor, is_pipeline, latent_channels, load_autoencoder
+from ...autoencoders import downsampling_factor, is_pipeline, latent_channels, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
@@ -60,10 +60,7 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
         raise ValueError("Training from images needs --vae, the autoencoder that encodes them.")
     vae = load_autoencoder(arguments.vae)
     factor = downsampling_factor(vae)
-    if data.resolution % factor:
-        raise ValueError(
-            f"--resolution must be a multiple of the autoencoder's stride {factor}; got {data.resolution}."
-        )
+    require_fitting(data.resolution, factor, name="--resolution")
     source = data.load(require_labels=True)
     dataset = PixelDataset(source, resolution=data.resolution, random_flip=data.random_flip)
     shape = (latent_channels(vae), data.resolution // factor, data.resolution // factor)
