@@ -135,3 +135,12 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     for path in (tmp_path / "file" / "card.json", tmp_path):
         with pytest.raises(ValueError, match="cannot be written"):
             files.require_writable(path)
+
+
+def test_older_and_newer_formats_are_told_apart():
+    files.require_format_version(2, 2, path="x.json", remedy="make it again")
+    for found in (1, None, "1"):
+        with pytest.raises(ValueError, match=f"x.json has format_version {found}, older than 2, .*: make it again"):
+            files.require_format_version(found, 2, path="x.json", remedy="make it again")
+    with pytest.raises(ValueError, match="format_version 3, newer than 2: update diffusers_eqvae"):
+        files.require_format_version(3, 2, path="x.json", remedy="make it again")

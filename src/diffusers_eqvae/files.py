@@ -117,6 +117,23 @@ def strict_json(content: Any) -> str:
     return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
+def require_format_version(found: Any, current: int, *, path: str | os.PathLike[str], remedy: str) -> None:
+    """Refuses a file of an older format, naming the remedy, or of a newer one, which a newer package reads.
+
+    Example:
+        >>> require_format_version(1, 2, path="store/manifest.json", remedy="encode the data again")
+        Traceback (most recent call last):
+        ValueError: store/manifest.json has format_version 1, older than 2, which is read here: encode the data again.
+    """
+    if found == current:
+        return
+    if isinstance(found, int) and found > current:
+        raise ValueError(
+            f"{path} has format_version {found}, newer than {current}: update diffusers_eqvae to read it."
+        )
+    raise ValueError(f"{path} has format_version {found}, older than {current}, which is read here: {remedy}.")
+
+
 def require_writable(path: str | os.PathLike[str]) -> None:
     """Creates the parent folders of a file that is written after long work, and tries whether it can be.
 

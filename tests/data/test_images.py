@@ -227,7 +227,7 @@ def test_parquet_directory_with_splits_and_text_labels(tmp_path: Path) -> None:
 
 
 def test_missing_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Say which images with --train_data_dir or --dataset_name"):
+    with pytest.raises(ValueError, match="give train_data_dir or dataset_name"):
         load_image_dataset()
     with pytest.raises(ValueError, match="not both"):
         load_image_dataset(dataset_name="a", train_data_dir=tmp_path)

@@ -44,12 +44,11 @@ from .latent_format import (
 class LatentStoreWriter:
     """Writes a store shard by shard; several processes may write different shards of one store.
 
-    Args:
-        path: directory of the store, created where absent.
-        settings: of the whole store.
-
-    Raises:
-        ValueError: the directory cannot be written.
+    Example:
+        >>> writer = LatentStoreWriter("latents/images", settings)
+        >>> for shard in writer.pending()[0]:
+        ...     writer.write_shard(shard, moments[settings.examples(shard)])
+        >>> manifest = writer.finish(autoencoder=autoencoder_identity(vae))
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: StoreSettings) -> None:
@@ -61,10 +60,7 @@ class LatentStoreWriter:
         """The shards this rank still has to write (s % world_size == rank), and complaints about unreadable ones.
 
         Finished shards are recognised by header, length and settings; a truncated one counts as unwritten and is
-        named in the complaints.
-
-        Raises:
-            ValueError: a shard written with other settings.
+        named in the complaints; one of other settings is refused.
         """
         shards, complaints = [], []
         for shard in range(rank, self.settings.num_shards, world_size):
@@ -91,9 +87,6 @@ class LatentStoreWriter:
             moments: (n, views, c, h, w) in the store's dtype, on the CPU, for the examples of that shard.
             labels: (n,) int64.
             skipped: names of images that could not be read and were replaced.
-
-        Raises:
-            ValueError: tensors that do not fit the settings, or moments that are not finite.
         """
         settings = self.settings
         shape = (len(settings.examples(shard)), settings.views, *settings.shape)
@@ -137,11 +130,8 @@ class LatentStoreWriter:
         (file, num_examples, bytes).
 
         Args:
-            autoencoder: `autoencoder_identity` of it, with the normalisation that training will use.
+            autoencoder: its `autoencoder_identity`, with the normalisation that training will use.
             id2label: class names.
-
-        Raises:
-            ValueError: a shard is missing, truncated or of other settings.
         """
         headers = self._headers()
         counts = np.zeros(0, dtype=np.int64)
@@ -194,10 +184,13 @@ class LatentStore(Dataset):
         path: directory of the store.
         vae: refuse the store unless it was made with this autoencoder and normalisation.
 
-    Raises:
-        ValueError: no manifest, a missing or truncated shard, another format version, or another autoencoder.
+    `get_many` (which `DrawDataset` and `__getitems__` use) reads a batch in one call. A store that is unfinished,
+    damaged, of another format or of another autoencoder is refused when it is opened.
 
-    `get_many` (which `DrawDataset` and `__getitems__` use) reads a batch in one call.
+    Example:
+        >>> store = LatentStore("latents/images", vae=vae)
+        >>> store.posterior(store.get_many(range(16))["moments"].float()).sample().shape
+        torch.Size([16, 4, 32, 32])
     """
 
     def __init__(self, path: str | os.PathLike[str], *, vae: nn.Module | None = None) -> None:
@@ -269,9 +262,6 @@ class LatentStore(Dataset):
             indices: B examples, each in [0, N).
             words: (B,) uint64, random; bit 63 chooses the view of each example.
             view: which view without `words`: 0 as is, 1 mirrored.
-
-        Raises:
-            IndexError: an index or a view that the store does not have.
         """
         if not 0 <= view < self.settings.views:
             raise IndexError(f"This store has {self.settings.views} view(s) of each image; got view {view}.")

@@ -83,6 +83,8 @@ def _id_of_name(name: str, id2label: Mapping[int, tuple[str, ...]], num_classes:
         raise ValueError(f"{name!r} is the name of classes {found}: pass the class id instead.")
     if not found:
         nearest = difflib.get_close_matches(wanted, sorted(set().union(*known.values())), n=3)
-        hint = f"Did you mean {', '.join(map(repr, nearest))}?" if nearest else "Pass a class id or a name of id2label."
+        hint = (
+            f"Did you mean {', '.join(map(repr, nearest))}?" if nearest else "Pass a class id or a name of id2label."
+        )
         raise ValueError(f"{name!r} is not a label name of this pipeline. {hint}")
     return found[0]
