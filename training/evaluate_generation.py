@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     if is_pipeline(arguments.samples):
         made = generated(arguments, options, state)
         samples = Collected.join(gather_object([collect(extractor, made)]))
-        facts, rules, resize_rule = {**made.facts, "model": str(path), **run_facts(path)}, made.rules, "none"
+        facts, rules, resize_rule = {**made.settings, "model": str(path), **run_facts(path)}, made.protocol, "none"
     else:
         warn_without_effect(options, vars(options), "the samples exist already")
         images = open_images(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)

@@ -181,8 +181,8 @@ class LatentNormalization:
 class LatentStatistics:
     """Exact mean and standard deviation of raw latents, one pass, in float64, mergeable over ranks.
 
-    For a posterior N(m, v) per latent position, raw latents have the mean E[m] and, by the law of total variance, the variance
-    Var[m] + E[v]: the variance of sampling enters exactly, without sampling. Batches are joined by Chan, Golub and
+    For a posterior N(m, v) per latent position, raw latents have the mean E[m] and, by the law of total variance, the
+    variance Var[m] + E[v]: that of sampling enters exactly, without sampling. Batches are joined by Chan, Golub and
     LeVeque's update (1979), which Welford's is the one-by-one case of. Standard deviations are the population's.
 
     Example:

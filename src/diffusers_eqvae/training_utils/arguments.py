@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 YAML_SUFFIXES = (".yaml", ".yml")
+# What --dtype says, and how torch calls it.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass
