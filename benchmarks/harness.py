@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from diffusers_eqvae.files import write_json
-from diffusers_eqvae.metrics.result_card import hardware
+from diffusers_eqvae.provenance import hardware
 
 Step = Callable[[], object]
 
@@ -47,4 +46,4 @@ def save_result(path: Path | None, *, device: str, arguments: Mapping[str, Any],
     if path is None:
         return
     named = {name: str(value) for name, value in arguments.items() if name != "output"}
-    write_json(path, {**hardware(device, diffusers=diffusers.__version__), "arguments": named, **results})
+    write_json(path, {**hardware(device), "arguments": named, **results})

@@ -69,7 +69,7 @@ def write_store(folder: Path, moments: np.ndarray, labels: np.ndarray, shard_siz
     for shard in range(settings.num_shards):
         rows = slice(settings.examples(shard).start, settings.examples(shard).stop)
         writer.write_shard(shard, torch.from_numpy(moments[rows, None]), labels=torch.from_numpy(labels[rows]))
-    writer.finish(fingerprint="0-0")
+    writer.finish(autoencoder=None)
 
 
 def measure_statistics(moments: np.ndarray) -> None:

@@ -14,18 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-import diffusers_eqvae
-from diffusers_eqvae import provenance
 from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.pipelines import sampling
+from diffusers_eqvae.provenance import hardware, weights_hash
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
+from diffusers_eqvae.training_utils.arguments import DTYPES
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
@@ -42,7 +40,7 @@ class SampleArguments:
     )
     num_samples: int = field(default=64, metadata={"help": "Number of images."})
     batch_size: int = field(
-        default=16, metadata={"help": "Images per forward. Another value may move a few pixels by one grey level."}
+        default=16, metadata={"help": "Images per forward. Another value may move a few pixels by one of 255."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the set; image n is a function of (seed, n)."})
     class_labels: list[str] | None = field(
@@ -65,14 +63,15 @@ class SampleArguments:
     scheduler: Literal["saved", "ode-euler", "ode-heun", "sde"] = field(
         default="saved", metadata={"help": "Sampler; saved is the one in the pipeline directory."}
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Of transformer and VAE; the state stays float32."}
+    dtype: Literal["bf16", "fp16", "fp32"] = field(
+        default="fp32", metadata={"help": "Of transformer and VAE; the state stays float32."}
     )
     save_png: bool = field(default=False, metadata={"help": "Also write png/000000.png and so on."})
 
 
 def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
-    pipeline = sampling.load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype)).to(device)
+    dtype = getattr(torch, DTYPES[arguments.dtype])
+    pipeline = sampling.load_pipeline(arguments.model, dtype=dtype).to(device)
     config = pipeline.scheduler.config
     if arguments.scheduler == "sde":
         pipeline.scheduler = FlowMatchSDEScheduler.from_config(config)
@@ -86,25 +85,9 @@ def what_decides_the_images(
 ) -> dict[str, Any]:
     elsewhere = ("model", "output_dir", "save_png", "class_labels")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
-    settings |= {"scheduler_config": sampling.scheduler_facts(pipeline.scheduler), "class_ids": class_ids}
-    return settings | {"weights": provenance.weights_digest(pipeline.transformer, pipeline.vae)}
-
-
-def sample_block(
-    pipeline: DiffusionPipeline, arguments: SampleArguments, block: range, class_ids: list[int]
-) -> dict[str, Any]:
-    labels = sampling.sample_labels(class_ids, block, seed=arguments.seed, policy=arguments.label_policy)
-    output = pipeline(
-        labels,
-        guidance_scale=arguments.guidance_scale,
-        guidance_interval=arguments.guidance_interval,
-        guided_channels=arguments.guided_channels,
-        num_inference_steps=arguments.num_inference_steps,
-        generator=sampling.sample_generators(arguments.seed, block),
-        callback_on_step_end=sampling.require_finite,
-    )
-    samples = np.stack([np.asarray(image) for image in output.images])
-    return {"arr_0": samples, "arr_1": np.array(labels), "nfe": output.nfe, "seconds": output.seconds}
+    settings |= {"dtype": DTYPES[arguments.dtype], "class_ids": class_ids}
+    settings["scheduler_config"] = sampling.scheduler_settings(pipeline.scheduler)
+    return settings | {"weights": weights_hash(pipeline.transformer, pipeline.vae)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,16 +108,25 @@ def main(argv: list[str] | None = None) -> None:
         state.wait_for_everyone()  # no part may be written before every rank has listed those that are missing
         with tqdm(total=sum(map(len, mine)), unit="image", disable=not state.is_main_process) as progress:
             for block in mine:
-                part = sample_block(pipeline, arguments, block, class_ids)
+                part = sampling.sample_block(
+                    pipeline,
+                    block,
+                    class_ids,
+                    seed=arguments.seed,
+                    label_policy=arguments.label_policy,
+                    guidance_scale=arguments.guidance_scale,
+                    guidance_interval=arguments.guidance_interval,
+                    guided_channels=arguments.guided_channels,
+                    num_inference_steps=arguments.num_inference_steps,
+                )
                 sampling.write_part(output_dir, block, part)
                 progress.update(len(block))
         state.wait_for_everyone()
 
     if state.is_main_process:
         if not finished:
-            versions = {module.__name__: module.__version__ for module in (diffusers_eqvae, diffusers, torch)}
-            facts = {"model": arguments.model, "device": str(state.device), "versions": versions}
-            sampling.finish(output_dir, blocks, settings=settings, facts=facts | sampling.revisions(pipeline))
+            metadata = {"model": arguments.model, **sampling.revisions(pipeline), **hardware(state.device)}
+            sampling.finish(output_dir, blocks, settings=settings, metadata=metadata)
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
         image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")
         if arguments.save_png:

@@ -14,8 +14,10 @@ from diffusers_eqvae.autoencoders import (
     decode,
     downsampling_factor,
     encode,
+    evaluating,
     is_deterministic,
     load_autoencoder,
+    require_fitting,
 )
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
@@ -35,7 +37,7 @@ def test_a_pipeline_is_searched_in_vae(tmp_path, tiny_autoencoder_kl):
         assert torch.equal(loaded.encoder.conv_in.weight, tiny_autoencoder_kl.encoder.conv_in.weight)
 
 
-def test_what_is_no_autoencoder_is_refused(tmp_path):
+def test_another_model_is_refused(tmp_path):
     model = SiTTransformer2DModel(sample_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=8)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a SiTTransformer2DModel, not an autoencoder"):
@@ -45,10 +47,10 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
 
 
 def test_a_directory_without_an_autoencoder_says_what_is_missing(tmp_path, tiny_autoencoder_kl):
-    with pytest.raises(OSError, match=r"nowhere is no directory here, and cannot be loaded from the Hub"):
+    with pytest.raises(OSError, match=r"nowhere is not a directory here, and cannot be loaded from the Hub"):
         load_autoencoder(str(tmp_path / "nowhere"))
     tiny_autoencoder_kl.save_pretrained(tmp_path / "store" / "vae")
-    with pytest.raises(OSError, match=r"holds no autoencoder: there is no .*config\.json\. Did you mean .*vae\?"):
+    with pytest.raises(OSError, match=r"does not hold an autoencoder: .*config\.json\. Did you mean .*vae\?"):
         load_autoencoder(str(tmp_path / "store"))
 
 
@@ -96,3 +98,24 @@ def test_an_encoder_that_gives_no_latents_is_named(tiny_autoencoder_kl, monkeypa
     monkeypatch.setattr(tiny_autoencoder_kl, "encode", lambda pixels: SimpleNamespace(codes=pixels))
     with pytest.raises(ValueError, match="AutoencoderKL gives SimpleNamespace with codes"):
         encode(tiny_autoencoder_kl, torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_leaves_the_mode_as_it_was(tiny_autoencoder_kl, training):
+    tiny_autoencoder_kl.train(training)
+    with pytest.raises(KeyboardInterrupt), evaluating(tiny_autoencoder_kl):
+        assert not tiny_autoencoder_kl.training and not tiny_autoencoder_kl.encoder.training
+        raise KeyboardInterrupt
+    assert tiny_autoencoder_kl.training == tiny_autoencoder_kl.encoder.training == training
+
+
+def test_a_size_fits_where_the_stride_divides_it(tiny_autoencoder_kl):
+    require_fitting(16, 4)
+    require_fitting(16, 4, smallest=16)
+    for size in (18, 0, -4, 2):
+        with pytest.raises(ValueError, match=f"resolution must be a multiple of .* stride 4; got {size}"):
+            require_fitting(size, 4)
+    with pytest.raises(ValueError, match="stride 4 and at least 16; got 12"):
+        require_fitting(12, 4, smallest=16)
+    with pytest.raises(ValueError, match=r"The width of images must be a multiple of .* stride 4; got 18"):
+        encode(tiny_autoencoder_kl, torch.zeros(1, 3, 16, 18))

@@ -8,13 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffusers_eqvae import files
 
 
 def test_a_written_file_takes_its_name_and_leaves_no_sibling(tmp_path):
     path = tmp_path / "new" / "folder" / "card.json"
-    with files.written_aside(path) as sibling:
+    with files.atomic_path(path) as sibling:
         sibling.write_text("half")
         assert not path.exists() and sibling.suffix == files.UNFINISHED
         sibling.write_text("whole")
@@ -25,7 +27,7 @@ def test_a_written_file_takes_its_name_and_leaves_no_sibling(tmp_path):
 def test_an_error_halfway_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "card.json"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.written_aside(path) as sibling:
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(path) as sibling:
         sibling.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -37,8 +39,8 @@ def test_a_kill_halfway_leaves_the_old_file_alone(tmp_path):
     path.write_text("old")
     halfway = f"""
 import os, signal
-from diffusers_eqvae.files import written_aside
-with written_aside({str(path)!r}) as sibling:
+from diffusers_eqvae.files import atomic_path
+with atomic_path({str(path)!r}) as sibling:
     sibling.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -54,6 +56,65 @@ def test_the_content_is_on_disk_before_the_name_is_and_the_name_after_it(tmp_pat
     monkeypatch.setattr(os, "replace", lambda source, target: (order.append("renamed"), replace(source, target)))
     files.write_text(tmp_path / "name", "text")
     assert order == [f".name.{os.getpid()}.tmp", "renamed", tmp_path.name]
+
+
+def test_files_inside_folders_are_flushed_too(tmp_path, monkeypatch):
+    (tmp_path / "transformer").mkdir()
+    for name in ("config.json", "transformer/weights"):
+        (tmp_path / name).write_text("x")
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    files.flush_tree(tmp_path)
+    assert len(flushed) == 4  # two files, two folders
+
+
+def test_many_small_files_are_whole_but_not_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    with files.atomic_path(tmp_path / "000000.png", durable=False) as sibling:
+        sibling.write_text("whole")
+        assert not (tmp_path / "000000.png").exists()
+    assert (tmp_path / "000000.png").read_text() == "whole" and not flushed
+    files.write_text(tmp_path / "card.json", "{}")
+    assert len(flushed) == 2
+
+
+def test_a_directory_is_replaced_as_a_whole_and_deleted_under_another_name(tmp_path, monkeypatch):
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, name in ((new, "fresh"), (old, "stale")):
+        folder.mkdir()
+        (folder / name).touch()
+    files.replace_directory(new, old)
+    assert [path.name for path in old.iterdir()] == ["fresh"] and list(tmp_path.iterdir()) == [old]
+    deleted = []
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: deleted.append((path.name, old.exists())))
+    files.delete_atomically(old)
+    assert deleted[-1] == (f"old{files.UNFINISHED}", False)
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_weights_are_read_as_tensors_only(tmp_path, capsys):
+    tensors = {"a": torch.arange(3.0)}
+    torch.save(tensors, tmp_path / "x.pth")
+    save_file(tensors, tmp_path / "x.safetensors")
+    for suffix in ("pth", "safetensors"):
+        read = files.read_weights(tmp_path / f"x.{suffix}")
+        assert list(read) == ["a"] and torch.equal(read["a"], tensors["a"])
+        cut = tmp_path / f"cut.{suffix}"
+        cut.write_bytes((tmp_path / f"x.{suffix}").read_bytes()[:-9])
+        with pytest.raises(ValueError, match=r"cut.* is not a whole file of weights"):
+            files.read_weights(cut)
+    torch.save({"a": Hostile()}, tmp_path / "hostile.pth")
+    with pytest.raises(ValueError, match=r"hostile\.pth is not a whole file of weights"):
+        files.read_weights(tmp_path / "hostile.pth")
+    assert capsys.readouterr().out == ""
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="must hold tensors by name; it holds a list"):
+        files.read_weights(tmp_path / "list.pth")
 
 
 def test_json_has_no_word_for_nan(tmp_path):
@@ -74,3 +135,12 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     for path in (tmp_path / "file" / "card.json", tmp_path):
         with pytest.raises(ValueError, match="cannot be written"):
             files.require_writable(path)
+
+
+def test_older_and_newer_formats_are_told_apart():
+    files.require_format_version(2, 2, path="x.json", remedy="make it again")
+    for found in (1, None, "1"):
+        with pytest.raises(ValueError, match=f"x.json has format_version {found}, older than 2, .*: make it again"):
+            files.require_format_version(found, 2, path="x.json", remedy="make it again")
+    with pytest.raises(ValueError, match="format_version 3, newer than 2: update diffusers_eqvae"):
+        files.require_format_version(3, 2, path="x.json", remedy="make it again")

@@ -6,12 +6,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid, image_grid, latent_pca, to_image
+from diffusers_eqvae.images import CAPTIONS, comparison_rows, evenly_spaced, grid, image_grid, latent_pca, to_image
 
 
 def test_to_image_inverts_the_training_scaling():
     levels = torch.arange(256, dtype=torch.float32).view(1, 16, 16).expand(3, 16, 16)
     assert np.array_equal(np.asarray(to_image(levels / 127.5 - 1))[..., 0], levels[0].numpy().astype(np.uint8))
+
+
+def test_evenly_spaced_indices_are_different_and_reach_both_ends():
+    assert evenly_spaced(10, 4) == [0, 3, 6, 9] and evenly_spaced(3, 8) == [0, 1, 2] and evenly_spaced(5, 1) == [0]
+    for length in range(1, 40):
+        for count in range(1, length + 1):
+            indices = evenly_spaced(length, count)
+            assert len(set(indices)) == count and indices == sorted(indices)
+            assert count == 1 or (indices[0], indices[-1]) == (0, length - 1)
 
 
 def test_pca_finds_the_strongest_channels_and_keeps_their_basis():

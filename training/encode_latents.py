@@ -18,15 +18,13 @@ from tqdm.auto import tqdm
 
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_image
-from diffusers_eqvae.data.image_datasets import model_files
-from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
+from diffusers_eqvae.data.image_datasets import ImageSource, model_files
+from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
 from diffusers_eqvae.latents import LatentNormalization
-from diffusers_eqvae.provenance import vae_fingerprint
-from diffusers_eqvae.training_utils.arguments import DataArguments
+from diffusers_eqvae.provenance import autoencoder_identity
+from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script, runs_on_cpu
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 logger = logging.getLogger("encode_latents")
 
@@ -59,7 +57,7 @@ class EncodeArguments:
             "(ReaLS), or what the autoencoder's config says already."
         },
     )
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images, per rank."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images, per rank."})
     cpu_threads: int = field(
         default=1, metadata={"help": "Of the encoder on a CPU; the last bits of its output depend on their number."}
     )
@@ -80,23 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     with state.main_process_first():
         source = data.load()
-    settings = store_settings(
-        vae,
-        source,
-        resolution=data.resolution,
-        dtype=DTYPES[arguments.dtype],
-        views=2 if arguments.flip else 1,
-        shard_size=arguments.shard_size,
-        batch_size=arguments.batch_size,
-        mixed_precision=arguments.mixed_precision,
-        description={
-            "dataset": data.name,
-            "config": data.dataset_config_name,
-            "split": data.split,
-            "image_column": data.image_column,
-            "label_column": data.label_column if source.labels is not None else None,
-        },
-    )
+    settings = settings_of(arguments, data, vae, source)
     plan = f"{len(source)} images, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
     if source.labels is None:
         state.print("No labels: the store is good for statistics, not for train_transformer.py.")
@@ -114,10 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     if runs_on_cpu():
         torch.set_num_threads(arguments.cpu_threads)  # torchrun and plain python start with different numbers
     vae.to(state.device, memory_format=torch.channels_last)
-    silent = not (total and state.is_main_process)
-    with tqdm(total=total, unit="img", desc="encoding (this process)", disable=silent) as bar:
-        options = {"device": state.device, "num_workers": arguments.num_workers, "progress": bar.update}
-        encode_shards(vae, source, writer, shards=shards, **options)
+    shown = bool(total and state.is_main_process)
+    with tqdm(total=total, unit="img", desc="encoding (this process)", disable=not shown) as bar:
+        options = {"device": state.device, "num_workers": arguments.dataloader_num_workers}
+        for shard in encode_shards(vae, source, settings, shards, progress=bar.update, **options):
+            writer.write_shard(**shard)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer)
@@ -125,7 +108,26 @@ def main(argv: list[str] | None = None) -> None:
     state.destroy_process_group()
 
 
-def finish(arguments: EncodeArguments, vae: torch.nn.Module, source, writer: LatentStoreWriter) -> None:
+def settings_of(
+    arguments: EncodeArguments, data: ImageArguments, vae: torch.nn.Module, source: ImageSource
+) -> StoreSettings:
+    description = {"dataset": data.name, "config": data.dataset_config_name, "split": data.split}
+    description |= {"image_column": data.image_column}
+    description |= {"label_column": data.label_column if source.labels is not None else None}
+    return store_settings(
+        vae,
+        source,
+        resolution=data.resolution,
+        description=description,
+        dtype=DTYPES[arguments.dtype],
+        views=2 if arguments.flip else 1,
+        shard_size=arguments.shard_size,
+        batch_size=arguments.batch_size,
+        mixed_precision=arguments.mixed_precision,
+    )
+
+
+def finish(arguments: EncodeArguments, vae: torch.nn.Module, source: ImageSource, writer: LatentStoreWriter) -> None:
     """The normalisation from all shards into vae/ and mean_std.json, then the manifest, which completes the store."""
     normalization = LatentNormalization.from_vae(vae)
     if arguments.normalization != "config":
@@ -135,7 +137,7 @@ def finish(arguments: EncodeArguments, vae: torch.nn.Module, source, writer: Lat
     measured_on = None if arguments.normalization == "config" else writer.settings.num_examples
     normalization.save_json(writer.path / "mean_std.json", num_samples=measured_on)
     vae.save_pretrained(writer.path / "vae")
-    manifest = writer.finish(fingerprint=vae_fingerprint(vae), id2label=source.id2label)
+    manifest = writer.finish(autoencoder=autoencoder_identity(vae), id2label=source.id2label)
     if manifest["skipped"]:
         logger.warning("%d unreadable images were replaced, see manifest.json", len(manifest["skipped"]))
     if arguments.verify:

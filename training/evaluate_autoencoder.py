@@ -14,20 +14,19 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-import diffusers
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.files import require_writable
+from diffusers_eqvae.images import UINT8_RULE
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.metrics.autoencoder import DEFINITIONS, AutoencoderPass, split_summary, summarize
 from diffusers_eqvae.metrics.feature_networks import EvaluatorName, load_extractor
 from diffusers_eqvae.metrics.generation import GenerationResult, evaluate_reconstruction, network_facts
 from diffusers_eqvae.metrics.inputs import ImageSet
-from diffusers_eqvae.metrics.result_card import UINT8_RULE, ResultCard, hardware
-from diffusers_eqvae.provenance import hash_tensors, model_revision, vae_fingerprint
+from diffusers_eqvae.metrics.result_card import ResultCard
+from diffusers_eqvae.provenance import hardware, model_revision, weights_hash
 from diffusers_eqvae.training_utils.arguments import DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     if state.is_main_process:
         warn_of_unused(arguments)
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
-    facts = {"model": arguments.vae, "model_class": type(vae).__name__, "weights": vae_fingerprint(vae)}
+    facts = {"model": arguments.vae, "model_class": type(vae).__name__, "weights": weights_hash(vae)}
     facts |= {"vae_revision": model_revision(vae), "dtype": "float32"}
     facts |= {"seed": arguments.seed} if arguments.sample_posterior else {}
     with state.main_process_first():
@@ -115,15 +114,13 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         protocol |= {"posterior": "sample" if arguments.sample_posterior else "mean", "definitions": DEFINITIONS}
         protocol["intrinsic_dimension_points"] = details["intrinsic_dimension_points"]
         if perceptual is not None:
-            protocol |= {"lpips_net": arguments.lpips_net, "lpips_weights_hash": hash_tensors(perceptual)}
+            protocol |= {"lpips_net": arguments.lpips_net, "lpips_weights_hash": weights_hash(perceptual)}
         result = GenerationResult({})
         if extractor is not None:
             result = evaluate_reconstruction(measured.reconstructions, measured.images, extractor=extractor)
             protocol |= {**network_facts(extractor), "uint8_rule": UINT8_RULE}
         provenance = {"data": images.name, "split": data.split}
-        provenance |= hardware(
-            state.device, diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__
-        )
+        provenance |= hardware(state.device)
         card = ResultCard(
             {**metrics, **result.metrics}, protocol, facts, marks | result.marks, provenance, "reconstruction", details
         )

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import diffusers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-import diffusers_eqvae
 from diffusers_eqvae.autoencoders import is_pipeline
 from diffusers_eqvae.data.image_datasets import load_image_dataset
 from diffusers_eqvae.files import require_writable
@@ -26,9 +24,10 @@ from diffusers_eqvae.metrics.feature_networks import EvaluatorName, load_extract
 from diffusers_eqvae.metrics.generation import evaluate_generation, load_reference, network_facts
 from diffusers_eqvae.metrics.image_sets import Collected, Processes, collect
 from diffusers_eqvae.metrics.inputs import ImageSet, open_images
-from diffusers_eqvae.metrics.result_card import ResultCard, hardware, run_facts, sampling_facts
+from diffusers_eqvae.metrics.result_card import ResultCard, run_facts, sampling_facts
 from diffusers_eqvae.pipelines.generated import GeneratedImages
 from diffusers_eqvae.pipelines.sampling import load_pipeline
+from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.training_utils.arguments import warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     if is_pipeline(arguments.samples):
         made = generated(arguments, options, state)
         samples = Collected.join(gather_object([collect(extractor, made)]))
-        facts, rules, resize_rule = {**made.facts, "model": str(path), **run_facts(path)}, made.rules, "none"
+        facts, rules, resize_rule = {**made.settings, "model": str(path), **run_facts(path)}, made.protocol, "none"
     else:
         warn_without_effect(options, vars(options), "the samples exist already")
         images = open_images(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     protocol = {**network_facts(extractor), **rules, "reference_hash": target.hash, "resize_rule": resize_rule}
     protocol["num_samples"] = len(samples.digests)
     provenance = {"reference": target.name, "samples_hash": samples.hash}
-    provenance |= hardware(state.device, diffusers_eqvae=diffusers_eqvae.__version__, diffusers=diffusers.__version__)
+    provenance |= hardware(state.device)
     card = ResultCard(result.metrics, protocol, facts, result.marks, provenance)
     card.save(output)
     if arguments.save_reference:

@@ -14,20 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-import diffusers_eqvae
 from diffusers_eqvae.autoencoders import load_autoencoder
-from diffusers_eqvae.files import hash_file, require_writable
-from diffusers_eqvae.images import grid
-from diffusers_eqvae.metrics.result_card import ResultCard, hardware
+from diffusers_eqvae.files import require_writable
+from diffusers_eqvae.images import evenly_spaced, grid
+from diffusers_eqvae.metrics.result_card import ResultCard
 from diffusers_eqvae.perception.annotated_images import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.features import load_alignment_network
 from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
-from diffusers_eqvae.provenance import hash_tensors, model_revision, vae_fingerprint
+from diffusers_eqvae.provenance import hardware, hash_file, model_revision, weights_hash
 from diffusers_eqvae.training_utils.arguments import warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
@@ -103,10 +101,10 @@ def main(argv: list[str] | None = None) -> ResultCard:
         task = SegmentationTask.of_files(masks, arguments.num_classes, ignore_index=arguments.ignore_index)
     vae, network = load_autoencoder(arguments.vae).requires_grad_(False), None
     facts: dict[str, Any] = {"model": arguments.vae, "model_class": type(vae).__name__, "dtype": "float32"}
-    facts |= {"weights": vae_fingerprint(vae), "vae_revision": model_revision(vae)}
+    facts |= {"weights": weights_hash(vae), "vae_revision": model_revision(vae)}
     if arguments.alignment_network is not None:
         network = load_alignment_network(arguments.alignment_network).to(arguments.device)
-        facts["alignment_network"] = {"name": arguments.alignment_network, "weights_hash": hash_tensors(network)}
+        facts["alignment_network"] = {"name": arguments.alignment_network, "weights_hash": weights_hash(network)}
     window = arguments.window or (5 if network is None else 1)
     sizes = {"window": window, "resolution": arguments.resolution, "batch_size": arguments.batch_size}
     reader = AnnotatedReader(vae.to(arguments.device), task, network=network, **sizes)
@@ -122,7 +120,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
         facts |= {"window": window, "neighbours": arguments.neighbours}
 
     rows: list[list[torch.Tensor]] = []
-    shown = np.linspace(0, num_tested - 1, min(arguments.num_shown, num_tested)).round().astype(int).tolist()
+    shown = evenly_spaced(num_tested, arguments.num_shown)
     for number, (pixels, seen, truth) in enumerate(tqdm(reader.batches(tested), unit="batch")):
         answers = {name: task.answer(method(seen), truth.shape[-2:]) for name, method in methods.items()}
         for name, answer in answers.items():
@@ -133,8 +131,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
     metrics, marks = split_figures(task.figures())
     protocol = {**reader.protocol, "num_annotated": len(annotated), "num_tested": num_tested}
     provenance = {"data": Path(arguments.images).name, "targets": Path(arguments.targets).name}
-    versions = {"diffusers_eqvae": diffusers_eqvae.__version__, "diffusers": diffusers.__version__}
-    provenance |= hardware(arguments.device, **versions)
+    provenance |= hardware(arguments.device)
     used = {"annotated": [image.name for image, _ in annotated], "tested": [image.name for image, _ in tested]}
     details = {"figures": task.figures(), "arguments": asdict(arguments), **used}
     card = ResultCard(metrics, protocol, facts, marks, provenance, "perception", details)

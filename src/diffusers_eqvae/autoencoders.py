@@ -111,12 +111,28 @@ def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
         if (folder / "config.json").is_file():
             raise  # it is there, and something else is wrong with it
         if not Path(name).is_dir():
-            raise OSError(f"{name} is no directory here, and cannot be loaded from the Hub: {error}") from error
+            raise OSError(f"{name} is not a directory here, and cannot be loaded from the Hub: {error}") from error
         hint = f" Did you mean {folder / 'vae'}?" if (folder / "vae").is_dir() else ""
-        raise OSError(f"{name} holds no autoencoder: there is no {folder / 'config.json'}.{hint}") from error
+        raise OSError(f"{name} does not hold an autoencoder: there is no {folder / 'config.json'}.{hint}") from error
     if not (hasattr(model, "encode") and hasattr(model, "decode")):
         raise ValueError(f"{name} is a {type(model).__name__}, not an autoencoder; name one, or its pipeline.")
     return model.eval()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In eval mode inside, and in the mode it had before afterwards, whatever happens.
+
+    Example:
+        >>> with evaluating(vae), torch.no_grad():
+        ...     posterior = encode(vae, pixels)
+    """
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 @contextmanager
@@ -159,12 +175,8 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     Raises:
         ValueError: another height or width, or an autoencoder whose encoder gives neither posterior nor latents.
     """
-    factor = downsampling_factor(vae)
-    if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
-        raise ValueError(
-            f"The autoencoder downsamples by {factor}, so height and width must be multiples of {factor}; "
-            f"got {pixels.shape[-2]}x{pixels.shape[-1]}. Resize or crop the images first."
-        )
+    for side, size in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
+        require_fitting(size, downsampling_factor(vae), name=f"The {side} of images")
     output = vae.encode(pixels)
     if hasattr(output, "latent_dist"):
         return Posterior(output.latent_dist.mean, output.latent_dist.logvar)
@@ -208,9 +220,21 @@ def latent_channels(vae: Autoencoder) -> int:
 
 
 def downsampling_factor(vae: Autoencoder) -> int:
-    """f of an 'f8' autoencoder: pixels per latent cell along one side."""
+    """f of an 'f8' autoencoder: pixels per latent position along one side."""
     channels = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
     return 2 ** (len(channels) - 1)
+
+
+def require_fitting(size: int, stride: int, *, name: str = "resolution", smallest: int | None = None) -> None:
+    """Refuses a side in pixels that is not a positive multiple of the autoencoder's stride, or below `smallest`.
+
+    Example:
+        >>> require_fitting(data.resolution, downsampling_factor(vae))
+    """
+    smallest = stride if smallest is None else smallest
+    if size % stride or size < smallest:
+        least = f" and at least {smallest}" if smallest > stride else ""
+        raise ValueError(f"{name} must be a multiple of the autoencoder's stride {stride}{least}; got {size}.")
 
 
 def last_encoder_layer(vae: Autoencoder) -> nn.Conv2d:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from .files import hash_file
+from .provenance import hash_file
 
 T = TypeVar("T", bound=type)
 

@@ -1,4 +1,4 @@
-"""Images of latents: what becomes of a rotated or shrunken latent, and the latents' principal components."""
+"""PIL images, pixels in [-1, 1] and uint8: conversions, crops, grids, and images of latents."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
-from .autoencoders import decode, downsampling_factor, encode
+from .autoencoders import decode, encode, evaluating
 from .equivariance import rotation, scaling
 
-CAPTIONS = ("image", "reconstruction", "latent rotated 90°", "latent halved", "latent PCA")
+CAPTIONS = ("image", "reconstruction", "latent rotated 90°", "latent downscaled", "latent PCA")
 CAPTION_PX = 16
+UINT8_RULE = "clamp(127.5 x + 128), truncated"
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Up to `count` different indices below `length`, ends included.
+
+    Example:
+        >>> evenly_spaced(10, 4), evenly_spaced(2, 4)
+        ([0, 3, 6, 9], [0, 1])
+    """
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """A image of pixels (3, H, W) in [-1, 1], by clamp(127.5 x + 128) truncated to uint8."""
-    levels = (pixels.detach().float().cpu() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+    """An image of pixels (3, H, W) in [-1, 1], by `to_uint8`."""
+    return Image.fromarray(to_uint8(pixels.detach().cpu()).permute(1, 2, 0).numpy())
 
 
 def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,8 +44,8 @@ def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
     Returns:
         Colours (B, 3, h, w) in [-1, 1], scaled to two standard deviations, and the basis (C, 3).
     """
-    cells = latents.detach().float().permute(0, 2, 3, 1)
-    centred = cells - cells.mean((0, 1, 2), keepdim=True)
+    positions = latents.detach().float().permute(0, 2, 3, 1)
+    centred = positions - positions.mean((0, 1, 2), keepdim=True)
     if basis is None:
         flat = centred.flatten(0, 2)
         _, _, components = torch.linalg.svd(flat.T @ flat / len(flat))
@@ -51,20 +61,17 @@ def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
 @torch.no_grad()
 def comparison_rows(vae: nn.Module, pixels: Tensor) -> list[list[Tensor]]:
     """For each image of (B, 3, H, W): the five images named in `CAPTIONS`, all (3, H, W)."""
-    was_training = vae.training
-    vae.eval()
-    factor = downsampling_factor(vae)
     size = (pixels.shape[-2], pixels.shape[-1])
-    latents = encode(vae, pixels).mode()
-    cells = (size[0] // factor, size[1] // factor)
-    columns = [
-        pixels,
-        decode(vae, latents),
-        decode(vae, rotation(cells, 1).apply_to_latents(latents)),
-        decode(vae, scaling(cells, 0.5).apply_to_latents(latents)),
-        latent_pca(latents)[0],
-    ]
-    vae.train(was_training)
+    with evaluating(vae):
+        raw_latents = encode(vae, pixels).mode()
+        latent_size = (raw_latents.shape[-2], raw_latents.shape[-1])
+        columns = [
+            pixels,
+            decode(vae, raw_latents),
+            decode(vae, rotation(latent_size, 1).apply_to_latents(raw_latents)),
+            decode(vae, scaling(latent_size, 0.5).apply_to_latents(raw_latents)),
+            latent_pca(raw_latents)[0],
+        ]
     fitted = [c if c.shape[-2:] == size else F.interpolate(c.float(), size, mode="nearest-exact") for c in columns]
     return [list(row) for row in zip(*fitted, strict=True)]
 
@@ -99,7 +106,7 @@ def image_grid(
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB, turned upright by its EXIF orientation.
 
-    Transparency is laid over white, 16-bit grey levels are divided by 257 and rounded, CMYK, palette, grey and YCbCr
+    Transparency is laid over white, 16-bit grey values are divided by 257 and rounded, CMYK, palette, grey and YCbCr
     are converted.
 
     Raises:
@@ -107,12 +114,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"integer levels {levels.min()}..{levels.max()} do not fit 16 bits")
-        return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"integer values {values.min()}..{values.max()} do not fit 16 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point levels have no known range; save the image with 8 or 16 bits")
+        raise ValueError("floating-point values have no known range; save the image with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -158,10 +165,15 @@ def random_crop_resize(
 
 def to_pixels(image: Image.Image) -> Tensor:
     """Pixels (3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
-    levels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return levels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+    images_uint8 = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return images_uint8.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Samples of the same shape, uint8: clamp(127.5 x + 128) truncated, the inverse of `to_pixels` on its range."""
+    """Of pixels in [-1, 1], in the same shape, by `UINT8_RULE`; the inverse of `to_pixels` on its range.
+
+    Example:
+        >>> to_uint8(torch.tensor([-1.0, 0.0, 0.99, 3.0])).tolist()
+        [0, 128, 254, 255]
+    """
     return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)

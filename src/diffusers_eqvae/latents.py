@@ -1,4 +1,4 @@
-"""Between raw latents and latents: the normalisation, the statistics it is made from, and a fingerprint of both.
+"""Between raw latents and latents: the normalisation, and the statistics it is made from.
 
 This is the only place of the package where latents are shifted or scaled. diffusers' configs know two conventions:
 
@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autoencoders import Autoencoder
 from .files import write_json
-
-# diffusers' autoencoders have no common base class that declares `config`.
-Autoencoder = Any
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class LatentNormalization:
         }
 
     def apply_to(self, vae: Autoencoder) -> None:
-        """Writes this normalisation into the autoencoder's config, whence save_pretrained and from_vae take it.
+        """Writes this normalisation into the autoencoder's config, from where save_pretrained and from_vae take it.
 
         A single mean and std is spelled out for every channel, which is what diffusers' pipelines expect.
 
@@ -183,8 +181,8 @@ class LatentNormalization:
 class LatentStatistics:
     """Exact mean and standard deviation of raw latents, one pass, in float64, mergeable over ranks.
 
-    For a posterior N(m, v) per cell, raw latents have the mean E[m] and, by the law of total variance, the variance
-    Var[m] + E[v]: the variance of sampling enters exactly, without sampling. Batches are joined by Chan, Golub and
+    For a posterior N(m, v) per latent position, raw latents have the mean E[m] and, by the law of total variance, the
+    variance Var[m] + E[v]: that of sampling enters exactly, without sampling. Batches are joined by Chan, Golub and
     LeVeque's update (1979), which Welford's is the one-by-one case of. Standard deviations are the population's.
 
     Example:
@@ -196,7 +194,7 @@ class LatentStatistics:
 
     def __init__(self) -> None:
         self.num_samples = 0
-        self._count = 0  # cells per channel
+        self._count = 0  # latent positions per channel
         self._mean: Tensor | None = None
         self._m2: Tensor | None = None  # sum of squared deviations of the posterior means
         self._variance_sum: Tensor | None = None  # sum of the posterior variances

@@ -1,120 +1,206 @@
-"""Which weights a model has: a hash of their own, and the commit of the Hub where its loader knew one."""
+"""What a thing is and what it was made from: hashes of weights, files and data, revisions, hardware and versions.
+
+One identity per thing. Of an autoencoder it has named parts, since what reads latents needs another part of it than
+what decodes them; `require_same_autoencoder` is the one comparison of two of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import re
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
-from .autoencoders import Autoencoder
+from .autoencoders import Autoencoder, downsampling_factor, latent_channels
 from .latents import LatentNormalization
 
 # How the Hub's cache lays files out: models--OWNER--NAME/snapshots/COMMIT/...
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PARAMETERS = {
+    "encoder": ("encoder.", "quant_conv."),
+    "codebook": ("quantize.",),
+    "decoder": ("decoder.", "post_quant_conv."),
+}
+_CALLED = {
+    "encoder": "encoder weights",
+    "codebook": "codebook",
+    "decoder": "decoder weights",
+    "normalization": "latent normalisation (latents_mean, latents_std, scaling_factor, shift_factor)",
+}
+# The parts that latents depend on: a fine-tuned decoder leaves them as they are.
+LATENT_SPACE = ("encoder", "codebook", "normalization")
+
+
+def autoencoder_identity(vae: Autoencoder) -> dict[str, Any]:
+    """What an autoencoder is, as a JSON value that travels with whatever was made by it.
+
+    `encoder` (with quant_conv), `codebook` (of a VQ model, else None) and `decoder` (with post_quant_conv) are each
+    hashed as float32, bfloat16 and float16, the padding of their convolutions included; `normalization` is one hash of
+    the config's four entries. Every hash is the first 16 hexadecimal digits of a SHA-256.
+
+    Example:
+        >>> autoencoder_identity(vae)
+        {'class': 'AutoencoderKL', 'latent_channels': 4, 'downsampling_factor': 8,
+         'encoder': {'float32': '5e0b...', 'bfloat16': '91c7...', 'float16': '07aa...'}, 'codebook': None,
+         'decoder': {...}, 'normalization': '3f52...'}
+
+    Raises:
+        ValueError: no encoder parameters, as in a wrapped autoencoder.
+    """
+    if not _parameters(vae, "encoder"):
+        raise ValueError(
+            f"The identity of an autoencoder needs its encoder; {type(vae).__name__} has no parameter named encoder.* "
+            "and may be wrapped: unwrap it first (accelerator.unwrap_model)."
+        )
+    return {
+        "class": type(vae).__name__,
+        "latent_channels": latent_channels(vae),
+        "downsampling_factor": downsampling_factor(vae),
+        **{part: _part_hashes(vae, part) for part in _PARAMETERS},
+        "normalization": _normalization_hash(vae),
+    }
+
+
+def require_same_autoencoder(
+    expected: Mapping[str, Any] | None,
+    given: Autoencoder | Mapping[str, Any],
+    *,
+    parts: Sequence[str] = LATENT_SPACE,
+    whose: str = "these latents",
+) -> None:
+    """Refuses an autoencoder, or the identity of one, that differs from `expected` in one of the parts.
+
+    Weights agree where their hashes agree in any precision, so a copy rounded to bfloat16 or float16 is the same
+    autoencoder, in whatever precision it is now. An `expected` of None, or a part that it does not state, is unknown
+    and passes.
+
+    Args:
+        expected: from `autoencoder_identity`.
+        parts: of "encoder", "codebook", "decoder" and "normalization".
+        whose: what `expected` belongs to, for the message.
+
+    Example:
+        >>> require_same_autoencoder(store.autoencoder, vae, whose="the store latents/images")
+    """
+    differing = [
+        _CALLED[part] for part in parts if expected and part in expected and not _agree(part, expected[part], given)
+    ]
+    if differing:
+        raise ValueError(
+            f"This autoencoder does not belong to {whose}: its {' and '.join(differing)} differ; "
+            f"use the autoencoder that {whose} came with."
+        )
+
+
+def _agree(part: str, expected: Any, given: Autoencoder | Mapping[str, Any]) -> bool:
+    """Stops at the first precision that agrees, so that the usual comparison reads the weights once."""
+    if part == "normalization":
+        return expected == (given.get(part) if isinstance(given, Mapping) else _normalization_hash(given))
+    if isinstance(given, Mapping):
+        found = given.get(part)
+        return found == expected or any((found or {}).get(key) == value for key, value in (expected or {}).items())
+    if expected is None:
+        return not _parameters(given, part)
+    return any(_part_hash(given, part, precision) == value for precision, value in expected.items())
+
+
+def _parameters(vae: Autoencoder, part: str) -> list[tuple[str, torch.Tensor]]:
+    return sorted((name, value) for name, value in vae.state_dict().items() if name.startswith(_PARAMETERS[part]))
+
+
+def _part_hashes(vae: Autoencoder, part: str) -> dict[str, str] | None:
+    return {name: _part_hash(vae, part, name) for name in _PRECISIONS} if _parameters(vae, part) else None
+
+
+def _part_hash(vae: Autoencoder, part: str, precision: str) -> str:
+    """Of the part's weights rounded to a precision, and of its padding where that is not zeros."""
+    digest = hashlib.sha256()
+    for name, value in _parameters(vae, part):
+        digest.update(f"{name}:{tuple(value.shape)}".encode())
+        _add_values(digest, value.detach().to("cpu", _PRECISIONS[precision]))
+    for name, module in vae.named_modules():
+        padding_mode = module.padding_mode if isinstance(module, nn.Conv2d) else "zeros"
+        if name.startswith(_PARAMETERS[part]) and padding_mode != "zeros":
+            digest.update(f"{name}:{padding_mode}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _normalization_hash(vae: Autoencoder) -> str:
+    config = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
+    return hashlib.sha256(config.encode()).hexdigest()[:16]
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """The identity of weights: 16 hex digits of the SHA-256 of all names, shapes and values of the modules' states.
+
+    In the dtype they have; a copy rounded to half precision has another. Buffers count, device and memory format do
+    not.
+
+    Example:
+        >>> weights_hash(pipeline.transformer, pipeline.vae)
+        '0f2c6f6f9d0c3f7e'
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            _add_values(digest, tensor.detach().cpu())
+    return digest.hexdigest()[:16]
+
+
+def _add_values(digest: Any, tensor: torch.Tensor) -> None:
+    """The bytes of a tensor on the CPU in the order of its indices, without a copy where they lie so."""
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def model_revision(model: nn.Module) -> str:
     """ "weights <16 hex digits>", with "commit <40 hex digits>, " before it where the model came from a known commit.
 
-    The hash is `features.hash_tensors` of the model in its dtype. A commit is what the loader noted in the config
-    (transformers) or the snapshot in the Hub's cache that the model was loaded from (the parts of a diffusers
-    pipeline). Of a model loaded by name neither is left, and no commit is stated: the name does not say which
-    revision was asked for.
+    The hash is `weights_hash`. A commit is what the loader noted in the config (transformers) or the snapshot in the
+    Hub's cache that the model was loaded from (the components of a diffusers pipeline). Of a model loaded by name
+    neither is left, and no commit is stated: the name does not say which revision was asked for.
     """
     config: Any = getattr(model, "config", {})
     commit = config.get("_commit_hash") if hasattr(config, "get") else getattr(config, "_commit_hash", None)
     if not commit:
         found = _SNAPSHOT.search(str(getattr(config, "_name_or_path", "") or "").replace("\\", "/"))
         commit = found[1] if found else None
-    weights = f"weights {hash_tensors(model)}"
+    weights = f"weights {weights_hash(model)}"
     return f"commit {commit}, {weights}" if commit else weights
 
 
-# The parameters that define the latent space: a fine-tuned decoder leaves it as it is.
-ENCODER_PREFIXES = ("encoder.", "quant_conv.")
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """First 16 hex digits of a file's SHA-256, as `sha256sum FILE | cut -c -16` prints them."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def vae_fingerprint(vae: Autoencoder) -> str:
-    """Which latent space a model or a store belongs to: "<weights>-<normalisation>-<bfloat16>-<float16>".
-
-    Each part is 16 hexadecimal digits of a SHA-256. The first is one of the encoder side's weights, read as float32,
-    and of the padding of its convolutions where that is not zeros: a decoder-only fine-tune keeps it. The second is
-    one of the normalisation in the config, the others of the weights rounded to half precision, by which
-    `check_fingerprint` knows such a copy.
-
-    Raises:
-        ValueError: no encoder parameters, as in a wrapped autoencoder.
-    """
-    weights, *rounded = (_encoder_digest(vae, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
-    normalization = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
-    return "-".join((weights, hashlib.sha256(normalization.encode()).hexdigest()[:16], *rounded))
+def versions() -> dict[str, str]:
+    """Of what decides numbers: {"diffusers_eqvae": "0.1.0", "diffusers": ..., "torch": ..., "python": ...}."""
+    return {
+        "diffusers_eqvae": sys.modules["diffusers_eqvae"].__version__,  # importing it would go upwards
+        "diffusers": diffusers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
-def _encoder_digest(vae: Autoencoder, dtype: torch.dtype) -> str:
-    """Of the encoder side's weights rounded to `dtype`, and its padding."""
-    digest = hashlib.sha256()
-    encoder_side = sorted(
-        (name, value) for name, value in vae.state_dict().items() if name.startswith(ENCODER_PREFIXES)
-    )
-    if not encoder_side:
-        raise ValueError(
-            f"A fingerprint needs an autoencoder with an encoder; {type(vae).__name__} has no parameter named "
-            "encoder.*. Unwrap it first (accelerator.unwrap_model)."
-        )
-    for name, value in encoder_side:
-        digest.update(f"{name}:{tuple(value.shape)}".encode())
-        digest.update(value.detach().to(dtype).float().cpu().contiguous().numpy().tobytes())
-    for name, module in vae.named_modules():
-        padding_mode = module.padding_mode if isinstance(module, torch.nn.Conv2d) else "zeros"
-        if name.startswith(ENCODER_PREFIXES) and padding_mode != "zeros":
-            digest.update(f"{name}:{padding_mode}".encode())
-    return digest.hexdigest()[:16]
-
-
-def check_fingerprint(expected: str, vae: Autoencoder) -> None:
-    """Refuses an autoencoder whose latents are not those that `expected` was taken from.
-
-    A copy rounded to bfloat16 or float16 as a whole passes, in whatever precision it is now.
-
-    Raises:
-        ValueError: the encoder's weights or the normalisation differ.
-    """
-    weights, normalization, *rounded = expected.split("-")
-    actual = vae_fingerprint(vae)
-    own_weights, own_normalization, *_ = actual.split("-")
-    differing = []
-    if own_weights not in (weights, *rounded):
-        differing.append("encoder weights")
-    if own_normalization != normalization:
-        differing.append("latent normalisation (latents_mean, latents_std, scaling_factor, shift_factor)")
-    if differing:
-        raise ValueError(
-            f"This autoencoder does not have the latent space expected here: its {' and '.join(differing)} differ "
-            f"(fingerprint {actual}, expected {expected}); use the autoencoder that the latents were made with."
-        )
-
-
-def hash_tensors(module: nn.Module) -> str:
-    """First 16 hex digits of the sha256 of all names, shapes and values of a module's state."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def weights_digest(*modules: nn.Module) -> str:
-    """16 hex digits that change when training does: names, shapes and the first 1024 values of every tensor.
-
-    Tells a resumed run that the weights under the same path are not those it began with, without reading gigabytes.
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            head = tensor.detach().flatten()[:1024].float().cpu().numpy()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + head.tobytes())
-    return digest.hexdigest()[:16]
+def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Where and when: {"hardware": name of the device, "threads", "versions" (see `versions`), "date" in UTC}."""
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "hardware": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

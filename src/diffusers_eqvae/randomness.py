@@ -1,8 +1,13 @@
-"""Randomness as a function of (seed, rank, step): the reason why a resumed run equals an uninterrupted one.
+"""Randomness as a function of (seed, stream, index): resumed equals uninterrupted, two ranks equal one.
 
-Two kinds: the global generators of Python, NumPy and torch, reseeded before every micro-batch (what a module draws on
-its own, such as dropout), and `StepRandomness`, whose numbers belong to a *sample of the step* and not to the process
-that happens to compute it, so that they also survive a change of world size or accumulation.
+Whatever is random belongs to a place in a run (a step, a sample of a step, an image of a set, a draw of an epoch), and
+never to the process that happens to compute it. `stream` keeps apart what is drawn at one place:
+
+    torch_generator, numpy_generator     SeedSequence((seed, index, stream)): noise and labels of image `index`
+    philox                               key (seed, index), counter word `stream`: orders and crops of a data set
+    random_words                         splitmix64 of (seed, index): one decision per index without a generator
+    StepRandomness                       Philox of (seed, step, call, place in the global batch): noise of a step
+    reseed_global                        Python's, NumPy's and torch's own generators, before every micro-batch
 """
 
 from __future__ import annotations
@@ -17,6 +22,52 @@ from torch import Tensor
 
 # A number below every other that float32 uniforms on a grid of 2^-24 can take: keeps them out of 0.
 _SMALLEST_UNIFORM = np.float32(2.0**-25)
+
+
+def torch_generator(seed: int, index: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator, so that no device matters, seeded with 63 bits of SeedSequence((seed, index, stream)).
+
+    Example:
+        >>> torch.randn(3, generator=torch_generator(seed=0, index=17))
+    """
+    word = np.random.SeedSequence((seed, index, stream)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def numpy_generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+    """PCG64 of SeedSequence((seed, index, stream)).
+
+    Example:
+        >>> int(numpy_generator(seed=0, index=17, stream=1).integers(1000))
+    """
+    return np.random.default_rng((seed, index, stream))
+
+
+def philox(seed: int, index: int, stream: int = 0) -> np.random.Philox:
+    """Philox4x64 with key (seed, index) from counter (0, 0, 0, stream): raw words that numpy guarantees for ever.
+
+    Example:
+        >>> order = np.argsort(philox(seed=0, index=epoch, stream=1).random_raw(num_examples), kind="stable")
+    """
+    return np.random.Philox(
+        key=np.array([seed, index], dtype=np.uint64), counter=np.array([0, 0, 0, stream], dtype=np.uint64)
+    )
+
+
+def random_words(seed: int, indices: Sequence[int]) -> np.ndarray:
+    """One random 64-bit word per index, (len(indices),) uint64: splitmix64 (Steele et al. 2014) of (seed, index).
+
+    Example:
+        >>> mirrored = random_words(0, [4, 5, 6]) >> np.uint64(63)
+    """
+    return _splitmix64(np.asarray(indices, dtype=np.uint64) ^ _splitmix64(np.asarray([seed], dtype=np.uint64)))
+
+
+def _splitmix64(words: np.ndarray) -> np.ndarray:
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 def reseed_global(seed: int, rank: int, step: int, micro: int) -> None:
@@ -69,20 +120,22 @@ class StepRandomness:
         self.at(0, 0)
 
     def at(self, step: int, micro: int) -> StepRandomness:
-        """Moves to a micro-batch and restarts its calls; returns itself."""
+        """Moves to a micro-batch and restarts its calls and its shared generator; returns itself."""
         self.step, self.micro, self.call = step, micro, 0
         self._shared: torch.Generator | None = None
         return self
 
     def shared_generator(self) -> torch.Generator:
-        """The CPU generator of what is drawn once per optimizer step (EQ-VAE's tau).
+        """The CPU generator of the step, the same on every rank and in every micro-batch.
 
-        It gives the same numbers on every rank and in every micro-batch of the step. All callers of one micro-batch
-        share it, so that their numbers differ; `at` starts it anew.
+        For what must be drawn once per optimizer step (EQ-VAE's tau). All callers of a micro-batch continue one
+        generator, so the regularizers of a step draw different numbers: ask in the same order in every micro-batch.
+
+        Example:
+            >>> angle = torch.randint(4, (), generator=randomness.shared_generator())
         """
         if self._shared is None:
-            word = np.random.SeedSequence((self.seed, self.step, 0)).generate_state(1, np.uint64)[0]
-            self._shared = torch.Generator().manual_seed(int(word >> np.uint64(1)))
+            self._shared = torch_generator(self.seed, self.step)
         return self._shared
 
     def randn(

@@ -12,8 +12,13 @@ import torch
 from PIL import Image
 
 from diffusers_eqvae.data.image_datasets import ImageSource, PixelDataset, load_image_dataset
-from diffusers_eqvae.data.order import DrawDataset, draw_generator
+from diffusers_eqvae.data.order import DrawDataset
 from diffusers_eqvae.images import adm_center_crop, random_crop_resize, to_pixels, to_rgb, to_uint8
+from diffusers_eqvae.randomness import philox
+
+
+def generator(number: int) -> np.random.Generator:
+    return np.random.Generator(philox(0, number))
 
 
 def image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
@@ -113,17 +118,17 @@ def test_random_crop_is_a_square_of_half_to_all_of_the_short_side() -> None:
     ramp[:, :, 0], ramp[:, :, 1] = np.arange(60)[None, :] * 4, np.arange(40)[:, None] * 4
     spans, lefts = [], []
     for number in range(300):
-        crop = np.asarray(random_crop_resize(Image.fromarray(ramp), 40, draw_generator(number, 0))) / 4.0
+        crop = np.asarray(random_crop_resize(Image.fromarray(ramp), 40, generator(number))) / 4.0
         span = [crop[20, -1, 0] - crop[20, 0, 0], crop[-1, 20, 1] - crop[0, 20, 1]]
         assert abs(span[0] - span[1]) < 2
         spans.append(span[0] + 1)
         lefts.append(crop[20, 0, 0])
     assert 19 <= min(spans) <= 22 and 38 <= max(spans) <= 41 and 28 < np.mean(spans) < 32
     assert min(lefts) < 2 and max(lefts) > 30
-    whole = random_crop_resize(image(), 20, draw_generator(0, 0), 1.0, 1.0)
+    whole = random_crop_resize(image(), 20, generator(0), 1.0, 1.0)
     assert whole.size == (20, 20)
     with pytest.raises(ValueError, match="fractions"):
-        random_crop_resize(image(), 20, draw_generator(0, 0), 0.9, 0.5)
+        random_crop_resize(image(), 20, generator(0), 0.9, 0.5)
 
 
 def test_augmentation_is_a_function_of_the_draw() -> None:
@@ -135,9 +140,9 @@ def test_augmentation_is_a_function_of_the_draw() -> None:
     assert len({draws[n]["pixel_values"].numpy().tobytes() for n in same_image}) == len(same_image)
     plain = PixelDataset(source, resolution=16, random_flip=True)
     unflipped = plain[0]["pixel_values"]
-    kinds = [torch.equal(plain.get(0, draw_generator(n, 0))["pixel_values"], unflipped) for n in range(200)]
+    kinds = [torch.equal(plain.get(0, generator(n))["pixel_values"], unflipped) for n in range(200)]
     assert 70 < sum(kinds) < 130
-    mirrored = plain.get(0, draw_generator(kinds.index(False), 0))["pixel_values"]
+    mirrored = plain.get(0, generator(kinds.index(False)))["pixel_values"]
     assert torch.equal(mirrored, unflipped.flip(-1))
 
 
@@ -222,7 +227,7 @@ def test_parquet_directory_with_splits_and_text_labels(tmp_path: Path) -> None:
 
 
 def test_missing_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Say which images with --train_data_dir or --dataset_name"):
+    with pytest.raises(ValueError, match="give train_data_dir or dataset_name"):
         load_image_dataset()
     with pytest.raises(ValueError, match="not both"):
         load_image_dataset(dataset_name="a", train_data_dir=tmp_path)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
 from diffusers_eqvae.latents import LatentStatistics
-from diffusers_eqvae.provenance import vae_fingerprint
+from diffusers_eqvae.provenance import autoencoder_identity
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS = StoreSettings(
@@ -43,14 +43,14 @@ def labels_of(settings: StoreSettings) -> torch.Tensor:
     return torch.arange(settings.num_examples) % 3
 
 
-def write(path: Path, settings: StoreSettings = SETTINGS, *, order=None, fingerprint: str = "f-f") -> Path:
+def write(path: Path, settings: StoreSettings = SETTINGS, *, order=None, autoencoder=None) -> Path:
     moments, labels = moments_of(settings), labels_of(settings)
     for shard in order or range(settings.num_shards):
         examples = list(settings.examples(shard))
         LatentStoreWriter(path, settings).write_shard(
             shard, moments[examples], labels=labels[examples] if settings.labelled else None, skipped=[f"bad{shard}"]
         )
-    LatentStoreWriter(path, settings).finish(fingerprint=fingerprint, id2label={0: "a", 1: "b", 2: "c", 3: "none"})
+    LatentStoreWriter(path, settings).finish(autoencoder=autoencoder, id2label={0: "a", 1: "b", 2: "c", 3: "none"})
     return path
 
 
@@ -136,7 +136,7 @@ def test_finished_shards_are_skipped_and_other_settings_refused(tmp_path: Path) 
 def test_truncated_shard_is_named_with_the_remedy(tmp_path: Path, keep: int) -> None:
     shard = write(tmp_path) / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"shard-00001.*delete it and run training/encode_latents.py again"):
+    with pytest.raises(ValueError, match=r"shard-00001.*delete it and encode the data again"):
         LatentStore(tmp_path)
     shards, complaints = LatentStoreWriter(tmp_path, SETTINGS).pending()
     assert shards == [1] and "shard-00001" in complaints[0]
@@ -146,12 +146,13 @@ def test_truncated_shard_is_named_with_the_remedy(tmp_path: Path, keep: int) -> 
 
 
 def test_unfinished_foreign_or_newer_directories_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no finished latent store"):
+    with pytest.raises(ValueError, match="is not a finished latent store"):
         LatentStore(tmp_path / "absent")
     manifest = write(tmp_path) / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
-    with pytest.raises(ValueError, match="store format 99"):
-        LatentStore(tmp_path)
+    for version, message in ((99, "newer than 2: update"), (1, "older than 2, .* encode the data again")):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": version}))
+        with pytest.raises(ValueError, match=f"manifest.json has format_version {version}, {message}"):
+            LatentStore(tmp_path)
     manifest.write_text("{")
     with pytest.raises(ValueError, match=r"not valid JSON .* again"):
         LatentStore(tmp_path)
@@ -161,12 +162,24 @@ def test_unfinished_foreign_or_newer_directories_are_refused(tmp_path: Path) -> 
 
 
 def test_another_autoencoder_is_refused_in_one_sentence(tmp_path: Path, tiny_autoencoder_kl) -> None:
-    write(tmp_path, fingerprint=vae_fingerprint(tiny_autoencoder_kl))
+    write(tmp_path, autoencoder=autoencoder_identity(tiny_autoencoder_kl))
     LatentStore(tmp_path, vae=tiny_autoencoder_kl)
     with torch.no_grad():
         tiny_autoencoder_kl.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
     with pytest.raises(ValueError, match="encoder weights differ"):
         LatentStore(tmp_path, vae=tiny_autoencoder_kl)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [(1, "older than 2, .* another output directory"), (3, "newer than 2")]
+)
+def test_shards_of_another_format_are_neither_read_nor_written_over(tmp_path, monkeypatch, version, message) -> None:
+    for module in ("latent_store", "latent_format"):
+        monkeypatch.setattr(f"diffusers_eqvae.data.{module}.FORMAT_VERSION", version)
+    write(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"shard-00000.safetensors has format_version {version}, {message}"):
+        LatentStoreWriter(tmp_path, SETTINGS).pending()
 
 
 def test_statistics_of_a_store_merge_to_the_same_numbers(tmp_path: Path) -> None:

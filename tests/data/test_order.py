@@ -15,10 +15,7 @@ from diffusers_eqvae.data.order import (
     DrawDataset,
     DrawOrder,
     DrawSampler,
-    _splitmix64,
     collate_draws,
-    draw_generator,
-    draw_words,
 )
 
 
@@ -95,32 +92,19 @@ def test_workers_and_restarts_change_nothing(dataset) -> None:
 
 
 def test_draws_of_one_example_are_augmented_differently() -> None:
-    noise = [draw_generator(number, 0).random() for number in range(1000)]
-    words = draw_words(range(1000), 0)
-    assert len(set(noise)) == len(set(words.tolist())) == 1000
-    assert len(set(words.tolist()) & set(draw_words(range(1000), 1).tolist())) == 0
-    assert 450 < int((words & np.uint64(1)).sum()) < 550
-
-
-def test_splitmix64_equals_its_published_stream() -> None:
-    """First output for seed 0 of the reference splitmix64.c (Vigna, public domain)."""
-    assert _splitmix64(np.zeros(1, dtype=np.uint64)).tolist() == [0xE220A8397B1DCDAF]
+    for dataset in (Noisy(), NoisyInOneCall()):
+        draws = DrawDataset(dataset, seed=0)
+        assert len({float(draws[number]["noise"]) for number in range(200)}) == 200
 
 
 def test_golden_orders_on_every_platform_and_in_every_process() -> None:
     """Made by this implementation and frozen: a change would silently break every resumed run."""
-    code = (
-        "from diffusers_eqvae.data.order import DrawOrder, draw_words, draw_generator;"
-        "print(DrawOrder(8, seed=42).permutation(1).tolist(), draw_words([0, 1], 42).tolist(),"
-        "draw_generator(7, 42).bit_generator.random_raw(2).tolist())"
-    )
+    code = "from diffusers_eqvae.data.order import DrawOrder;print(DrawOrder(8, seed=42).permutation(1).tolist())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == GOLDEN
 
 
-GOLDEN = (
-    "[2, 3, 4, 7, 5, 6, 1, 0] [6332618229526065668, 17532488217563185893] [11979686004962671011, 16323179865340250365]"
-)
+GOLDEN = "[2, 3, 4, 7, 5, 6, 1, 0]"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from diffusers_eqvae.inspection.card import COLUMNS, strips, table_rows
 from diffusers_eqvae.inspection.health import inspect_autoencoder, judge
 from diffusers_eqvae.inspection.run import _card_names, load_images, run_inspection
 from diffusers_eqvae.metrics.result_card import ResultCard
-from diffusers_eqvae.provenance import hash_tensors
+from diffusers_eqvae.provenance import weights_hash
 
 pytest.importorskip("matplotlib")
 
@@ -100,8 +100,9 @@ def test_the_card_says_what_was_measured_where_and_when(tmp_path, images, tiny_a
 
     content = contents()
     first, second = (model["description"] for model in content["models"])
-    assert first["fingerprint"] == second["fingerprint"] and first["revision"] != second["revision"]
-    assert second["revision"] == f"weights {hash_tensors(load_autoencoder(str(tmp_path / 'tuned')))}"
+    assert first["autoencoder"]["encoder"] == second["autoencoder"]["encoder"]
+    assert first["revision"] != second["revision"]
+    assert second["revision"] == f"weights {weights_hash(load_autoencoder(str(tmp_path / 'tuned')))}"
     provenance = content["provenance"]
     assert provenance["data"] == "images" and provenance["hardware"] and provenance["date"]
     assert set(provenance["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"}
@@ -180,7 +181,7 @@ def test_cards_say_which_lpips_they_hold(tmp_path, images, tiny_autoencoder_kl, 
     assert cli.main(["inspect", str(tmp_path / "vae"), *words, "--lpips_backbone_weights", "squeezenet.pth"]) == 0
     card = ResultCard.load(tmp_path / "out" / "card.vae.json")
     assert card.metrics["lpips"] > 0 and card.protocol["lpips_net"] == "squeeze"
-    assert card.protocol["lpips_weights_hash"] == hash_tensors(perceptual)
+    assert card.protocol["lpips_weights_hash"] == weights_hash(perceptual)
 
 
 def test_lpips_is_measured_where_given(tiny_autoencoder_kl):
@@ -219,7 +220,7 @@ def test_no_model_is_measured_where_another_does_not_fit(tmp_path, images, tiny_
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "vae")
     factors = [4, 8]
     monkeypatch.setattr("diffusers_eqvae.inspection.run.inspect_autoencoder", pytest.fail)
-    monkeypatch.setattr("diffusers_eqvae.inspection.health.downsampling_factor", lambda _: factors.pop(0))
+    monkeypatch.setattr("diffusers_eqvae.inspection.run.downsampling_factor", lambda _: factors.pop(0))
     options = {"model": str(tmp_path / "vae"), "compare": str(tmp_path / "vae"), "data": str(images)}
     with pytest.raises(ValueError, match="stride 8 and at least 32; got 16"):
         run_inspection(**options, output_dir=str(tmp_path / "out"), resolution=16)

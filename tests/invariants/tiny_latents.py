@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 
 from diffusers_eqvae.autoencoders import downsampling_factor, is_deterministic, latent_channels
 from diffusers_eqvae.data.latent_store import LatentStoreWriter, StoreSettings
-from diffusers_eqvae.provenance import vae_fingerprint
+from diffusers_eqvae.provenance import autoencoder_identity
 
 CLASS_NAMES = {0: "cat", 1: "dog", 2: "otter"}
 
@@ -29,7 +29,7 @@ def write_store(path: Path, vae: ModelMixin, *, num_examples: int = 48, side: in
         resolution=side * downsampling_factor(vae),
         downsampling_factor=downsampling_factor(vae),
         labelled=labelled,
-        encoder=vae_fingerprint(vae).split("-")[0],
+        encoder=autoencoder_identity(vae)["encoder"]["float32"],
     )
     writer = LatentStoreWriter(path, settings)
     generator = torch.Generator().manual_seed(0)
@@ -38,6 +38,6 @@ def write_store(path: Path, vae: ModelMixin, *, num_examples: int = 48, side: in
         moments = torch.randn((count, 2, *settings.shape), generator=generator)
         labels = torch.from_numpy(np.arange(count) % len(CLASS_NAMES)) if labelled else None
         writer.write_shard(shard, moments, labels=labels)
-    writer.finish(fingerprint=vae_fingerprint(vae), id2label=CLASS_NAMES if labelled else None)
+    writer.finish(autoencoder=autoencoder_identity(vae), id2label=CLASS_NAMES if labelled else None)
     vae.save_pretrained(path / "vae")
     return path

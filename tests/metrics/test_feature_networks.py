@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusers_eqvae.files import hash_file
 from diffusers_eqvae.metrics import feature_networks as features
 from diffusers_eqvae.metrics.feature_networks import (
     EVALUATORS,
@@ -23,7 +22,7 @@ from diffusers_eqvae.metrics.feature_networks import (
     load_extractor,
     squeezenet_features,
 )
-from diffusers_eqvae.provenance import hash_tensors
+from diffusers_eqvae.provenance import hash_file, weights_hash
 
 
 def images(count: int = 2, side: int = 40) -> torch.Tensor:
@@ -87,7 +86,7 @@ def test_inception_from_a_file(inception, tmp_path):
 
 def test_a_weights_file_cannot_run_code(inception, tmp_path):
     torch.save({"payload": print}, tmp_path / "hostile.pth")
-    with pytest.raises(ValueError, match=r"hostile\.pth is no whole file of weights") as refused:
+    with pytest.raises(ValueError, match=r"hostile\.pth is not a whole file of weights") as refused:
         InceptionFID.from_file(tmp_path / "hostile.pth")
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
 
@@ -130,7 +129,7 @@ def test_a_users_network_leaves_its_name_everywhere():
     names = [extractor.metric_name(metric) for metric in ("fid", "sfid", "kid", "precision", "recall")]
     assert names == ["fd_my_net_v2", "sfd_my_net_v2", "kd_my_net_v2", "precision_my_net_v2", "recall_my_net_v2"]
     assert "16 px" in extractor.input_rule and extractor(images())["features"].shape == (2, 4)
-    assert extractor.weights_hash == hash_tensors(extractor.module)
+    assert extractor.weights_hash == weights_hash(extractor.module)
     assert extractor.train().training is False
 
 
@@ -145,9 +144,9 @@ def test_normalisation_and_average_of_a_users_network():
 
 def test_the_hash_sees_every_value():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    before = hash_tensors(module)
+    before = weights_hash(module)
     module[1].running_var[3] += 1e-6
-    assert hash_tensors(module) != before
+    assert weights_hash(module) != before
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from diffusers_eqvae.metrics.generation import (
 )
 from diffusers_eqvae.metrics.image_sets import Collected, Collector, Processes, collect, image_digests, to_levels
 from diffusers_eqvae.metrics.inputs import ImageSet
-from diffusers_eqvae.provenance import hash_tensors
+from diffusers_eqvae.provenance import weights_hash
 
 ALL = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std"}
 
@@ -32,7 +32,7 @@ class TinyInception(FeatureExtractor):
         super().__init__()
         torch.manual_seed(1)
         self.network = nn.Conv2d(3, 8, 4, stride=4).requires_grad_(False)
-        self.weights_hash = hash_tensors(self.network)
+        self.weights_hash = weights_hash(self.network)
         self.suffix = None if genuine else "tiny"
         self.calls = 0
 

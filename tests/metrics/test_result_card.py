@@ -15,9 +15,9 @@ from diffusers_eqvae.metrics.result_card import (
     SETTINGS,
     ResultCard,
     compare_cards,
-    hardware,
     sampling_facts,
 )
+from diffusers_eqvae.provenance import hardware
 
 
 def card(**changes) -> ResultCard:

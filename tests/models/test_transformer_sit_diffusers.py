@@ -15,11 +15,11 @@ INDUCTOR_WARNINGS = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("sample_size", [4, (4, 8)])
 def test_save_and_load_give_the_same_output(tmp_path, sample_size):
-    model = make(sample_size=sample_size, qk_norm=True, autoencoder="a-b")
+    model = make(sample_size=sample_size, qk_norm=True, autoencoder={"encoder": {"float32": "a"}, "codebook": None})
     model.save_pretrained(tmp_path)
     loaded = SiTTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(*inputs(model)).sample, model(*inputs(model)).sample)
-    assert loaded.config.autoencoder == "a-b"
+    assert loaded.config.autoencoder == {"encoder": {"float32": "a"}, "codebook": None}
     assert not loaded.training
 
 

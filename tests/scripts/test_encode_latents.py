@@ -166,7 +166,7 @@ def test_deterministic_autoencoder_and_other_normalisations(
 
 def test_bad_input_ends_before_anything_is_written(repository, vae, images, tmp_path, capsys) -> None:
     for flags, message in (
-        (["--resolution", "18"], "--resolution must be a multiple of the autoencoder's stride 4; got 18"),
+        (["--resolution", "18"], "resolution must be a multiple of the autoencoder's stride 4; got 18"),
         (["--label_column", "clas"], "no label column 'clas'; the columns are image, label"),
         (["--image_column", "jpg"], "no image column 'jpg'; the columns are image, label"),
         (["--output_dir", str(vae / "config.json")], "cannot be written"),

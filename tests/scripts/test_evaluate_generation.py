@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from diffusers_eqvae import cli
-from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, UINT8_RULE, ResultCard
+from diffusers_eqvae.images import UINT8_RULE
+from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, ResultCard
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned, cli
 from diffusers_eqvae.autoencoders import encode
-from diffusers_eqvae.files import hash_file
 from diffusers_eqvae.images import to_uint8
 from diffusers_eqvae.metrics.image_sets import hash_digests, image_digests
 from diffusers_eqvae.metrics.perception import SegmentationConfusion
@@ -24,7 +23,7 @@ from diffusers_eqvae.metrics.result_card import PERCEPTION_PROTOCOL, ResultCard,
 from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
 from diffusers_eqvae.perception.annotated_images import split_figures
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
-from diffusers_eqvae.provenance import hash_tensors, vae_fingerprint
+from diffusers_eqvae.provenance import hash_file, weights_hash
 from diffusers_eqvae.training_utils.command_line import parse
 
 COUNT, SIDE, VOID = 7, 32, 9
@@ -198,7 +197,7 @@ def test_a_network_is_found_beside_its_autoencoder(repository, folders, network,
             repository, folders, "masks", "--ignore_index", str(VOID), "--alignment_network", str(folders / name)
         )
         facts.append((card.settings["alignment_network"]["weights_hash"], card.metrics))
-    assert facts[0][0] == hash_tensors(AlignmentNetwork.from_pretrained(network)) and facts == facts[:1] * 4
+    assert facts[0][0] == weights_hash(AlignmentNetwork.from_pretrained(network)) and facts == facts[:1] * 4
     with pytest.raises(ValueError, match="holds a AutoencoderKL and no alignment network"):
         run(repository, folders, "masks", "--ignore_index", str(VOID), "--alignment_network", str(folders / "vae"))
 
@@ -211,8 +210,8 @@ def test_figures_say_what_they_were_measured_on(repository, folders, network, ti
 
     card = measured()
     assert set(card.protocol) == set(PERCEPTION_PROTOCOL)
-    assert card.settings["weights"] == vae_fingerprint(tiny_autoencoder_kl)
-    assert card.settings["vae_revision"] == f"weights {hash_tensors(tiny_autoencoder_kl)}"
+    assert card.settings["weights"] == weights_hash(tiny_autoencoder_kl)
+    assert card.settings["vae_revision"] == f"weights {weights_hash(tiny_autoencoder_kl)}"
     assert set(card.provenance["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"}
     assert card.provenance["date"] and (card.provenance["data"], card.provenance["targets"]) == ("images", "masks")
     pixels = read_pixels([folders / "images" / f"{index}.png" for index in range(COUNT)], SIDE)

@@ -19,7 +19,7 @@ from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
-from diffusers_eqvae.provenance import vae_fingerprint
+from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.randomness import StepRandomness
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.command_line import parse
@@ -69,11 +69,12 @@ import diffusers_eqvae
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({str(run)!r})
 output = pipeline(["otter", 0], num_inference_steps=2, guidance_scale=1.5)
-print(len(output.images), output.images[0].size, pipeline.transformer.config.autoencoder)
+print(len(output.images), output.images[0].size, pipeline.transformer.config.autoencoder["encoder"]["float32"])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.split() == ["2", "(16,", "16)", vae_fingerprint(tiny_autoencoder_kl)]
+    encoder = autoencoder_identity(tiny_autoencoder_kl)["encoder"]["float32"]
+    assert result.stdout.split() == ["2", "(16,", "16)", encoder]
 
 
 def test_finished_weights_are_the_average(script, tmp_path, store):
@@ -149,7 +150,7 @@ def test_continues_from_a_saved_transformer_and_a_deterministic_autoencoder(scri
     script.main(flags(tmp_path, latents_dir=store, model=tmp_path / "start", learning_rate=1e-30, validation_steps=0))
     finished = DiffusionPipeline.from_pretrained(tmp_path / "run").transformer
     assert torch.allclose(finished.patch_embed.weight, start.patch_embed.weight)
-    assert finished.config.autoencoder == vae_fingerprint(tiny_autoencoder_tiny)
+    assert finished.config.autoencoder == autoencoder_identity(tiny_autoencoder_tiny)
     again = {"model": tmp_path / "run", "output_dir": tmp_path / "again", "learning_rate": 1e-30}
     script.main(flags(tmp_path, latents_dir=store, validation_steps=0, **again))
     continued = DiffusionPipeline.from_pretrained(tmp_path / "again").transformer
@@ -164,7 +165,7 @@ def other_autoencoder(tmp_path, vae):
 
 
 def test_refuses_a_store_of_another_autoencoder(script, tmp_path, store, tiny_autoencoder_kl):
-    with pytest.raises(ValueError, match="does not have the latent space expected here"):
+    with pytest.raises(ValueError, match="its encoder weights differ"):
         script.main(flags(tmp_path, latents_dir=store, vae=other_autoencoder(tmp_path, tiny_autoencoder_kl)))
     assert not (tmp_path / "run" / "checkpoints").exists()
 

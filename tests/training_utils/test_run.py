@@ -257,7 +257,7 @@ def test_refused_at_start(make_run, options, message):
 
 def test_unwritable_output_is_refused_at_start(make_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="Cannot write to --output_dir"):
+    with pytest.raises(ValueError, match=r"run.resolved_arguments.json cannot be written"):
         make_run(output_dir=str(tmp_path / "file" / "run"))
 
 

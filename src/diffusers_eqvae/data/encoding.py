@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,39 +15,34 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels
-from ..images import adm_center_crop, grid, to_pixels
-from ..provenance import vae_fingerprint
+from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels, require_fitting
+from ..images import adm_center_crop, evenly_spaced, grid, to_pixels
+from ..provenance import autoencoder_identity
 from .image_datasets import ImageSource, PixelDataset
 from .latent_format import TORCH_DTYPES, StoreSettings
-from .latent_store import LatentStore, LatentStoreWriter
+from .latent_store import LatentStore
 
 logger = logging.getLogger(__name__)
 
 
 def store_settings(
-    vae: nn.Module,
-    source: ImageSource,
-    *,
-    resolution: int,
-    dtype: str,
-    views: int,
-    shard_size: int,
-    batch_size: int,
-    mixed_precision: str = "no",
-    description: dict[str, Any] | None = None,
+    vae: nn.Module, source: ImageSource, *, resolution: int, description: dict[str, Any], **settings: Any
 ) -> StoreSettings:
-    """The settings of a store of `source` encoded by `vae` at `resolution` pixels.
+    """The settings of a store of `source` encoded by `vae` as centre crops of `resolution` pixels.
 
-    Raises:
-        ValueError: a resolution that the autoencoder's stride does not divide.
+    Args:
+        description: names of the data; hashes of the labels and of the files are added.
+        settings: dtype, views, shard_size, batch_size and mixed_precision of `StoreSettings`.
+
+    Example:
+        >>> options = {"dtype": "bfloat16", "views": 2, "shard_size": 4096, "batch_size": 32}
+        >>> store_settings(vae, source, resolution=256, description={"dataset": "photographs"}, **options).shape
+        (8, 32, 32)
     """
-    factor = downsampling_factor(vae)
-    if resolution <= 0 or resolution % factor:
-        raise ValueError(f"--resolution must be a multiple of the autoencoder's stride {factor}; got {resolution}.")
-    deterministic = is_deterministic(vae)
+    factor, deterministic = downsampling_factor(vae), is_deterministic(vae)
+    require_fitting(resolution, factor)
     side = resolution // factor
-    described = dict(description or {})
+    described = dict(description)
     if source.labels is not None:
         described["labels_sha256"] = hashlib.sha256(source.labels.astype("<i8").tobytes()).hexdigest()
     if (digest := source.files_digest()) is not None:
@@ -55,32 +50,29 @@ def store_settings(
     return StoreSettings(
         num_examples=len(source),
         shape=(latent_channels(vae) * (1 if deterministic else 2), side, side),
-        dtype=dtype,
-        views=views,
         kind="latents" if deterministic else "moments",
-        shard_size=shard_size,
-        batch_size=batch_size,
         resolution=resolution,
         downsampling_factor=factor,
         labelled=source.labels is not None,
-        encoder=vae_fingerprint(vae).partition("-")[0],
-        mixed_precision=mixed_precision,
+        encoder=autoencoder_identity(vae)["encoder"]["float32"],
         source=described,
+        **settings,
     )
 
 
 def check_disk(path: Path, needed_bytes: int) -> str:
-    """What the store needs and what the disk has, in words.
+    """What the store needs and what the disk has, in words; refuses a disk that is too small.
 
-    Raises:
-        ValueError: the disk that holds `path` has less free space than needed.
+    Example:
+        >>> check_disk(Path("latents/images"), 16_384)
+        '0.000 GB still to write, 81.2 GB free at latents'
     """
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     text = f"{needed_bytes / 1e9:.3f} GB still to write, {free / 1e9:.1f} GB free at {existing}"
     if needed_bytes > free:
         raise ValueError(
-            f"The disk is too small for this store: {text}. Choose another --output_dir, --dtype bf16, or no --flip."
+            f"The disk is too small for this store: {text}. Choose another directory, a dtype of 16 bits, or one view."
         )
     return text
 
@@ -102,18 +94,22 @@ class _ImagesInOrder(Dataset):
 def encode_shards(
     vae: nn.Module,
     source: ImageSource,
-    writer: LatentStoreWriter,
+    settings: StoreSettings,
+    shards: Sequence[int],
     *,
-    shards: list[int],
     device: torch.device | str = "cpu",
     num_workers: int = 0,
-    progress: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Encodes and writes the given shards; `progress` is called with the images done since the last call.
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[dict[str, Any]]:
+    """Yields each of the shards as the arguments of `LatentStoreWriter.write_shard`.
 
-    A batch never crosses a shard, so what a forward sees does not depend on who runs it.
+    A batch never crosses a shard, so what a forward sees does not depend on who runs it. `progress` is called with the
+    images encoded since the last call.
+
+    Example:
+        >>> for shard in encode_shards(vae, source, writer.settings, writer.pending()[0]):
+        ...     writer.write_shard(**shard)
     """
-    settings = writer.settings
     batches: list[tuple[int, range]] = []
     for shard in shards:
         examples = settings.examples(shard)
@@ -133,15 +129,11 @@ def encode_shards(
         labels.append(batch["label"])
         replaced = batch["index"][batch["index"] != batch["used"]]
         skipped += [source.name(index) for index in replaced.tolist()]
-        if examples[-1] == settings.examples(shard)[-1]:
-            writer.write_shard(
-                shard,
-                torch.cat(moments),
-                labels=torch.cat(labels) if settings.labelled else None,
-                skipped=skipped,
-            )
-            moments, labels, skipped = [], [], []
         progress(len(examples))
+        if examples[-1] == settings.examples(shard)[-1]:
+            known = torch.cat(labels) if settings.labelled else None
+            yield {"shard": shard, "moments": torch.cat(moments), "labels": known, "skipped": skipped}
+            moments, labels, skipped = [], [], []
 
 
 def _encode_views(vae: nn.Module, pixels: Tensor, settings: StoreSettings) -> Tensor:
@@ -160,9 +152,12 @@ def _encode_views(vae: nn.Module, pixels: Tensor, settings: StoreSettings) -> Te
 def verification_image(
     store: LatentStore, vae: nn.Module, source: ImageSource, *, rows: int = 4, device: torch.device | str = "cpu"
 ) -> Image.Image:
-    """Images beside what the store's posterior means decode to, one column per view."""
-    count = min(rows, len(store))
-    indices = [round(i * (len(store) - 1) / max(1, count - 1)) for i in range(count)]
+    """Images beside what the store's posterior means decode to, one column per view.
+
+    Example:
+        >>> verification_image(LatentStore("latents/images", vae=vae), vae, source).save("verify.png")
+    """
+    indices = evenly_spaced(len(store), rows)
     images = PixelDataset(source, resolution=store.settings.resolution)
     columns = [torch.stack([images[index]["pixel_values"] for index in indices])]
     for view in range(store.settings.views):

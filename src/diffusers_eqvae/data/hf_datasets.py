@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,6 +24,8 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# What a directory may hold, as the builders of `datasets` are called; the earlier one where it holds as many of both.
+_KINDS = ("imagefolder", "parquet", "webdataset")
 
 
 def load_table(
@@ -31,14 +35,19 @@ def load_table(
 
     Raises:
         ValueError: nothing to read, a class folder without images, or an unknown split (the known ones are listed).
+
+    Example:
+        >>> table = load_table(Path("photographs"), split="validation")
     """
-    if isinstance(source, Path):
-        kind = _directory_kind(source)
-        if kind == "imagefolder":
-            return _image_folder(source, split)
-        splits = datasets.load_dataset(kind, data_dir=str(source), cache_dir=cache_dir)
-    else:
-        splits = datasets.load_dataset(source, config_name, cache_dir=cache_dir)
+    if not isinstance(source, Path):
+        return _choose(datasets.load_dataset(source, config_name, cache_dir=cache_dir), split, source)
+    kind = _directory_kind(source)
+    if kind == "imagefolder":
+        return _image_folder(source.resolve(), split)
+    return _choose(datasets.load_dataset(kind, data_dir=str(source), cache_dir=cache_dir), split, source)
+
+
+def _choose(splits: Mapping[Any, Any], split: str, source: Path | str) -> Any:
     if split not in splits:
         raise ValueError(f"There is no split {split!r} in {source}; it has {', '.join(map(str, splits))}.")
     return splits[split]
@@ -48,7 +57,11 @@ def undecoded(table: datasets.Dataset, image_column: str) -> datasets.Dataset:
     """The image column alone, as {"bytes": ..., "path": ...}, so that a broken image raises in our hands.
 
     Raises:
-        ValueError: the column does not exist or holds no images; the columns are listed.
+        ValueError: the column does not exist or does not hold images; the columns are listed.
+
+    Example:
+        >>> undecoded(table, "image")[0]["image"]["path"]
+        'photographs/daisy/0001.jpg'
     """
     if image_column not in table.column_names:
         raise ValueError(_unknown_column("image", image_column, table))
@@ -72,6 +85,11 @@ def read_labels(
     Raises:
         ValueError: no such column although `required`, labels that are missing or negative (hidden test labels), or
             neither integers nor text.
+
+    Example:
+        >>> labels, names = read_labels(table, "label")
+        >>> names[labels[0]]
+        'daisy'
     """
     if label_column not in table.column_names:
         if required:
@@ -86,7 +104,7 @@ def read_labels(
     if column.dtype.kind not in "iu" or column.ndim != 1:
         raise ValueError(
             f"The label column {label_column!r} must hold one integer or text per image; it holds {feature}"
-            f"{' with gaps' if column.dtype.kind in 'Of' else ''}. Name another with --label_column."
+            f"{' with gaps' if column.dtype.kind in 'Of' else ''}. Name another as label_column."
         )
     if len(column) and column.min() < 0:
         raise ValueError(f"The label column {label_column!r} holds {column.min()}: this split hides its labels.")
@@ -103,44 +121,47 @@ def _image_folder(root: Path, split: str) -> datasets.Dataset:
     The files are listed here since the library's own "imagefolder" reads splits out of any file or folder name
     (train_1.jpg, a class called test) and leaves out images that a metadata.csv does not name.
     """
-    root = root.resolve()
-    folders = _split_folders(root) or {"train": root}
-    if split not in folders:
-        raise ValueError(f"There is no split {split!r} in {root}; it has {', '.join(sorted(folders))}.")
-    top = folders[split]
+    top = _choose(_split_folders(root) or {"train": root}, split, root)
     paths = sorted(str(path) for path in image_files(top))
     columns: dict[str, list] = {"image": paths}
     features = datasets.Features({"image": datasets.Image()})
-    parents = [Path(path).relative_to(top).parts[:-1] for path in paths]
-    if all(parents):
-        names = sorted({parts[0] for parts in parents})
-        columns["label"] = [parts[0] for parts in parents]
-        features["label"] = datasets.ClassLabel(names=names)
+    folders = [Path(path).relative_to(top).parts[0] for path in paths if Path(path).parent != top]
+    if len(folders) == len(paths):
+        columns["label"], features["label"] = folders, datasets.ClassLabel(names=sorted(set(folders)))
     return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The split folders by name, where all subfolders are named like splits and one holds class folders."""
     _, names, files = next(_walk(root))
-    folders = {SPLIT_FOLDERS[name]: root / name for name in names if name in SPLIT_FOLDERS}
-    if not folders or len(folders) < len(names):
+    if not names or not set(names) <= SPLIT_FOLDERS.keys():
         return {}
-    holds_classes = any(path.parent != folder for folder in folders.values() for path in image_files(folder))
-    if holds_classes and not any(is_image(name) for name in files):
+    folders = {SPLIT_FOLDERS[name]: root / name for name in sorted(names, key=SPLIT_FOLDERS.__getitem__)}
+    if not any(map(is_image, files)) and any(
+        path.parent != folder for folder in folders.values() for path in image_files(folder)
+    ):
         return folders
-    logger.warning(
-        "%s: the folders %s are read as classes; splits would hold class folders.", root, ", ".join(sorted(names))
-    )
+    logger.warning("%s: the folders %s are read as classes; splits would hold class folders.", root, ", ".join(names))
     return {}
 
 
 def image_files(directory: Path) -> Iterator[Path]:
-    """Files below a directory whose names end as images' do, through links, without hidden ones."""
+    """Files below a directory whose names end as images' do, through links, without hidden ones.
+
+    Example:
+        >>> sorted(image_files(Path("photographs")))[0]
+        PosixPath('photographs/daisy/0001.jpg')
+    """
     return (folder / name for folder, _, files in _walk(directory) for name in files if is_image(name))
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends as images' do; hidden files, which some systems put beside them, are none."""
+    """Whether a file's name ends as images' do and is not hidden, as some systems put beside them.
+
+    Example:
+        >>> is_image("0001.JPG"), is_image("._0001.jpg"), is_image("labels.csv")
+        (True, False, False)
+    """
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -152,18 +173,16 @@ def _walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def _directory_kind(directory: Path) -> str:
-    """What a directory holds most of: "imagefolder", or the `datasets` builder "parquet" or "webdataset"."""
-    counts = {"imagefolder": 0, "parquet": 0, "webdataset": 0}
+    """Which of `_KINDS` a directory holds most of."""
+    builders = {".parquet": "parquet", ".tar": "webdataset"}
+    counts: Counter[str | None] = Counter()
     empty = []
     for folder, subfolders, files in _walk(directory):
-        suffixes = [Path(name).suffix.lower() for name in files]
-        images = sum(map(is_image, files))
-        counts["imagefolder"] += images
-        counts["parquet"] += suffixes.count(".parquet")
-        counts["webdataset"] += suffixes.count(".tar")
-        if not subfolders and not images:
+        kinds = ["imagefolder" if is_image(name) else builders.get(Path(name).suffix.lower()) for name in files]
+        counts.update(kinds)
+        if not subfolders and "imagefolder" not in kinds:
             empty.append(str(folder.relative_to(directory)))
-    kind = max(counts, key=lambda name: counts[name])
+    kind = max(_KINDS, key=lambda name: counts[name])
     if not counts[kind]:
         raise ValueError(f"The directory {directory} holds no images, parquet files or tar files.")
     if kind == "imagefolder" and empty:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..images import adm_center_crop, random_crop_resize, to_pixels, to_rgb
+from ..images import adm_center_crop, evenly_spaced, random_crop_resize, to_pixels, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.
 
 
 class ImageSource:
-    """Images with labels; a image that cannot be read is named, counted and replaced by the next readable one.
+    """Images with labels; an image that cannot be read is named, counted and replaced by the next readable one.
 
     Args:
         dataset: rows {image_column: {"bytes": ..., "path": ...}} (a `datasets.Dataset` with undecoded images).
@@ -40,6 +40,9 @@ class ImageSource:
 
     More than 1 % unreadable images (at least 3 are allowed, a quarter of a smaller dataset) are an error: then
     something is wrong with the data as a whole.
+
+    Example:
+        >>> image, class_id = source.get(0)
     """
 
     def __init__(
@@ -90,11 +93,7 @@ class ImageSource:
         return image, label
 
     def read(self, index: int) -> tuple[Image.Image, int | None, int]:
-        """As `get`, with the index that was used: index..used-1 (modulo N) are unreadable.
-
-        Raises:
-            ValueError: more images are unreadable than allowed (see the class).
-        """
+        """As `get`, with the index that was used: index..used-1 (modulo N) are unreadable."""
         for offset in range(len(self)):
             used = (index + offset) % len(self)
             if used in self.unreadable:
@@ -110,7 +109,7 @@ class ImageSource:
 
     def check(self, limit: int = START_CHECKS) -> None:
         """Opens up to `limit` evenly spaced images (their headers only), so that bad data fails at the start."""
-        for index in np.unique(np.linspace(0, len(self) - 1, min(limit, len(self))).round().astype(int)).tolist():
+        for index in evenly_spaced(len(self), limit):
             record = self.dataset[index][self.image_column]
             try:
                 _open(record).close()
@@ -162,6 +161,10 @@ class PixelDataset(Dataset):
         random_flip: mirror half of the images left to right where a generator is given.
 
     Indexing (`dataset[i]`) is deterministic; `get(i, generator)` augments.
+
+    Example:
+        >>> PixelDataset(source, resolution=256)[0]["pixel_values"].shape
+        torch.Size([3, 256, 256])
     """
 
     def __init__(
@@ -214,14 +217,18 @@ def load_image_dataset(
         require_labels: refuse a dataset without labels.
         cache_dir: of the `datasets` library.
 
-    Raises:
-        ValueError: neither or both sources, an unknown directory, split or column (the known ones are listed), an
-            empty class folder, labels missing where required, or too many unreadable images.
+    An unknown directory, split or column (the known ones are listed), an empty class folder, missing labels and too
+    many unreadable images are refused.
+
+    Example:
+        >>> source = load_image_dataset(train_data_dir="photographs", require_labels=True)
+        >>> len(source), source.id2label
+        (1382, {0: 'daisy', 1: 'rose'})
     """
     if dataset_name is None and train_data_dir is None:
-        raise ValueError("Say which images with --train_data_dir or --dataset_name.")
+        raise ValueError("Say which images: give train_data_dir or dataset_name.")
     if dataset_name is not None and train_data_dir is not None:
-        raise ValueError("Give either --train_data_dir or --dataset_name, not both.")
+        raise ValueError("Give either train_data_dir or dataset_name, not both.")
     root = Path(train_data_dir) if train_data_dir is not None else Path(str(dataset_name))
     if train_data_dir is not None and not root.is_dir():
         raise ValueError(f"The training directory {root} does not exist or is not a directory.")
@@ -241,5 +248,10 @@ def load_image_dataset(
 
 
 def model_files(directory: Path) -> list[str]:
-    """Those of `MODEL_FILES` that a directory holds; then its images and statistics are a model's."""
+    """Those of `MODEL_FILES` that a directory holds; then its images and statistics are a model's.
+
+    Example:
+        >>> model_files(Path("runs/eq-vae"))
+        ['config.json', 'run_facts.json']
+    """
     return [name for name in MODEL_FILES if (directory / name).is_file()]

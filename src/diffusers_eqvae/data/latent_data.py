@@ -24,10 +24,12 @@ class LatentData:
     Args:
         dataset: a `LatentStore` ("moments") or a `PixelDataset` ("pixel_values"), both with "class_labels".
         vae: float32 and frozen.
-        num_classes: of the data.
         id2label: class names; empty where there are none.
         latent_shape: (C, h, w).
         name: of the data, for the model card.
+
+    Example:
+        >>> raw_latents = latents.posterior(batch).sample(noise)
     """
 
     dataset: LatentStore | PixelDataset

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT_VERSION = 1
+from ..files import require_format_version
+
+FORMAT_VERSION = 2  # 1 knew its autoencoder by one string
 MANIFEST = "manifest.json"
 METADATA_KEY = "latent_store"  # A single key: safetensors does not keep the order of several.
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,21 +30,20 @@ class StoreSettings:
     Args:
         num_examples: N images.
         shape: (c, h, w) of one posterior's moments.
-        dtype: float32, float16 or bfloat16, as stored.
+        dtype: "float32", "float16" or "bfloat16", as stored.
         views: 1, or 2 where the mirrored image is encoded too.
         kind: "moments" (mean and logvar) or "latents" (deterministic autoencoder).
-        shard_size: examples per file.
         batch_size: images per forward of the encoder (its rounding depends on it).
         resolution: side of the images in pixels.
-        downsampling_factor: pixels per latent cell.
-        labelled: whether shards hold labels.
-        encoder: first part of `vae_fingerprint`.
+        downsampling_factor: pixels per latent position.
+        encoder: its hash as float32, of `autoencoder_identity`.
         mixed_precision: "no" or "bf16", how the encoder computed.
         source: which data (name, split, columns, hashes of the labels and of the files' names and sizes); free,
             compared for equality.
 
-    Raises:
-        ValueError: an argument outside its range.
+    Example:
+        >>> settings.num_shards, settings.examples(0), settings.bytes(4096) / 1e6
+        (3, range(0, 4096), 67.1)
     """
 
     num_examples: int
@@ -99,8 +100,8 @@ class ShardHeader:
 
     @classmethod
     def read(cls, path: Path) -> ShardHeader:
-        """Raises ValueError where the file is absent, cut short, or no shard."""
-        remedy = "delete it and run training/encode_latents.py again with the same flags: only it is encoded anew."
+        """Refuses a file that is absent, cut short, or not a shard."""
+        remedy = "delete it and encode the data again with the same settings: only this shard is written anew"
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -111,12 +112,14 @@ class ShardHeader:
             header = cls(tensors, 8 + length, json.loads(metadata[METADATA_KEY]))
             expected = header.data_start + max(entry["data_offsets"][1] for entry in tensors.values())
         except FileNotFoundError:
-            raise ValueError(f"The shard {path} is missing; run training/encode_latents.py again.") from None
+            raise ValueError(f"The shard {path} is missing; encode the data again.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a readable shard ({error}); {remedy}") from error
+            raise ValueError(f"{path} is not a readable shard ({error}); {remedy}.") from error
         actual = path.stat().st_size
         if actual != expected:
-            raise ValueError(f"The shard {path} is truncated: it should have {expected} bytes, not {actual}; {remedy}")
+            raise ValueError(
+                f"The shard {path} is truncated: it should have {expected} bytes, not {actual}; {remedy}."
+            )
         return header
 
     def map(self, path: Path, name: str, dtype: Any) -> np.ndarray:
@@ -127,7 +130,10 @@ class ShardHeader:
         return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=tuple(entry["shape"])).view(np.ndarray)
 
     def check(self, path: Path, settings: StoreSettings, shard: int) -> None:
-        """Raises ValueError where the shard was written with other settings, naming them."""
+        """Refuses a shard of another format, or one that was written with other settings, naming them."""
+        version = self.notes.get("format_version")
+        remedy = "use another output directory, or delete the old store and encode the data again"
+        require_format_version(version, FORMAT_VERSION, path=path, remedy=remedy)
         wanted, found = settings.to_json(), self.notes.get("settings", {})
         differing = [
             f"{key} (shard: {found.get(key)}, now: {wanted.get(key)})"
@@ -151,20 +157,21 @@ class ShardHeader:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """What a finished store says about itself; refuses an unfinished one and one of another format.
+
+    Example:
+        >>> read_manifest(Path("latents/images"))["class_counts"]
+        {'0': 732, '1': 650}
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{path} holds no {MANIFEST}, so it is no finished latent store; run training/encode_latents.py "
-            "(again: finished shards are kept)."
+            f"{path} does not hold a {MANIFEST}, so it is not a finished latent store; encode the data (again: "
+            "finished shards are kept)."
         ) from None
     except ValueError as error:
-        raise ValueError(
-            f"{path / MANIFEST} is not valid JSON ({error}); run training/encode_latents.py again."
-        ) from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has store format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}. "
-            "Encode the data again or install the version that wrote it."
-        )
+        raise ValueError(f"{path / MANIFEST} is not valid JSON ({error}); encode the data again.") from error
+    found = manifest.get("format_version")
+    require_format_version(found, FORMAT_VERSION, path=path / MANIFEST, remedy="encode the data again")
     return manifest

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..autoencoders import Posterior
-from ..files import UNFINISHED, write_json, written_aside
+from ..files import UNFINISHED, atomic_path, require_writable, write_json
 from ..latents import LatentStatistics
-from ..provenance import check_fingerprint
+from ..provenance import require_same_autoencoder
 from .latent_format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -44,34 +44,23 @@ from .latent_format import (
 class LatentStoreWriter:
     """Writes a store shard by shard; several processes may write different shards of one store.
 
-    Args:
-        path: directory of the store, created where absent.
-        settings: of the whole store.
-
-    Raises:
-        ValueError: the directory cannot be written.
+    Example:
+        >>> writer = LatentStoreWriter("latents/images", settings)
+        >>> for shard in writer.pending()[0]:
+        ...     writer.write_shard(shard, moments[settings.examples(shard)])
+        >>> manifest = writer.finish(autoencoder=autoencoder_identity(vae))
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: StoreSettings) -> None:
         self.path = Path(path)
         self.settings = settings
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / f".writable-{os.getpid()}").touch()
-            (self.path / f".writable-{os.getpid()}").unlink()
-        except OSError as error:
-            raise ValueError(
-                f"The store's directory {self.path} cannot be written ({error}); choose another."
-            ) from error
+        require_writable(self.path / MANIFEST)
 
     def pending(self, rank: int = 0, world_size: int = 1) -> tuple[list[int], list[str]]:
         """The shards this rank still has to write (s % world_size == rank), and complaints about unreadable ones.
 
         Finished shards are recognised by header, length and settings; a truncated one counts as unwritten and is
-        named in the complaints.
-
-        Raises:
-            ValueError: a shard written with other settings.
+        named in the complaints; one of other settings is refused.
         """
         shards, complaints = [], []
         for shard in range(rank, self.settings.num_shards, world_size):
@@ -98,9 +87,6 @@ class LatentStoreWriter:
             moments: (n, views, c, h, w) in the store's dtype, on the CPU, for the examples of that shard.
             labels: (n,) int64.
             skipped: names of images that could not be read and were replaced.
-
-        Raises:
-            ValueError: tensors that do not fit the settings, or moments that are not finite.
         """
         settings = self.settings
         shape = (len(settings.examples(shard)), settings.views, *settings.shape)
@@ -125,7 +111,7 @@ class LatentStoreWriter:
             "skipped": list(skipped),
         }
         metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True)}
-        with written_aside(self.path / shard_name(shard)) as sibling:
+        with atomic_path(self.path / shard_name(shard)) as sibling:
             save_file(tensors, sibling, metadata=metadata)
 
     def statistics(self) -> LatentStatistics:
@@ -135,18 +121,17 @@ class LatentStoreWriter:
             merged.merge(LatentStatistics.from_state_dict(header.notes["statistics"]))
         return merged
 
-    def finish(self, *, fingerprint: str, id2label: dict[int, str] | None = None) -> dict[str, Any]:
+    def finish(
+        self, *, autoencoder: Mapping[str, Any] | None, id2label: dict[int, str] | None = None
+    ) -> dict[str, Any]:
         """Writes and returns the manifest.
 
-        Keys: format_version, settings, fingerprint, id2label, class_counts, statistics, skipped (names), shards
+        Keys: format_version, settings, autoencoder, id2label, class_counts, statistics, skipped (names), shards
         (file, num_examples, bytes).
 
         Args:
-            fingerprint: `vae_fingerprint` of the autoencoder with the normalisation that training will use.
+            autoencoder: its `autoencoder_identity`, with the normalisation that training will use.
             id2label: class names.
-
-        Raises:
-            ValueError: a shard is missing, truncated or of other settings.
         """
         headers = self._headers()
         counts = np.zeros(0, dtype=np.int64)
@@ -156,7 +141,7 @@ class LatentStoreWriter:
         manifest = {
             "format_version": FORMAT_VERSION,
             "settings": self.settings.to_json(),
-            "fingerprint": fingerprint,
+            "autoencoder": autoencoder,
             "id2label": {str(key): value for key, value in sorted((id2label or {}).items())},
             "class_counts": {str(key): int(count) for key, count in enumerate(counts)},
             "statistics": self.statistics().state_dict(),
@@ -199,10 +184,13 @@ class LatentStore(Dataset):
         path: directory of the store.
         vae: refuse the store unless it was made with this autoencoder and normalisation.
 
-    Raises:
-        ValueError: no manifest, a missing or truncated shard, another format version, or another autoencoder.
+    `get_many` (which `DrawDataset` and `__getitems__` use) reads a batch in one call. A store that is unfinished,
+    damaged, of another format or of another autoencoder is refused when it is opened.
 
-    `get_many` (which `DrawDataset` and `__getitems__` use) reads a batch in one call.
+    Example:
+        >>> store = LatentStore("latents/images", vae=vae)
+        >>> store.posterior(store.get_many(range(16))["moments"].float()).sample().shape
+        torch.Size([16, 4, 32, 32])
     """
 
     def __init__(self, path: str | os.PathLike[str], *, vae: nn.Module | None = None) -> None:
@@ -216,12 +204,12 @@ class LatentStore(Dataset):
         self._maps: dict[int, np.ndarray] = {}
         self._labels: np.ndarray | None = None
         if vae is not None:
-            check_fingerprint(self.fingerprint, vae)
+            require_same_autoencoder(self.autoencoder, vae, whose=f"the store {self.path}")
 
     @property
-    def fingerprint(self) -> str:
-        """`vae_fingerprint` of the store's own autoencoder, normalisation included."""
-        return self.manifest["fingerprint"]
+    def autoencoder(self) -> dict[str, Any] | None:
+        """`autoencoder_identity` of the store's own autoencoder, normalisation included."""
+        return self.manifest["autoencoder"]
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -274,9 +262,6 @@ class LatentStore(Dataset):
             indices: B examples, each in [0, N).
             words: (B,) uint64, random; bit 63 chooses the view of each example.
             view: which view without `words`: 0 as is, 1 mirrored.
-
-        Raises:
-            IndexError: an index or a view that the store does not have.
         """
         if not 0 <= view < self.settings.views:
             raise IndexError(f"This store has {self.settings.views} view(s) of each image; got view {view}.")

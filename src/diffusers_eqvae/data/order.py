@@ -9,13 +9,15 @@ starting at a later batch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset, default_collate
 
-_EPOCH_STREAM = 1  # Counter word that keeps epoch orders apart from the per-draw generators with the same key.
+from ..randomness import philox, random_words
+
+_EPOCH_STREAM = 1  # Keeps the order of epoch e apart from the augmentation of draw e.
 _CACHED_EPOCHS = 2  # Workers that prefetch straddle one epoch boundary.
 
 
@@ -25,26 +27,6 @@ class DrawableDataset(Protocol):
     def __len__(self) -> int: ...
 
     def get(self, index: int, generator: np.random.Generator | None = None) -> Any: ...
-
-
-def draw_generator(number: int, seed: int) -> np.random.Generator:
-    """The generator of draw `number`'s augmentation: Philox with key (seed, number)."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
-
-
-def draw_words(numbers: Sequence[int], seed: int) -> np.ndarray:
-    """One random 64-bit word per draw, (len(numbers),) uint64: splitmix64 (Steele et al. 2014) of (seed, number).
-
-    For datasets that need one decision per example and have no time for a generator each.
-    """
-    return _splitmix64(np.asarray(numbers, dtype=np.uint64) ^ _splitmix64(np.asarray([seed], dtype=np.uint64)))
-
-
-def _splitmix64(words: np.ndarray) -> np.ndarray:
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 class DrawOrder:
@@ -74,9 +56,8 @@ class DrawOrder:
     def permutation(self, epoch: int) -> np.ndarray:
         """The order of one epoch, (N,) int64."""
         if epoch not in self._permutations:
-            key = np.array([self.seed, epoch], dtype=np.uint64)
-            stream = np.random.Philox(key=key, counter=np.array([0, 0, 0, _EPOCH_STREAM], dtype=np.uint64))
-            self._permutations[epoch] = np.argsort(stream.random_raw(self.num_examples), kind="stable")
+            words = philox(self.seed, epoch, _EPOCH_STREAM).random_raw(self.num_examples)
+            self._permutations[epoch] = np.argsort(words, kind="stable")
             if len(self._permutations) > _CACHED_EPOCHS:
                 self._permutations.popitem(last=False)
         return self._permutations[epoch]
@@ -151,13 +132,13 @@ class DrawDataset(Dataset):
     def __getitem__(self, number: int) -> Any:
         if hasattr(self.dataset, "get_many"):
             return {key: values[0] for key, values in self.__getitems__([number]).items()}
-        return self.dataset.get(self.order.index(number), draw_generator(number, self.order.seed))
+        return self.dataset.get(self.order.index(number), np.random.Generator(philox(self.order.seed, number)))
 
     def __getitems__(self, numbers: list[int]) -> Any:
         if not hasattr(self.dataset, "get_many"):
             return [self[number] for number in numbers]
         indices = [self.order.index(number) for number in numbers]
-        return self.dataset.get_many(indices, draw_words(numbers, self.order.seed))
+        return self.dataset.get_many(indices, random_words(self.order.seed, numbers))
 
 
 def collate_draws(batch: Any) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.image_datasets import PixelDataset, load_image_dataset
 from ..files import write_json, write_text
-from ..images import CAPTIONS, comparison_rows, grid, image_grid
+from ..images import CAPTIONS, comparison_rows, evenly_spaced, grid, image_grid
 from ..training_utils.autoencoder.arguments import AutoencoderArguments
 from ..training_utils.autoencoder.build import build_autoencoder
 
@@ -79,7 +79,7 @@ def _shown_images(output_dir: Path) -> torch.Tensor:
         arguments["dataset_name"], train_data_dir=arguments["validation_data_dir"] or arguments["train_data_dir"]
     )
     dataset = PixelDataset(source, resolution=arguments["resolution"])
-    indices = np.linspace(0, len(dataset) - 1, SHOWN_IMAGES).round().astype(int).tolist()
+    indices = evenly_spaced(len(dataset), SHOWN_IMAGES)
     return torch.stack([dataset[index]["pixel_values"] for index in indices])
 
 

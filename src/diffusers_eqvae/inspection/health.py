@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..autoencoders import downsampling_factor, is_deterministic, latent_channels
+from ..autoencoders import downsampling_factor, is_deterministic, latent_channels, require_fitting
 from ..metrics.autoencoder import DEFINITIONS, measure_autoencoder, split_summary
 from ..metrics.result_card import ResultCard
-from ..provenance import model_revision, vae_fingerprint
+from ..provenance import autoencoder_identity, model_revision, weights_hash
 
 # EQ-VAE (arXiv 2502.09509, v3), equivariance errors of SD-VAE on ImageNet 256 before and after EQ fine-tuning.
 PUBLISHED = {"rotation": {"SD-VAE": 0.89, "EQ-VAE": 0.56}, "scale": {"SD-VAE": 0.69, "EQ-VAE": 0.43}}
@@ -51,30 +51,22 @@ def inspect_autoencoder(
     Raises:
         ValueError: a image size that the autoencoder's stride does not divide, or cannot halve and quarter.
     """
-    require_fitting(vae, images.shape[-1])
+    factor = downsampling_factor(vae)
+    require_fitting(images.shape[-1], factor, smallest=4 * factor)  # encoded at half and a quarter of it too
     start = time.perf_counter()
     figures = measure_autoencoder(vae, images.split(batch_size), perceptual=perceptual)
     description = {
         "class": type(vae).__name__,
         "latent_channels": latent_channels(vae),
-        "downsampling_factor": downsampling_factor(vae),
+        "downsampling_factor": factor,
         "posterior": "point" if is_deterministic(vae) else "Gaussian, measured at its mean",
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "revision": model_revision(vae),
-        "fingerprint": vae_fingerprint(vae),
+        "weights": weights_hash(vae),
+        "autoencoder": autoencoder_identity(vae),
         "seconds": round(time.perf_counter() - start, 2),
     }
     return Inspection(name, description, figures, judge(figures))
-
-
-def require_fitting(vae: nn.Module, side: int) -> None:
-    """Raises ValueError where images of this side cannot be encoded, or not be halved and quartered."""
-    factor = downsampling_factor(vae)
-    if side % factor or side < 4 * factor:
-        raise ValueError(
-            f"--resolution must be a multiple of the autoencoder's stride {factor} and at least {4 * factor}; "
-            f"got {side}."
-        )
 
 
 def result_card(
@@ -85,14 +77,14 @@ def result_card(
     Args:
         model: its directory or Hub name.
         protocol: `data_hash`, `resize_rule` and, where LPIPS was measured, `lpips_net` and `lpips_weights_hash`.
-        provenance: where and when, as `metrics.result_card.hardware` says it.
+        provenance: where and when, as `provenance.hardware` says it.
     """
     metrics, marks, details = split_summary(inspection.figures)
     points = details["intrinsic_dimension_points"]
     protocol = {"num_images": details["num_images"], "intrinsic_dimension_points": points, **protocol}
     protocol |= {"posterior": "mean", "definitions": DEFINITIONS}
     described = inspection.description
-    settings = {"model": model, "model_class": described["class"], "weights": described["fingerprint"]}
+    settings = {"model": model, "model_class": described["class"], "weights": described["weights"]}
     settings |= {"vae_revision": described["revision"], "dtype": "float32"}
     return ResultCard(metrics, protocol, settings, marks, provenance, "reconstruction", details)
 

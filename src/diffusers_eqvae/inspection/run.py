@@ -7,22 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..autoencoders import load_autoencoder
+from ..autoencoders import downsampling_factor, load_autoencoder, require_fitting
 from ..data.image_datasets import load_image_dataset
 from ..files import require_writable
-from ..images import adm_center_crop, to_pixels
+from ..images import adm_center_crop, evenly_spaced, to_pixels
 from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests, to_levels
-from ..metrics.result_card import hardware
-from ..provenance import hash_tensors
+from ..provenance import hardware, weights_hash
 from .card import SHOWN_IMAGES, strips, write_figures, write_html, write_png
-from .health import Inspection, inspect_autoencoder, require_fitting, result_card
+from .health import Inspection, inspect_autoencoder, result_card
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +36,7 @@ def load_images(directory: str | Path, *, resolution: int, num_images: int) -> T
     source = load_image_dataset(train_data_dir=directory)
     if len(source) < num_images:
         logger.warning("%s holds %d images, fewer than the %d asked for.", directory, len(source), num_images)
-    indices = np.linspace(0, len(source) - 1, min(num_images, len(source))).round().astype(int).tolist()
+    indices = evenly_spaced(len(source), num_images)
     images = []
     for index in indices:
         image, _, used = source.read(index)
@@ -79,7 +75,7 @@ def run_inspection(
     require_writable(folder / "card.json")
     images = load_images(data, resolution=resolution, num_images=num_images)
     provenance = {"data": Path(data).name}
-    provenance |= hardware(device, diffusers_eqvae=__version__, diffusers=diffusers.__version__)
+    provenance |= hardware(device)
     protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(to_levels(images)))}
     protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
     perceptual = None
@@ -87,7 +83,7 @@ def run_inspection(
         perceptual = LPIPS.from_pretrained(
             lpips_net, backbone_weights=lpips_backbone_weights, linear_weights=lpips_linear_weights
         ).to(device)
-        protocol |= {"lpips_net": lpips_net, "lpips_weights_hash": hash_tensors(perceptual)}
+        protocol |= {"lpips_net": lpips_net, "lpips_weights_hash": weights_hash(perceptual)}
     locations = [(model, subfolder)] + ([(compare, compare_subfolder)] if compare is not None else [])
     models = ["/".join(filter(None, location)) for location in locations]
     names = _short_names([name for name, _ in locations])
@@ -96,7 +92,8 @@ def run_inspection(
         for name, inside in locations
     ]
     for vae in vaes:
-        require_fitting(vae, resolution)
+        factor = downsampling_factor(vae)
+        require_fitting(resolution, factor, smallest=4 * factor)  # encoded at half and a quarter of it too
     images = images.to(device)
     inspections = [
         inspect_autoencoder(vae, images, name=name, perceptual=perceptual)
@@ -107,7 +104,7 @@ def run_inspection(
     settings = {"images": len(images), **protocol, "posterior": "mean"}
     settings["ssim"] = "Gaussian window of 11 px, sigma 1.5, range 2"
     write_figures(folder / "card.json", inspections, settings, provenance)
-    shown = np.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().astype(int).tolist()
+    shown = evenly_spaced(len(images), SHOWN_IMAGES)
     write_png(folder / "card.png", inspections, strips(vaes, images[shown]))
     write_html(folder / "card.html", inspections, settings, provenance)
     return inspections

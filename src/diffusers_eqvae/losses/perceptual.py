@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import read_weights
 from ._checks import full_precision, require_equal_shapes
 
 
@@ -126,9 +127,9 @@ class LPIPS(nn.Module):
         """
         module = cls(net)
         backbone_path = _locate(net, "backbone", backbone_weights)
-        module.load_backbone(_read(backbone_path), source=str(backbone_path))
+        module.load_backbone(read_weights(backbone_path), source=str(backbone_path))
         heads_path = _locate(net, "linear", linear_weights)
-        module.load_heads(_read(heads_path), source=str(heads_path))
+        module.load_heads(read_weights(heads_path), source=str(heads_path))
         return module
 
     @classmethod
@@ -242,14 +243,6 @@ def _download(url: str, path: Path, digest: str, part: str) -> None:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"LPIPS needs {path.name}, which could not be fetched ({error}): {remedy}") from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_keys(

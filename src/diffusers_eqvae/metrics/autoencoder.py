@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels
+from ..autoencoders import decode, downsampling_factor, encode, evaluating, is_deterministic, latent_channels
+from ..randomness import torch_generator
 from .equivariance import equivariance_figures
 from .feature_networks import FeatureExtractor
 from .image_sets import Collected, Collector, hash_digests, image_digests, require_finite, to_levels
@@ -137,10 +138,8 @@ def measure_autoencoder(
     vae: nn.Module, batches: Iterable[Tensor], *, perceptual: nn.Module | None = None
 ) -> dict[str, Any]:
     """`summarize` of `image_figures` of all `batches`, each (B, 3, H, W) in [-1, 1], with the posterior mean."""
-    was_training = vae.training
-    vae.eval()
-    rows = [image_figures(vae, pixels, perceptual=perceptual) for pixels in batches]
-    vae.train(was_training)
+    with evaluating(vae):
+        rows = [image_figures(vae, pixels, perceptual=perceptual) for pixels in batches]
     if not rows:
         raise ValueError("An autoencoder needs at least one image to be measured on; got none.")
     return summarize({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
@@ -148,8 +147,7 @@ def measure_autoencoder(
 
 def image_noise(index: int, seed: int, shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise that depends on the seed and the image's place in its set alone."""
-    state = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(state))
+    return torch.randn(shape, generator=torch_generator(seed, index))
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..autoencoders import decode, downsampling_factor, encode
+from ..autoencoders import decode, downsampling_factor, encode, evaluating
 from ..equivariance import ROTATIONS, SCALES, Tau, equivariance_error, rotation, scaling
 from .reconstruction import psnr
 
@@ -29,15 +29,13 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
     Raises:
         ValueError: no images.
     """
-    vae_was_training = vae.training
-    vae.eval()
     sums: dict[str, float] = defaultdict(float)
     count = 0
-    for pixels in batches:
-        count += len(pixels)
-        for name, values in _measure_batch(vae, pixels).items():
-            sums[name] += values.double().sum().item()
-    vae.train(vae_was_training)
+    with evaluating(vae):
+        for pixels in batches:
+            count += len(pixels)
+            for name, values in _measure_batch(vae, pixels).items():
+                sums[name] += values.double().sum().item()
     if count == 0:
         raise ValueError("Equivariance needs at least one image to be measured on; got none.")
     return {name: total / count for name, total in sums.items()}

@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import hash_file
-from ..provenance import hash_tensors
+from .. import provenance
+from ..files import read_weights
 from .cifar_resnet import cifar_resnet_from_state
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -107,7 +106,7 @@ class InceptionFID(FeatureExtractor):
             _randomize(self.network, seed)
         else:
             self.network.load_state_dict(state)
-        self.weights_hash = weights_hash or hash_tensors(self.network)
+        self.weights_hash = weights_hash or provenance.weights_hash(self.network)
         genuine = self.weights_hash.startswith(INCEPTION_SHA256)
         self.suffix = None if genuine else f"inception_{self.weights_hash[:8]}"
         self.name = "inception-v3-compat" + ("" if genuine else f" with other weights ({self.weights_hash[:8]})")
@@ -125,7 +124,7 @@ class InceptionFID(FeatureExtractor):
         """
         file = _existing(path, "FID's Inception weights, which no others can stand for,", INCEPTION_URL)
         with _weights_of("FID's Inception", file):
-            return cls(read_weights(file), weights_hash=hash_file(file))
+            return cls(read_weights(file), weights_hash=provenance.hash_file(file))
 
     def _keep_spatial(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]
@@ -207,7 +206,7 @@ class ModuleFeatures(FeatureExtractor):
         self.image_size = image_size
         self.select = select
         self.classifier = classifier
-        self.weights_hash = weights_hash or hash_tensors(module)
+        self.weights_hash = weights_hash or provenance.weights_hash(module)
         resize = "as they are" if image_size is None else f"antialiased bicubic to {image_size} px"
         self.input_rule = f"{resize}, mean {mean}, std {std}"
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -288,7 +287,9 @@ def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
     network = squeezenet1_1(weights=None)
     with _weights_of("SqueezeNet 1.1", path):
         network.load_state_dict(read_weights(path))
-    return ModuleFeatures(network.features, name="squeezenet1_1", image_size=224, weights_hash=hash_file(path))
+    return ModuleFeatures(
+        network.features, name="squeezenet1_1", image_size=224, weights_hash=provenance.hash_file(path)
+    )
 
 
 def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
@@ -311,7 +312,7 @@ def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures
         network = cifar_resnet_from_state(state.get("state_dict", state), source=path)
     name = f"cifar10_resnet{network.depth}"
     return ModuleFeatures(
-        network.features, name=name, image_size=32, weights_hash=hash_file(path), classifier=network.linear
+        network.features, name=name, image_size=32, weights_hash=provenance.hash_file(path), classifier=network.linear
     )
 
 
@@ -345,27 +346,6 @@ def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
             "its path (--weights; in training --evaluator_weights)."
         )
     return Path(path)
-
-
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or a .pth file, read without executing what it may hold.
-
-    Raises:
-        ValueError: a file that is neither, is cut short, or holds more than tensors by name.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no whole file of weights (.pth or .safetensors): {reason}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} must hold tensors by name; it holds a {type(state).__name__}.")
-    return dict(state)
 
 
 @contextmanager

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..files import write_json
 
 FORMAT = 1
-UINT8_RULE = "clamp(127.5 x + 128), truncated"
 # Cards that differ in one of these measure different things, for the reason given; `compare_cards` says so.
 PROTOCOL = {
     "evaluator": "distances by different networks have different units",
@@ -159,17 +154,6 @@ class ResultCard:
         if not all(isinstance(value, int | float | None) for value in content["metrics"].values()):
             raise ValueError(f"{path} is no result card: its metrics map names to numbers.")
         return cls(**content)
-
-
-def hardware(device: torch.device | str = "cpu", **versions: str) -> dict[str, Any]:
-    """Where and when: name of the device, threads, versions (those given besides torch and Python), date (UTC)."""
-    on_cuda = torch.device(device).type == "cuda"
-    return {
-        "hardware": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {**versions, "torch": torch.__version__, "python": platform.python_version()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:

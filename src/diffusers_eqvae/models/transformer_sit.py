@@ -166,7 +166,7 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         prediction_type: "flow_prediction", the velocity d x / d sigma (published SiT weights have the opposite sign;
             the conversion negates their last layer), or "epsilon", the noise (DiT).
         norm_eps: of the LayerNorms without parameters.
-        autoencoder: identity of the autoencoder and normalisation that the latents came from.
+        autoencoder: whose latents these are (`provenance.autoencoder_identity`).
 
     Raises:
         ValueError: for sizes that do not divide or an unknown convention.
@@ -207,7 +207,7 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         objective: str = "flow_matching",
         prediction_type: str = "flow_prediction",
         norm_eps: float = 1e-6,
-        autoencoder: str | None = None,
+        autoencoder: dict[str, Any] | None = None,
     ):
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..metrics.feature_networks import read_weights
+from ..files import read_weights
 from .features import to_size
 
 PREFIX = "decode_head."

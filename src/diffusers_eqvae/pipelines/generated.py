@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ..metrics.result_card import UINT8_RULE
-from ..provenance import weights_digest
-from .sampling import plan_blocks, require_finite, revisions, sample_generators, sample_labels, scheduler_facts
+from ..images import UINT8_RULE
+from ..provenance import weights_hash
+from .sampling import plan_blocks, revisions, sample_block, scheduler_settings
 
 
 class GeneratedImages:
@@ -19,17 +19,17 @@ class GeneratedImages:
         pipeline: a class-conditional pipeline.
         num_samples: of the whole set.
         batch_size: images per call of the pipeline.
-        seed, label_policy: as `pipelines/sample.py` takes them.
+        seed, label_policy: as `sampling.sample_block` takes them.
         rank, world_size: this process makes a consecutive stretch of the blocks.
         options: passed to the pipeline (guidance_scale, guidance_interval, num_inference_steps ...).
 
-    Raises:
-        ValueError: fewer batches than processes; while they are read: latents that are not finite, which 8 bits
-            would turn into a image like any other.
-
     Attributes:
-        facts: settings of the sampler for a result card; `nfe` is there once a batch has been made.
-        rules: label policy and uint8 rule, for its protocol.
+        settings: of the sampler, for a result card; `nfe` is there once a batch has been made.
+        protocol: label policy and uint8 rule, for a result card.
+
+    Example:
+        >>> for images_uint8 in GeneratedImages(pipeline, 1000, batch_size=50, guidance_scale=1.8):
+        ...     collector.add(images_uint8)
     """
 
     def __init__(
@@ -44,11 +44,7 @@ class GeneratedImages:
         world_size: int = 1,
         **options: Any,
     ) -> None:
-        self.pipeline = pipeline
-        self.seed = seed
-        self.label_policy = label_policy
-        self.options = options
-        self.class_ids: Sequence[int] = range(pipeline.transformer.config.num_classes)
+        self.pipeline, self.options = pipeline, {"seed": seed, "label_policy": label_policy, **options}
         blocks = plan_blocks(num_samples, batch_size)
         if world_size > len(blocks):
             raise ValueError(
@@ -56,20 +52,19 @@ class GeneratedImages:
                 "processes. Take smaller batches or fewer processes."
             )
         self.blocks = blocks[rank * len(blocks) // world_size : (rank + 1) * len(blocks) // world_size]
-        self.rules = {"label_policy": label_policy, "uint8_rule": UINT8_RULE}
-        self.facts: dict[str, Any] = {
+        self.protocol = {"label_policy": label_policy, "uint8_rule": UINT8_RULE}
+        self.settings: dict[str, Any] = {
             **options,
             "seed": seed,
-            "scheduler": scheduler_facts(pipeline.scheduler),
-            "weights": weights_digest(pipeline.transformer, pipeline.vae),
+            "scheduler": scheduler_settings(pipeline.scheduler),
+            "weights": weights_hash(pipeline.transformer, pipeline.vae),
             **revisions(pipeline),
             "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
         }
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        class_ids = range(self.pipeline.transformer.config.num_classes)
         for block in self.blocks:
-            labels = sample_labels(self.class_ids, block, seed=self.seed, policy=self.label_policy)
-            generators = sample_generators(self.seed, block)
-            output = self.pipeline(labels, generator=generators, callback_on_step_end=require_finite, **self.options)
-            self.facts["nfe"] = output.nfe
-            yield np.stack([np.asarray(image) for image in output.images])
+            made = sample_block(self.pipeline, block, class_ids, **self.options)
+            self.settings["nfe"] = made["nfe"]
+            yield made["arr_0"]

@@ -7,21 +7,16 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 
 def parse_id2label(id2label: Mapping[Any, Any] | None, num_classes: int | None = None) -> dict[int, tuple[str, ...]]:
-    """The names of every class id.
+    """The names of every class id; with `num_classes`, ids must lie in 0..num_classes-1.
 
     A label is one name or several (a list, or one string with commas as in ImageNet's "tench, Tinca tinca"); the first
     entry is the label as written, the others its synonyms. JSON's string keys and lists are read as ids and tuples.
 
-    Args:
-        id2label: class id -> label, or None.
-        num_classes: when given, ids must lie in 0..num_classes-1.
-
-    Raises:
-        ValueError: a key is no class id of this model.
+    Example:
+        >>> parse_id2label({"0": "tench, Tinca tinca"})
+        {0: ('tench, Tinca tinca', 'tench', 'Tinca tinca')}
     """
     names: dict[int, tuple[str, ...]] = {}
     for key, label in (id2label or {}).items():
@@ -39,29 +34,29 @@ def resolve_class_labels(
 ) -> list[int]:
     """Flat list of class ids in 0..num_classes-1 from an id, a name, a tensor, or nested lists of them.
 
-    Names are compared without regard to case.
-
-    Args:
-        class_labels: e.g. `3`, `"otter"`, `[["otter", 7], 3]`.
-        num_classes: number of classes of the transformer.
-        id2label: as `parse_id2label` gives it.
+    Names, as `parse_id2label` gives them, are compared without regard to case.
 
     Raises:
         ValueError: an id out of range, an unknown name (with the nearest ones), a name that several classes share.
         TypeError: something that is neither an id nor a name.
+
+    Example:
+        >>> resolve_class_labels([["Otter", 7], 3], 10, id2label={2: ("otter",)})
+        [2, 7, 3]
     """
-    ids: list[int] = []
-    for label in _flatten(class_labels):
-        ids.append(_id_of_name(label, id2label or {}, num_classes) if isinstance(label, str) else _checked_id(label))
-        if not 0 <= ids[-1] < num_classes:
-            raise ValueError(f"Class ids must lie in 0..{num_classes - 1} for this transformer; got {ids[-1]}.")
+    ids = [
+        _id_of_name(label, id2label or {}, num_classes) if isinstance(label, str) else _checked_id(label)
+        for label in _flatten(class_labels)
+    ]
     if not ids:
         raise ValueError("class_labels must hold at least one class id or label name; got an empty list.")
+    if wrong := [class_id for class_id in ids if not 0 <= class_id < num_classes]:
+        raise ValueError(f"Class ids must lie in 0..{num_classes - 1} for this transformer; got {wrong[0]}.")
     return ids
 
 
 def _flatten(class_labels: Any) -> list[Any]:
-    if isinstance(class_labels, torch.Tensor) or hasattr(class_labels, "tolist"):
+    if hasattr(class_labels, "tolist"):
         class_labels = class_labels.tolist()
     if isinstance(class_labels, (list, tuple, range)):
         return [label for item in class_labels for label in _flatten(item)]
@@ -69,14 +64,10 @@ def _flatten(class_labels: Any) -> list[Any]:
 
 
 def _checked_id(label: Any) -> int:
-    try:
-        if isinstance(label, bool):
-            raise TypeError
-        return operator.index(label)
-    except TypeError:
-        raise TypeError(
-            f"A class label must be an integer id or a label name; got {label!r} of type {type(label).__name__}."
-        ) from None
+    if isinstance(label, bool) or not hasattr(label, "__index__"):
+        kind = type(label).__name__
+        raise TypeError(f"A class label must be an integer id or a label name; got {label!r} of type {kind}.")
+    return operator.index(label)
 
 
 def _id_of_name(name: str, id2label: Mapping[int, tuple[str, ...]], num_classes: int) -> int:
@@ -85,15 +76,13 @@ def _id_of_name(name: str, id2label: Mapping[int, tuple[str, ...]], num_classes:
             f"This pipeline has no label names (id2label), so {name!r} cannot be looked up; "
             f"pass class ids 0..{num_classes - 1}."
         )
-    ids_of: dict[str, list[int]] = {}
-    for class_id, names in id2label.items():
-        for known in dict.fromkeys(known.casefold() for known in names):
-            ids_of.setdefault(known, []).append(class_id)
-    found = ids_of.get(name.strip().casefold(), [])
+    wanted = name.strip().casefold()
+    known = {class_id: {each.casefold() for each in names} for class_id, names in id2label.items()}
+    found = [class_id for class_id, names in known.items() if wanted in names]
     if len(found) > 1:
         raise ValueError(f"{name!r} is the name of classes {found}: pass the class id instead.")
     if not found:
-        nearest = difflib.get_close_matches(name.strip().casefold(), ids_of, n=3)
+        nearest = difflib.get_close_matches(wanted, sorted(set().union(*known.values())), n=3)
         hint = (
             f"Did you mean {', '.join(map(repr, nearest))}?" if nearest else "Pass a class id or a name of id2label."
         )

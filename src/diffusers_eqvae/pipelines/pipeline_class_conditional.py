@@ -21,7 +21,7 @@ from ..autoencoders import decode_upcast, latent_channels
 from ..guidance import IntervalGuidance
 from ..images import to_image
 from ..latents import LatentNormalization
-from ..provenance import check_fingerprint
+from ..provenance import require_same_autoencoder
 from ..schedulers.capabilities import integrates_velocity, takes_variance
 from .labels import parse_id2label, resolve_class_labels
 
@@ -101,9 +101,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"The transformer works on {expected} latent channels but the {type(self.vae).__name__} has {given}: "
                 "load the VAE that the transformer was trained with."
             )
-        fingerprint = getattr(self.transformer.config, "autoencoder", None)
-        if fingerprint is not None:
-            check_fingerprint(fingerprint, self.vae)
+        identity = getattr(self.transformer.config, "autoencoder", None)
+        require_same_autoencoder(identity, self.vae, whose="the transformer")
         objective = getattr(self.transformer.config, "objective", "flow_matching")
         flow = INTEGRATE_A_VELOCITY.get(objective)
         if flow is not None and flow != integrates_velocity(self.scheduler):

@@ -3,8 +3,8 @@
 Image n of a set is a function of (seed, n) alone: its label, its initial noise and its SDE noise come from streams
 seeded by that pair. Work is cut into fixed blocks of consecutive n; the blocks not yet there are dealt to the ranks in
 turn. A block is computed with the same shapes on whatever rank, so the set is bit-equal for any number of processes on
-one kind of machine (and number of threads); another batch size changes the order of sums and moves a few pixels by one
-level.
+one kind of machine (and number of threads); another batch size changes the order of sums and moves a few values of
+uint8 by one.
 """
 
 from __future__ import annotations
@@ -21,31 +21,40 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files import map_npz_array, require_writable, strict_json, write_json, write_npz, written_aside
-from ..metrics.result_card import UINT8_RULE
+from ..files import (
+    atomic_path,
+    map_npz_array,
+    require_format_version,
+    require_writable,
+    strict_json,
+    write_json,
+    write_npz,
+)
+from ..images import UINT8_RULE
 from ..provenance import model_revision
+from ..randomness import numpy_generator, torch_generator
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 LABEL_POLICIES = ("random", "balanced")
 PARTS_DIR = "parts"
 SETTINGS_FILE = "sampling.json"
 SAMPLES_FILE = "samples.npz"
+FORMAT_VERSION = 1
 # Independent streams of one image.
 _NOISE, _LABEL = 0, 1
 
 
 def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
-    """A saved pipeline to sample many images of, without a progress bar of its own.
+    """A saved pipeline (directory or Hub repository) to sample many images of, without a progress bar of its own.
 
-    Args:
-        model: directory or Hub repository.
-        options: passed to `from_pretrained`.
+    A directory without a pipeline and a pipeline of another class are refused before weights are read; `options` go to
+    `from_pretrained`.
 
-    Raises:
-        ValueError: it is another pipeline, or a directory without one; said before weights are read.
+    Example:
+        >>> pipeline = load_pipeline("runs/sit", dtype=torch.bfloat16).to("cuda")
     """
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} holds no pipeline: there is no model_index.json. Name the directory of one.")
+        raise ValueError(f"{model} does not hold a pipeline (model_index.json); name the directory of one.")
     kind = ClassConditionalPipeline.load_config(model)["_class_name"]
     if kind != ClassConditionalPipeline.__name__:
         raise ValueError(
@@ -57,28 +66,20 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
     return pipeline
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """63-bit seed of the noise of image `index`."""
-    return int(np.random.SeedSequence((seed, index, _NOISE)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image, for its initial noise and then its SDE noise; CPU so that no device matters."""
-    return [torch.Generator("cpu").manual_seed(sample_seed(seed, index)) for index in indices]
+    """One CPU generator per image, for its initial noise and then its SDE noise; see `randomness.torch_generator`."""
+    return [torch_generator(seed, index, _NOISE) for index in indices]
 
 
 def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int, policy: str = "random") -> list[int]:
-    """Class ids of the images `indices`.
+    """Class ids, out of `class_ids`, of the images `indices` of a set.
 
-    Args:
-        class_ids: the classes to sample from.
-        indices: image numbers.
-        seed: of the set.
-        policy: "random" draws uniformly and independently per image; "balanced" takes class_ids in turn, so that
-            the counts of a set differ by at most one.
+    "random" draws uniformly and independently per image; "balanced" takes class_ids in turn, so that the counts of a
+    set differ by at most one.
 
-    Raises:
-        ValueError: unknown policy or no classes.
+    Example:
+        >>> sample_labels([3, 5, 9], range(5), seed=0, policy="balanced")
+        [3, 5, 9, 3, 5]
     """
     if policy not in LABEL_POLICIES:
         raise ValueError(f"label policy must be one of {LABEL_POLICIES}; got {policy!r}.")
@@ -86,13 +87,32 @@ def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int
         raise ValueError("Sampling needs at least one class id; got none.")
     if policy == "balanced":
         return [class_ids[index % len(class_ids)] for index in indices]
-    return [class_ids[int(np.random.default_rng((seed, index, _LABEL)).integers(len(class_ids)))] for index in indices]
+    return [class_ids[int(numpy_generator(seed, index, _LABEL).integers(len(class_ids)))] for index in indices]
+
+
+def sample_block(
+    pipeline: Any, block: range, class_ids: Sequence[int], *, seed: int, label_policy: str = "random", **options: Any
+) -> dict[str, Any]:
+    """One call of the pipeline for the images `block` of a set.
+
+    Returns `arr_0` uint8 (B, H, W, 3), `arr_1` int64 class ids (B,), `nfe` and `seconds`, as `write_part` keeps them.
+    Latents that are not finite raise ValueError: uint8 would hide them. `options` go to the pipeline.
+
+    Example:
+        >>> sample_block(pipeline, range(8, 16), range(1000), seed=0, guidance_scale=1.8)["arr_0"].shape
+        (8, 256, 256, 3)
+    """
+    labels = sample_labels(class_ids, block, seed=seed, policy=label_policy)
+    generators = sample_generators(seed, block)
+    output = pipeline(labels, generator=generators, callback_on_step_end=require_finite, **options)
+    samples = np.stack([np.asarray(image) for image in output.images])
+    return {"arr_0": samples, "arr_1": np.array(labels), "nfe": output.nfe, "seconds": output.seconds}
 
 
 def require_finite(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A pipeline's `callback_on_step_end` that refuses latents which 8 bits would turn into a image like any other.
+    """A pipeline's `callback_on_step_end` that raises ValueError on latents which are not finite.
 
-    Looks at the last step only: looking makes the host wait for the device.
+    At the last step only, since looking makes the host wait for the device.
     """
     if step == len(pipeline.scheduler.timesteps) - 1 and not tensors["latents"].isfinite().all():
         raise ValueError("Sampling gave NaN or infinity. Check the transformer's weights and dtype.")
@@ -128,30 +148,34 @@ def pending_blocks(
 def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool:
     """Takes a directory for one set of images; True where that set is already finished there.
 
-    Raises:
-        ValueError: the directory cannot be written to, or holds (part of) a set made with other settings; names what
-            differs.
+    A directory that cannot be written to, or holds (part of) a set of other settings or of another format, is refused;
+    the message names what differs.
+
+    Example:
+        >>> finished = claim_directory("runs/samples", {"seed": 0, "num_samples": 50000})
     """
     output_dir = Path(output_dir)
     settings = json.loads(strict_json(settings))
     finished, begun = output_dir / SETTINGS_FILE, output_dir / PARTS_DIR / "settings.json"
     require_writable(begun)
     for path in (finished, begun):
-        if path.exists():
-            present = json.loads(path.read_text())
-            present = present.get("settings", {}) if path == finished else present
-            changed = [key for key in {**present, **settings} if present.get(key) != settings.get(key)]
-            if changed:
-                differences = ", ".join(f"{key} ({present.get(key)} -> {settings.get(key)})" for key in changed)
-                raise ValueError(
-                    f"{output_dir} holds samples made with other settings: {differences}. "
-                    "Repeat the settings to resume, or choose another output directory."
-                )
-            if path == finished:
-                # A run killed after it had finished leaves its parts behind.
-                shutil.rmtree(begun.parent, ignore_errors=True)
-            return path == finished
-    write_json(begun, settings)
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text())
+        remedy = "choose another output directory"
+        require_format_version(content.get("format_version"), FORMAT_VERSION, path=path, remedy=remedy)
+        present = content["settings"]
+        changed = [key for key in {**present, **settings} if present.get(key) != settings.get(key)]
+        if changed:
+            differences = ", ".join(f"{key} ({present.get(key)} -> {settings.get(key)})" for key in changed)
+            raise ValueError(
+                f"{output_dir} holds samples made with other settings: {differences}. "
+                "Repeat the settings to resume, or choose another output directory."
+            )
+        if path == finished:
+            shutil.rmtree(begun.parent, ignore_errors=True)  # left by a run killed after it had finished
+        return path == finished
+    write_json(begun, {"format_version": FORMAT_VERSION, "settings": settings})
     return False
 
 
@@ -161,16 +185,13 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
     Reads one part at a time, so memory does not grow with N.
 
     Returns:
-        `seconds` summed over all parts and `nfe` of a image.
-
-    Raises:
-        FileNotFoundError: a part is missing.
+        `seconds` summed over all parts and `nfe` of one image.
     """
     missing = [block for block in blocks if not part_path(output_dir, block).exists()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(blocks)} parts are missing in {output_dir}; run it again.")
     labels, seconds, nfe = [], 0.0, 0.0
-    with written_aside(Path(output_dir) / SAMPLES_FILE) as sibling, zipfile.ZipFile(sibling, "w") as archive:
+    with atomic_path(Path(output_dir) / SAMPLES_FILE) as sibling, zipfile.ZipFile(sibling, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             for block in blocks:
                 with np.load(part_path(output_dir, block)) as part:
@@ -190,8 +211,9 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
 def open_samples(path: str | Path) -> np.ndarray:
     """arr_0 of an uncompressed .npz as a memory map: 50 000 images cost no memory until they are read.
 
-    Raises:
-        ValueError: arr_0 is compressed.
+    Example:
+        >>> open_samples("runs/samples/samples.npz").shape
+        (50000, 256, 256, 3)
     """
     return map_npz_array(path, "arr_0")
 
@@ -202,29 +224,35 @@ def write_pngs(samples: np.ndarray, directory: str | Path) -> None:
     for index, sample in enumerate(samples):
         path = directory / f"{index:06d}.png"
         if not path.exists():
-            with written_aside(path) as sibling:
+            with atomic_path(path, durable=False) as sibling:
                 Image.fromarray(np.asarray(sample)).save(sibling, format="png")
 
 
 def finish(
-    output_dir: str | Path, blocks: Sequence[range], *, settings: Mapping[str, Any], facts: Mapping[str, Any]
+    output_dir: str | Path, blocks: Sequence[range], *, settings: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes samples.npz, then sampling.json (settings, facts, uint8_rule, nfe, seconds), then removes the parts.
+    """Writes samples.npz, then sampling.json, which marks the set as finished, then removes the parts.
 
-    sampling.json marks the set as finished. Killed in between, the next call begins again with what is there.
+    sampling.json holds format_version, settings, uint8_rule, nfe, seconds and `metadata`. Killed in between, the next
+    call begins again with what is there.
     """
-    measured = merge_parts(output_dir, blocks)
-    write_json(Path(output_dir) / SETTINGS_FILE, {"settings": settings, "uint8_rule": UINT8_RULE, **measured, **facts})
+    record = {"format_version": FORMAT_VERSION, "settings": settings, "uint8_rule": UINT8_RULE}
+    write_json(Path(output_dir) / SETTINGS_FILE, {**record, **merge_parts(output_dir, blocks), **metadata})
     shutil.rmtree(Path(output_dir) / PARTS_DIR)
 
 
-def scheduler_facts(scheduler: Any) -> dict[str, Any]:
-    """Class and options of a scheduler, as a result card states them."""
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Class and options of a scheduler, as a result card states them.
+
+    Example:
+        >>> scheduler_settings(FlowMatchODEScheduler(solver="heun"))["solver"]
+        'heun'
+    """
     options = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"class": type(scheduler).__name__, **options}
 
 
 def revisions(pipeline: Any) -> dict[str, str]:
-    """Commit or weights' hash of the two models of a pipeline, under the names of a result card."""
+    """Commit or weights' hash of the two models of a pipeline: {"vae_revision": ..., "transformer_revision": ...}."""
     parts = ("vae", "transformer")
     return {f"{part}_revision": model_revision(getattr(pipeline, part)) for part in parts}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import UNFINISHED, flush_to_disk, write_json
+from ..files import UNFINISHED, delete_atomically, flush_to_disk, flush_tree, replace_directory, write_json
 from .tracking import METRICS_FILE
 
 logger = logging.getLogger(__name__)
@@ -175,38 +174,12 @@ def write_checkpoint(
     write(aside)
     flush_tree(aside)
     write_json(aside / MARKER, {"step": step, **facts})
-    replace(aside, target)
+    replace_directory(aside, target)
     flush_to_disk(output_dir)
     if limit is not None:
         for old in complete_checkpoints(output_dir, warn=False)[:-limit]:
-            replace_by_nothing(old)
+            delete_atomically(old)
     return target
-
-
-def flush_tree(path: Path) -> None:
-    """Returns when a file, or a directory with all below it, would survive a power cut."""
-    for entry in [*path.rglob("*"), path]:
-        flush_to_disk(entry)
-
-
-def replace(source: Path, target: Path) -> None:
-    """Moves source to target; a directory in the way is moved aside first, so target is never half old, half new."""
-    if target.is_dir() and not target.is_symlink():
-        old = target.with_name(f"{target.name}.old{UNFINISHED}")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        source.rename(target)
-        shutil.rmtree(old)
-    else:
-        os.replace(source, target)
-
-
-def replace_by_nothing(directory: Path) -> None:
-    """Deletes a directory so that a kill halfway leaves a .tmp one and not a seemingly complete one."""
-    aside = directory.with_name(directory.name + UNFINISHED)
-    shutil.rmtree(aside, ignore_errors=True)
-    directory.rename(aside)
-    shutil.rmtree(aside)
 
 
 def publish(output_dir: Path, save: Callable[[Path], None]) -> None:
@@ -218,6 +191,6 @@ def publish(output_dir: Path, save: Callable[[Path], None]) -> None:
     index_last = sorted(aside.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
     for path in index_last:
         flush_tree(path)
-        replace(path, output_dir / path.name)
+        replace_directory(path, output_dir / path.name)
     aside.rmdir()
     flush_to_disk(output_dir)

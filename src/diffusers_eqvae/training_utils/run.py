@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..extensions import loaded_extensions
+from ..files import require_writable
 from ..randomness import StepRandomness, preserved_global_state, reseed_global
 from . import command_line
 from .arguments import RunArguments
@@ -336,13 +337,7 @@ class TrainingRun:
 
     def _claim_output_dir(self) -> None:
         if self.is_main:
-            try:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                probe = self.output_dir / ".writable"
-                probe.touch()
-                probe.unlink()
-            except OSError as reason:
-                raise ValueError(f"Cannot write to --output_dir {self.output_dir}: {reason}.") from reason
+            require_writable(self.output_dir / "resolved_arguments.json")
             command_line.save_resolved(self._resolved, self.output_dir)
         self.accelerator.wait_for_everyone()
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder
+from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_aligned import AutoencoderKLAligned
@@ -96,10 +96,7 @@ def load_images(
     """
     validation_px = evaluation.validation_resolution or data.resolution
     for name, value in (("resolution", data.resolution), ("validation_resolution", validation_px)):
-        if value % downsampling_factor:
-            raise ValueError(
-                f"--{name} must be a multiple of the autoencoder's stride {downsampling_factor}; got {value}."
-            )
+        require_fitting(value, downsampling_factor, name=f"--{name}")
     source = data.load()
     images = PixelDataset(
         source, resolution=data.resolution, random_crop=not data.center_crop, random_flip=data.random_flip

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...autoencoders import encode
+from ...autoencoders import encode, evaluating
 from ...data.image_datasets import PixelDataset
 from ...hub import RunFacts, write_run_facts
+from ...images import evenly_spaced
 from ...latents import LatentNormalization, LatentStatistics
 from ...objectives.autoencoder import AutoencoderObjective
+from ...provenance import versions
 from ..arguments import DataArguments
 from ..run import TrainingRun
 from .arguments import (
@@ -29,6 +29,7 @@ from .arguments import (
     RegularizerArguments,
 )
 
+NORMALIZATION_BATCH = 8
 MEASURED = {
     "psnr": "reconstruction from the posterior mean, dB",
     "equivariance_rotation": "|tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2 over 90, 180 and 270 degrees",
@@ -73,23 +74,14 @@ def autoencoder_facts(
 def measure_normalization(vae: ModelMixin, images: PixelDataset, num_samples: int) -> LatentStatistics:
     """Mean and standard deviation of the raw latents of evenly spaced images, posterior variance included."""
     statistics = LatentStatistics()
-    was_training = vae.training
-    vae.eval()
-    with torch.no_grad():
-        batches = list(_batches(len(images), min(num_samples, len(images))))
+    chosen = evenly_spaced(len(images), num_samples)
+    batches = [chosen[start : start + NORMALIZATION_BATCH] for start in range(0, len(chosen), NORMALIZATION_BATCH)]
+    with evaluating(vae), torch.no_grad():
         for indices in tqdm(batches, desc="latent mean and std", unit="batch"):
             pixels = torch.stack([images[index]["pixel_values"] for index in indices])
             posterior = encode(vae, pixels.to(vae.device))
             statistics.update(posterior.mean, posterior.logvar)
-    vae.train(was_training)
     return statistics
-
-
-def _batches(length: int, count: int, batch_size: int = 8) -> Iterator[list[int]]:
-    """`count` evenly spaced indices below `length`, in batches."""
-    indices = np.linspace(0, length - 1, count).round().astype(int).tolist()
-    for start in range(0, count, batch_size):
-        yield indices[start : start + batch_size]
 
 
 def save_autoencoder(
@@ -143,7 +135,7 @@ def save_autoencoder(
                 for name, value in figures.items()
                 if name in MEASURED
             ],
-            versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
+            versions=versions(),
             command=shlex.join(sys.argv),
             **facts,
         ),

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ...autoencoders import downsampling_factor, latent_channels, load_autoencoder
+from ...autoencoders import downsampling_factor, latent_channels, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
 from ...models.backbone import Backbone
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ...provenance import vae_fingerprint
+from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...regularizers.base import REGULARIZERS
 from ..arguments import DataArguments, warn_without_effect
 from ..command_line import parse_overrides
@@ -64,10 +64,7 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
         raise ValueError("Training from images needs --vae, the autoencoder that encodes them.")
     vae = load_autoencoder(arguments.vae)
     factor = downsampling_factor(vae)
-    if data.resolution % factor:
-        raise ValueError(
-            f"--resolution must be a multiple of the autoencoder's stride {factor}; got {data.resolution}."
-        )
+    require_fitting(data.resolution, factor, name="--resolution")
     source = data.load(require_labels=True)
     dataset = PixelDataset(source, resolution=data.resolution, random_flip=data.random_flip)
     shape = (latent_channels(vae), data.resolution // factor, data.resolution // factor)
@@ -123,17 +120,19 @@ def build_transformer(
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
         "num_classes": latents.num_classes,
-        "autoencoder": vae_fingerprint(latents.vae),
     }
+    identity = autoencoder_identity(latents.vae)
     options = {"class_dropout_prob": arguments.class_dropout_prob, "config_overrides": arguments.config_overrides}
     _refuse_mismatch(arguments.model, source.config, fitting)
     if source.directory is not None:
         warn_without_effect(arguments, options, f"the saved model {source.directory} has its own")
         model = source.cls.from_pretrained(source.directory, torch_dtype=torch.float32)
-        model.register_to_config(autoencoder=fitting["autoencoder"])
+        require_same_autoencoder(model.config.autoencoder, identity, whose=f"the model {source.directory}")
+        model.register_to_config(autoencoder=identity)
     else:
         overrides = parse_overrides(arguments.config_overrides, source.cls)
         given = {"class_dropout_prob": arguments.class_dropout_prob, **source.config, **overrides, **fitting}
+        given["autoencoder"] = identity
         model = source.cls(**given)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()

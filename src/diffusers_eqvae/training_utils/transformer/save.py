@@ -6,7 +6,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import diffusers
 import torch
 from PIL import Image
 
@@ -16,6 +15,7 @@ from ...latents import LatentNormalization
 from ...models.backbone import backbones
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ...provenance import versions
 from ..run import TrainingRun
 from .arguments import SamplingArguments, TransformerArguments
 
@@ -72,7 +72,7 @@ def save_pipeline(
             "num_inference_steps": sampling.num_inference_steps,
         },
         images=images,
-        versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
+        versions=versions(),
         command=shlex.join(sys.argv),
     )
     write_run_facts(directory / "run_facts.json", facts)
