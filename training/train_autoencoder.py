@@ -20,7 +20,7 @@ from diffusers_eqvae.objectives.autoencoder import AutoencoderObjective, Autoenc
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, parse
 from diffusers_eqvae.training_utils.autoencoder import arguments as cli
 from diffusers_eqvae.training_utils.autoencoder import build as parts
-from diffusers_eqvae.training_utils.autoencoder.save import autoencoder_facts, save_autoencoder
+from diffusers_eqvae.training_utils.autoencoder.save import save_autoencoder, training_metadata
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             run.backward(discriminator_loss, inputs=list(discriminator.parameters()))
         run.log(logs)
 
-    figures = validate(run, held_out)
+    metrics = validate(run, held_out)
 
     def save(directory: Path) -> None:
         save_autoencoder(
@@ -95,8 +95,10 @@ def main(argv: list[str] | None = None) -> None:
             discriminator=discriminator,
             images=images,
             evaluation=evaluation,
-            facts=autoencoder_facts(run, model=model, losses=losses, regularizing=regularizing, data=data),
-            figures=figures,
+            model=model,
+            data=data,
+            training=training_metadata(run, losses, regularizing),
+            metrics=metrics,
         )
 
     run.finish(save)

@@ -12,34 +12,9 @@ from diffusers_eqvae import __version__
 
 def push(argv: Sequence[str]) -> int:
     """publish a finished run on the Hub, also after a push that failed"""
-    parser = argparse.ArgumentParser(prog="eqvae push", description=push.__doc__)
-    parser.add_argument("run", help="directory of a finished run (the --output_dir of the training script)")
-    parser.add_argument("--hub_model_id", required=True, help="repository to push to, made if missing: owner/name")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to commit to, made if missing (default: main)")
-    parser.add_argument("--commit_message", help="default: Upload NAME")
-    parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
-    parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
-    arguments = parser.parse_args(argv)
+    from diffusers_eqvae.hub import main as run_push
 
-    from diffusers_eqvae.hub import prepare_push, push_run
-
-    if arguments.dry_run:
-        try:
-            files, card = prepare_push(arguments.run, arguments.hub_model_id, license=arguments.license)
-        except ValueError as error:
-            parser.error(str(error))
-        print("\n".join(files), card, sep="\n\n")
-        return 0
-    pushed = push_run(
-        arguments.run,
-        arguments.hub_model_id,
-        private=arguments.private,
-        revision=arguments.revision,
-        commit_message=arguments.commit_message,
-        license=arguments.license,
-    )
-    return 0 if pushed else 1
+    return run_push(argv)
 
 
 def demo(argv: Sequence[str]) -> int:

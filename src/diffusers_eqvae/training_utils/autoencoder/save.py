@@ -1,4 +1,4 @@
-"""What a finished autoencoder run leaves behind: weights, normalisation, its components and the facts about it."""
+"""What a finished autoencoder run leaves behind: weights, normalisation, its components and the metadata of the run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ...autoencoders import encode
 from ...data.image_datasets import PixelDataset
-from ...hub import RunFacts, write_run_facts
 from ...latents import LatentNormalization, LatentStatistics
+from ...model_card import METADATA_FILE, RunMetadata
 from ...objectives.autoencoder import AutoencoderObjective
 from ..arguments import DataArguments
 from ..run import TrainingRun
@@ -33,20 +33,15 @@ MEASURED = {
     "psnr": "reconstruction from the posterior mean, dB",
     "equivariance_rotation": "|tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2 over 90, 180 and 270 degrees",
     "equivariance_scale": "the same over scales .25, .5 and .75",
-    "psnr_rotated_latent": "decoding latents turned by 90 degrees against the turned image, dB",
+    "psnr_rotated_latent": "decoding latents rotated by 90 degrees against the rotated image, dB",
     "psnr_halved_latent": "decoding latents at half the size against the image at half the size, dB",
 }
 
 
-def autoencoder_facts(
-    run: TrainingRun,
-    *,
-    model: AutoencoderArguments,
-    losses: AutoencoderLossArguments,
-    regularizing: RegularizerArguments,
-    data: DataArguments,
+def training_metadata(
+    run: TrainingRun, losses: AutoencoderLossArguments, regularizing: RegularizerArguments
 ) -> dict[str, Any]:
-    """What the arguments say about the run, in `RunFacts`' words."""
+    """The settings of the run that its card shows."""
     weights = {
         losses.reconstruction_loss: 1.0,
         f"lpips-{losses.perceptual_net}": losses.perceptual_weight,
@@ -54,11 +49,8 @@ def autoencoder_facts(
         f"discriminator ({losses.disc_loss})": losses.disc_weight,
     }
     return {
-        "base_model": model.pretrained_model_name_or_path,
-        "dataset": data.name,
-        "resolution_px": data.resolution,
-        "steps": run.step,
-        "batch_size": run.global_batch_size,
+        "optimizer_steps": run.step,
+        "global_batch_size": run.global_batch_size,
         "learning_rate": run.arguments.learning_rate,
         "mixed_precision": run.accelerator.mixed_precision,
         "ema_decay": run.arguments.ema_decay if run.arguments.use_ema else None,
@@ -97,17 +89,19 @@ def save_autoencoder(
     discriminator: nn.Module | None,
     images: PixelDataset,
     evaluation: AutoencoderEvaluationArguments,
-    facts: Mapping[str, Any],
-    figures: Mapping[str, float],
+    model: AutoencoderArguments,
+    data: DataArguments,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, float],
 ) -> None:
-    """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_facts.json.
+    """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_metadata.json.
 
     Args:
         objective: its `vae` and what its regularizers keep are written.
         images: training images, on which mean and std of the latents are measured.
         evaluation: how many of them, and whether the config takes the result.
-        facts: further fields of `RunFacts`.
-        figures: measured values by name.
+        training: from `training_metadata`.
+        metrics: measured values by name.
     """
     vae = objective.vae
     num_samples = None
@@ -123,26 +117,28 @@ def save_autoencoder(
         regularizer.save_components(directory)
     if discriminator is not None:
         discriminator.save_pretrained(directory / "discriminator")
-    write_run_facts(
-        directory / "run_facts.json",
-        RunFacts(
-            model_class=type(vae).__name__,
-            padding_mode=vae.config.get("padding_mode"),
-            latent_space_changed=True,
-            normalization={
+    described = [
+        {"name": name, "value": value, "how": MEASURED[name]} for name, value in metrics.items() if name in MEASURED
+    ]
+    RunMetadata(
+        model={
+            "class": type(vae).__name__,
+            "base_model": model.pretrained_model_name_or_path,
+            "padding_mode": vae.config.get("padding_mode"),
+            "latent_space_changed": True,
+            "normalization": {
                 "mean": normalization.mean and list(normalization.mean),
                 "std": normalization.std and list(normalization.std),
                 "scaling_factor": normalization.scaling_factor,
                 "shift_factor": normalization.shift_factor,
                 "num_samples": num_samples,
             },
-            figures=[
-                {"name": name, "value": value, "how": MEASURED[name]}
-                for name, value in figures.items()
-                if name in MEASURED
-            ],
-            versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
-            command=shlex.join(sys.argv),
-            **facts,
-        ),
-    )
+        },
+        training=dict(training),
+        data={"dataset": data.name, "resolution_px": data.resolution},
+        evaluation={"metrics": described},
+        provenance={
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+            "command": shlex.join(sys.argv),
+        },
+    ).save(directory / METADATA_FILE)

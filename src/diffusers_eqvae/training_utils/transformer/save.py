@@ -1,4 +1,4 @@
-"""What a finished transformer run leaves behind: the pipeline, its normalisation and the facts about it."""
+"""What a finished transformer run leaves behind: the pipeline, its normalisation and the metadata of the run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from ...data.latent_data import LatentData
-from ...hub import RunFacts, write_run_facts
 from ...latents import LatentNormalization
+from ...model_card import METADATA_FILE, RunMetadata
 from ...models.transformer_sit import SIT_PRESETS
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..run import TrainingRun
@@ -42,7 +42,7 @@ def save_pipeline(
     sampling: SamplingArguments,
     latents: LatentData,
 ) -> None:
-    """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_facts.json."""
+    """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_metadata.json."""
     pipeline.save_pretrained(directory)
     normalization = LatentNormalization.from_vae(latents.vae)
     if normalization.mean is not None:
@@ -50,26 +50,30 @@ def save_pipeline(
     drawn = f"validation/{run.step:08d}_samples.png"
     caption = f"Samples after {run.step} steps, guidance scale {sampling.guidance_scale}"
     images = [{"path": drawn, "caption": caption}] if (run.output_dir / drawn).exists() else []
-    facts = RunFacts(
-        model_class=type(pipeline.transformer).__name__,
-        architecture=arguments.model if arguments.model in SIT_PRESETS else None,
-        objective=f"{flow.objective}, {flow.path} path, sigma {flow.sigma_distribution}",
-        vae=arguments.vae,
-        dataset=latents.name,
-        steps=run.step,
-        batch_size=run.global_batch_size,
-        learning_rate=run.arguments.learning_rate,
-        mixed_precision=run.accelerator.mixed_precision,
-        ema_decay=run.arguments.ema_decay if run.arguments.use_ema else None,
-        seed=run.arguments.seed,
-        num_classes=latents.num_classes,
-        sampling={
-            "guidance_scale": sampling.guidance_scale,
-            "guidance_interval": sampling.guidance_interval,
-            "num_inference_steps": sampling.num_inference_steps,
+    RunMetadata(
+        model={
+            "architecture": arguments.model if arguments.model in SIT_PRESETS else None,
+            "autoencoder": arguments.vae,
+            "num_classes": latents.num_classes,
+            "sampling": {
+                "guidance_scale": sampling.guidance_scale,
+                "guidance_interval": sampling.guidance_interval,
+                "num_inference_steps": sampling.num_inference_steps,
+            },
         },
-        images=images,
-        versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
-        command=shlex.join(sys.argv),
-    )
-    write_run_facts(directory / "run_facts.json", facts)
+        training={
+            "objective": f"{flow.objective}, {flow.path} path, sigma {flow.sigma_distribution}",
+            "optimizer_steps": run.step,
+            "global_batch_size": run.global_batch_size,
+            "learning_rate": run.arguments.learning_rate,
+            "mixed_precision": run.accelerator.mixed_precision,
+            "ema_decay": run.arguments.ema_decay if run.arguments.use_ema else None,
+            "seed": run.arguments.seed,
+        },
+        data={"dataset": latents.name},
+        evaluation={"images": images},
+        provenance={
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+            "command": shlex.join(sys.argv),
+        },
+    ).save(directory / METADATA_FILE)
