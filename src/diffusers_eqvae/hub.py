@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -125,7 +125,7 @@ def prepare_push(
         if license is not None:
             logger.warning("license=%s is not used: %s is uploaded as it is, so state it there", license, root / CARD)
         return files, (root / CARD).read_text(encoding="utf-8")
-    kind = "pipeline" if "model_index.json" in saved else "autoencoder"
+    kind: Literal["autoencoder", "pipeline"] = "pipeline" if "model_index.json" in saved else "autoencoder"
     return files, render_model_card(metadata, kind, repo_id=repo_id, files=files)
 
 

@@ -116,11 +116,9 @@ class RunMetadata:
 
 def _settings(metadata: RunMetadata) -> dict[str, Any]:
     """The rows of the card's table of settings."""
-    model = {
-        key: metadata.model[key] for key in ("base_model", "autoencoder", "architecture") if key in metadata.model
-    }
-    made = {key: metadata.provenance[key] for key in ("hardware", "seconds") if key in metadata.provenance}
-    return {**model, **metadata.data, **metadata.training, **made}
+    shown = ("base_model", "autoencoder", "architecture", "hardware", "seconds")
+    own = {key: value for key, value in {**metadata.model, **metadata.provenance}.items() if key in shown}
+    return {**own, **metadata.data, **metadata.training}
 
 
 def redact(text: str) -> str:
@@ -154,17 +152,15 @@ def render_model_card(
     model: dict[str, Any] = dict.fromkeys(KEYS["model"]) | metadata.model
     dataset = metadata.data.get("dataset")
     regularizers = metadata.training.get("regularizers", {})
-    tags = ["autoencoder", "vae", *(f"{name}-regularization" for name in regularizers)]
+    tags = ["class-conditional-image-generation"]
+    if kind == "autoencoder":
+        tags = ["autoencoder", "vae", *(f"{name}-regularization" for name in regularizers)]
     card_data = ModelCardData(
         library_name="diffusers",
         license=model["license"],
         base_model=model["base_model"] if model["base_model"] and is_hub_id(model["base_model"]) else None,
         datasets=[dataset] if dataset and is_hub_id(dataset) else None,
-        tags=[
-            "diffusers",
-            "diffusers_eqvae",
-            *(tags if kind == "autoencoder" else ["class-conditional-image-generation"]),
-        ],
+        tags=["diffusers", "diffusers_eqvae", *tags],
     )
     model_class = model["class"] or "AutoencoderKL"
     ours = "AutoencoderKLEQ" if model_class == "AutoencoderKL" else model_class

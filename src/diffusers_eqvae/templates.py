@@ -40,7 +40,12 @@ def _environment() -> jinja2.Environment:
 
 
 def cell(value: Any) -> str:
-    """A value as one cell of a Markdown table: floats to six digits, {"l1": 1.0, "eq": {"p": 0.5}} as "l1 1, eq (p 0.5)"."""
+    """A value as one cell of a Markdown table, with floats to six significant digits.
+
+    Example:
+        >>> cell({"l1": 1.0, "equivariance": {"p": 0.5}})
+        'l1 1, equivariance (p 0.5)'
+    """
     if isinstance(value, Mapping):
         pairs = ((key, f"({cell(each)})" if isinstance(each, Mapping) else cell(each)) for key, each in value.items())
         return ", ".join(f"{key} {text}" if text != "()" else key for key, text in pairs)

@@ -1,4 +1,4 @@
-"""A Hub client in a process of its own (huggingface_hub reads HF_ENDPOINT once, when it is imported), and what it does.
+"""A Hub client in a process of its own (huggingface_hub reads HF_ENDPOINT when it is imported), and its actions.
 
 Libraries are imported by the function that needs them, so that a function can show what works without the others.
 """
@@ -56,11 +56,11 @@ def push_command(*argv):
     return main(argv)
 
 
-def push_with_diffusers(directory, module, name, repo_id):
+def push_with_diffusers(directory, name, repo_id):
     """`push_to_hub`, which diffusers gives to every model and pipeline."""
-    import diffusers_eqvae  # noqa: F401
+    import diffusers_eqvae
 
-    getattr(importlib.import_module(module), name).from_pretrained(directory).push_to_hub(repo_id)
+    getattr(diffusers_eqvae, name).from_pretrained(directory).push_to_hub(repo_id)
 
 
 def load_autoencoder(source, revision=None):

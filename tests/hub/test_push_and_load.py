@@ -88,9 +88,7 @@ def test_a_pipeline_loads_from_the_hub_and_offline(hub, owner, stranger, offline
     for text in ("import diffusers_eqvae", "ids from 0 to 9", "`otter`", 'subfolder="vae"', "belong together"):
         assert text in card
 
-    owner(
-        client.push_with_diffusers, pipeline_run, "diffusers_eqvae", "ClassConditionalPipeline", f"{OWNER}/sit-mixin"
-    )
+    owner(client.push_with_diffusers, pipeline_run, "ClassConditionalPipeline", f"{OWNER}/sit-mixin")
     assert stranger(client.load_pipeline, f"{OWNER}/sit") == expected
     assert stranger(client.load_pipeline, f"{OWNER}/sit-mixin") == expected
     assert offline(client.load_pipeline, f"{OWNER}/sit") == expected
@@ -114,7 +112,7 @@ def test_a_pipeline_brings_its_alignment_network(
 
 def test_push_to_hub_of_a_model_is_diffusers_own(hub, owner, stranger, autoencoder_run):
     repo_id = f"{OWNER}/mixin"
-    owner(client.push_with_diffusers, autoencoder_run, "diffusers_eqvae", "AutoencoderKLEQ", repo_id)
+    owner(client.push_with_diffusers, autoencoder_run, "AutoencoderKLEQ", repo_id)
     expected = owner(client.load_autoencoder, str(autoencoder_run))["weights"]
     loaded = stranger(client.load_autoencoder, repo_id)
     assert loaded["weights"] == expected

@@ -63,11 +63,8 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
     assert all(moved)
     metadata = RunMetadata.load(folder / "run" / "run_metadata.json")
     assert metadata.training["regularizers"]["equivariance"]["p_equivariance"] == 0.5
-    assert {metric["name"] for metric in metadata.evaluation["metrics"]} >= {
-        "psnr",
-        "equivariance_rotation",
-        "equivariance_scale",
-    }
+    names = {metric["name"] for metric in metadata.evaluation["metrics"]}
+    assert names >= {"psnr", "equivariance_rotation", "equivariance_scale"}
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("validation/psnr" in record for record in records)
     assert list((folder / "run" / "validation").glob("*_comparison.png"))

@@ -1,4 +1,4 @@
-"""What a finished autoencoder run leaves behind: weights, normalisation, its components and the metadata of the run."""
+"""What a finished autoencoder run leaves behind: weights, normalisation, its components and metadata."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def save_autoencoder(
     if discriminator is not None:
         discriminator.save_pretrained(directory / "discriminator")
     described = [
-        {"name": name, "value": value, "how": MEASURED[name]} for name, value in metrics.items() if name in MEASURED
+        {"name": name, "value": metrics[name], "how": how} for name, how in MEASURED.items() if name in metrics
     ]
     RunMetadata(
         model={
