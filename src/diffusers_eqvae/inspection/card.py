@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def pyplot() -> Any:
     return pyplot
 
 
-def draw_table(axes: Any, rows: list[tuple[str, ...]], head: tuple[str, ...], widths: tuple[float, ...]) -> None:
+def draw_table(axes: Any, rows: Sequence[tuple[str, ...]], head: tuple[str, ...], widths: tuple[float, ...]) -> None:
     """A table of text in matplotlib axes; `widths` of the columns as shares of the axes' width.
 
     Example:
