@@ -217,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
     parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
     options = vars(parser.parse_args(argv))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     repo_id, dry_run = options.pop("hub_model_id"), options.pop("dry_run")
     if not dry_run:
         return 0 if push_run(repo_id=repo_id, **options) else 1

@@ -68,6 +68,11 @@ def save_autoencoder_run(directory, vae, *, seed=0):
     (directory / "logs/events.out.tfevents.1").write_bytes(b"a tracker's log")
     (directory / "diffusion_pytorch_model.safetensors.tmp").write_bytes(b"half written")
     (directory / "discriminator/config.json.tmp").write_text("half written")
+    for folder in ("older_run", "weights_alone"):
+        (directory / folder).mkdir()
+        (directory / folder / "diffusion_pytorch_model.safetensors").write_bytes(b"not of this run")
+    (directory / "older_run/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    RunMetadata().save(directory / "older_run" / METADATA_FILE)
     (directory / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
     (directory / "validation").mkdir()
     for name in ("00000010_rotated", "00000005_older"):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm.auto import tqdm
 
@@ -44,28 +44,33 @@ AUTOENCODER = {
     "mid_block_add_attention": False,
 }
 TRANSFORMER = {"patch_size": 1, "num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 40}
-BRANCHES: dict[str, dict[str, Any]] = {
+Flags: TypeAlias = dict[str, Any]
+BRANCHES: dict[str, Flags] = {
     "plain": {"regularizers": "none"},
     # A short run of a young autoencoder: more plain steps than the paper's, so that reconstruction keeps up.
     "eq": {"regularizers": "equivariance", "p_equivariance": 0.4, "p_low_resolution": 0.1},
 }
-TRAINING: dict[str, Any] = {
+TRAINING: Flags = {
     "lr_scheduler": "cosine",
     "ema_decay": 0.99,
     "checkpointing_steps": 0,
     "validation_steps": 0,
+    "report_to": "none",
 }
-TRAINING |= {"report_to": "none"}
-AUTOENCODER_TRAINING: dict[str, Any] = {**TRAINING, "perceptual_weight": 0, "disc_weight": 0, "train_batch_size": 4}
-AUTOENCODER_TRAINING |= {"lr_warmup_steps": 20, "num_normalization_images": 64}
-TRANSFORMER_TRAINING: dict[str, Any] = {
-    **TRAINING,
+AUTOENCODER_TRAINING: Flags = TRAINING | {
+    "perceptual_weight": 0,
+    "disc_weight": 0,
+    "train_batch_size": 4,
+    "lr_warmup_steps": 20,
+    "num_normalization_images": 64,
+}
+TRANSFORMER_TRAINING: Flags = TRAINING | {
     "train_batch_size": 16,
     "learning_rate": 1.5e-3,
     "lr_warmup_steps": 50,
+    "sigma_distribution": "logit_normal",
 }
-TRANSFORMER_TRAINING |= {"sigma_distribution": "logit_normal"}
-SAMPLING: dict[str, Any] = {"num_samples": 30, "batch_size": 30, "label_policy": "balanced", "scheduler": "ode-heun"}
+SAMPLING: Flags = {"num_samples": 30, "batch_size": 30, "label_policy": "balanced", "scheduler": "ode-heun"}
 
 
 @dataclass
@@ -178,7 +183,7 @@ def wall_seconds(first: Stage, branches: list[list[Stage]]) -> float:
 
 def plan(arguments: DemoArguments, train: dict[str, str], held_out: dict[str, str]) -> tuple[Stage, list[list[Stage]]]:
     """The autoencoder from scratch, and two branches from it that differ in the regularizer alone."""
-    root, steps = Path(arguments.output_dir), arguments.num_inference_steps
+    root = Path(arguments.output_dir)
 
     def stage(name: str, script: str, **flags: Any) -> Stage:
         words = [str(ROOT / script), "--output_dir", str(root / name)]
@@ -190,25 +195,18 @@ def plan(arguments: DemoArguments, train: dict[str, str], held_out: dict[str, st
         shared = {**train, **held_out, "resolution": arguments.resolution, "seed": arguments.seed}
         return stage(name, "training/train_autoencoder.py", **flags, **shared, **AUTOENCODER_TRAINING)
 
-    def branch(name: str, regularizer: dict[str, Any], intervals: dict[str, list[float]]) -> list[Stage]:
-        start = {"pretrained_model_name_or_path": root / "autoencoder", "max_train_steps": arguments.finetuning_steps}
-        encoding: dict[str, Any] = {
-            "vae": root / f"autoencoder_{name}",
-            "resolution": arguments.resolution,
-            "dtype": "fp32",
-            **train,
-        }
-        training: dict[str, Any] = {"model": root / "transformer.json", "latents_dir": root / f"latents_{name}"}
-        training |= {"max_train_steps": arguments.transformer_steps, "seed": arguments.seed, **TRANSFORMER_TRAINING}
-        sampling: dict[str, Any] = {
-            "model": root / f"sit_{name}",
-            "num_inference_steps": steps,
-            "seed": arguments.seed,
-            **SAMPLING,
-        }
-        sampling["guidance_scale"] = arguments.guidance_scale
+    def branch(name: str, regularizer: Flags, intervals: dict[str, list[float]]) -> list[Stage]:
+        seed: Flags = {"seed": arguments.seed}
+        fine_tuning: Flags = {"pretrained_model_name_or_path": root / "autoencoder", "learning_rate": 1e-3}
+        fine_tuning |= {"max_train_steps": arguments.finetuning_steps, **regularizer}
+        encoding: Flags = {"vae": root / f"autoencoder_{name}", "dtype": "fp32", **train}
+        encoding["resolution"] = arguments.resolution
+        training: Flags = {"model": root / "transformer.json", "latents_dir": root / f"latents_{name}", **seed}
+        training |= {"max_train_steps": arguments.transformer_steps, **TRANSFORMER_TRAINING}
+        sampling: Flags = {"model": root / f"sit_{name}", **seed, **SAMPLING}
+        sampling |= {key: getattr(arguments, key) for key in ("num_inference_steps", "guidance_scale")}
         return [
-            autoencoder(f"autoencoder_{name}", learning_rate=1e-3, **start, **regularizer),
+            autoencoder(f"autoencoder_{name}", **fine_tuning),
             stage(f"latents_{name}", "training/encode_latents.py", **encoding),
             stage(f"sit_{name}", "training/train_transformer.py", **training),
             *(

@@ -173,6 +173,8 @@ def main(argv: Sequence[str]) -> int:
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "--vae")
     (arguments,) = parse(InspectArguments, argv=argv, description=DESCRIPTION)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     for inspection in run_inspection(arguments):
         print(f"{inspection.name}: {inspection.verdict.level}. {inspection.verdict.headline}")
         print(*(f"  - {reason}" for reason in inspection.verdict.reasons), sep="\n")

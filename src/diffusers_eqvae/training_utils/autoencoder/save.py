@@ -117,9 +117,7 @@ def save_autoencoder(
         regularizer.save_components(directory)
     if discriminator is not None:
         discriminator.save_pretrained(directory / "discriminator")
-    described = [
-        {"name": name, "value": metrics[name], "how": how} for name, how in MEASURED.items() if name in metrics
-    ]
+    measured = [{"name": key, "value": metrics[key], "how": how} for key, how in MEASURED.items() if key in metrics]
     RunMetadata(
         model={
             "class": type(vae).__name__,
@@ -136,7 +134,7 @@ def save_autoencoder(
         },
         training=dict(training),
         data={"dataset": data.name, "resolution_px": data.resolution},
-        evaluation={"metrics": described},
+        evaluation={"metrics": measured},
         provenance={
             "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
             "command": shlex.join(sys.argv),
