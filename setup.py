@@ -39,7 +39,7 @@ class BuildWithModelCards(build_py):
             return
         target = Path(self.build_lib) / "diffusers_eqvae" / "model_cards"
         target.mkdir(parents=True, exist_ok=True)
-        for template in sorted((ROOT / "model_cards").glob("*.md")):
+        for template in sorted((ROOT / "model_cards").iterdir()):
             shutil.copyfile(template, target / template.name)
 
 

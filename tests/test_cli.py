@@ -45,7 +45,7 @@ def test_incomplete_commands_are_refused(argv, capsys):
 def test_push_without_a_network_fails_readably(tmp_path, tiny_autoencoder_kl, caplog):
     tiny_autoencoder_kl.save_pretrained(tmp_path / "my run")
     assert cli.main(["push", str(tmp_path / "my run"), "--hub_model_id", "me/x", "--private"]) == 1
-    assert "HF_HUB_OFFLINE is set" in caplog.text
+    assert "offline mode is enabled" in caplog.text
     assert f"eqvae push '{tmp_path}/my run' --hub_model_id me/x --private" in caplog.text
 
 
@@ -66,14 +66,14 @@ def test_the_dry_run_prints_the_card(tmp_path, tiny_autoencoder_kl, capsys):
         assert reason in capsys.readouterr().err
 
 
-def test_what_trying_again_cannot_mend_is_given_as_the_reason_alone(tmp_path, tiny_autoencoder_kl, caplog):
+def test_what_trying_again_cannot_fix_is_given_as_the_reason_alone(tmp_path, tiny_autoencoder_kl, caplog):
     run, store = tmp_path / "run", tmp_path / "store"
     tiny_autoencoder_kl.save_pretrained(run)
     store.mkdir()
     (store / "manifest.json").write_text("{}")
     for directory, name, reason in (
         (tmp_path / "nope", "x", f"there is no directory {tmp_path / 'nope'}."),
-        (store, "me/x", f"{store} holds no saved model (model_index.json, or config.json and *.safetensors)."),
+        (store, "me/x", f"{store} does not hold a saved model (model_index.json, or config.json and *.safetensors)."),
         (run, "a b/c/d", "namespace/repo_name': 'a b/c/d'. Use `repo_type` argument if needed."),
         (run, "me/a b", "the maximum length is 96: 'me/a b'."),
     ):

@@ -1,51 +1,51 @@
-"""A model card shows what the run's facts hold, warns where it must, and invents nothing."""
+"""A model card shows what the run's metadata holds, warns where it must, and invents nothing."""
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from diffusers_eqvae.hub import prepare_push, push_run
-from diffusers_eqvae.model_card import (
-    RunFacts,
-    read_run_facts,
-    redact,
-    render_autoencoder_card,
-    render_pipeline_card,
-    write_run_facts,
+from diffusers_eqvae.model_card import METADATA_FILE, RunMetadata, redact, render_model_card
+
+METADATA = RunMetadata(
+    model={
+        "base_model": "stabilityai/sd-vae-ft-mse",
+        "license": "mit",
+        "latent_space_changed": True,
+        "normalization": {"mean": [0.25, -1.0], "std": [1.0, 2.0], "scaling_factor": 0.5, "num_samples": 4321},
+    },
+    training={
+        "optimizer_steps": 500,
+        "learning_rate": 1e-4,
+        "losses": {"l1": 1.0, "lpips": 0.5, "kl": 1e-6},
+        "regularizers": {"equivariance": {"p_equivariance": 0.5, "p_low_resolution": 0.25, "rotation": True}},
+        "seed": 7,
+    },
+    data={"dataset": "someone/images", "resolution_px": 256},
+    evaluation={
+        "metrics": [{"name": "R | 90", "value": 0.1234567, "how": "24 images\nof 256 px"}],
+        "images": [{"path": "a image.png", "caption": "before and after"}],
+    },
+    provenance={"versions": {"torch": "2.6.0"}, "command": "accelerate launch training/train_autoencoder.py"},
 )
 
-FACTS = {
-    "base_model": "stabilityai/sd-vae-ft-mse",
-    "dataset": "someone/images",
-    "license": "mit",
-    "resolution_px": 256,
-    "steps": 500,
-    "batch_size": 16,
-    "learning_rate": 1e-4,
-    "losses": {"l1": 1.0, "lpips": 0.5, "kl": 1e-6},
-    "regularizers": {"equivariance": {"p_equivariance": 0.5, "p_low_resolution": 0.25, "rotation": True}},
-    "normalization": {"mean": [0.25, -1.0], "std": [1.0, 2.0], "scaling_factor": 0.5, "num_samples": 4321},
-    "figures": [{"name": "R | 90", "value": 0.1234567, "how": "24 images\nof 256 px"}],
-    "images": [{"path": "a image.png", "caption": "before and after"}],
-    "versions": {"torch": "2.6.0"},
-    "seed": 7,
-    "command": "accelerate launch training/train_autoencoder.py",
-    "latent_space_changed": True,
-}
 
-
-def test_every_fact_is_on_the_card():
-    card = render_autoencoder_card(FACTS, repo_id="me/eq-vae", files=["config.json", "discriminator/config.json"])
+def test_everything_known_is_on_the_card():
+    files = ["config.json", "discriminator/config.json"]
+    card = render_model_card(METADATA, "autoencoder", repo_id="me/eq-vae", files=files)
     for text in (
         "# eq-vae",
         "someone/images",
-        "| resolution | 256 px |",
+        "| resolution px | 256 |",
         "| optimizer steps | 500 |",
         "l1 1, lpips 0.5, kl 1e-06",
-        "p_equivariance 0.5, p_low_resolution 0.25, rotation True",
+        "| equivariance (p_equivariance 0.5, p_low_resolution 0.25, rotation True) |",
+        "with the regularizers equivariance on [someone/images]",
         "(z - mean) * scaling_factor / std",
         "measured on 4321 images",
         "| mean | 0.25, -1 |",
@@ -65,17 +65,17 @@ def test_every_fact_is_on_the_card():
     assert "diffusers_eqvae" in metadata["tags"]
 
 
-@pytest.mark.parametrize("render", [render_autoencoder_card, render_pipeline_card])
-def test_without_facts_nothing_is_claimed(render):
-    card = render({})
-    for absent in ("## Training", "## Figures", "## Images", "## Normalisation", "## Files", "Made with", "None"):
+@pytest.mark.parametrize("kind", ["autoencoder", "pipeline"])
+def test_without_metadata_nothing_is_claimed(kind):
+    card = render_model_card(RunMetadata(), kind)
+    for absent in ("## Training", "## Metrics", "## Images", "## Normalisation", "## Files", "Made with", "None"):
         assert absent not in card
     assert set(yaml.safe_load(card.split("---\n")[1])) == {"library_name", "tags"}
     assert "\n\n\n" not in card
 
 
 @pytest.mark.parametrize(
-    ("facts", "text"),
+    ("model", "text"),
     [
         ({"base_model": "a/b", "latent_space_changed": True}, "The latent space changed"),
         ({"base_model": "a/b"}, "may have changed"),
@@ -87,10 +87,10 @@ def test_without_facts_nothing_is_claimed(render):
         ({"padding_mode": "zeros"}, "With plain diffusers"),
     ],
 )
-def test_warnings(facts, text):
-    card = render_autoencoder_card(facts)
+def test_warnings(model, text):
+    card = render_model_card(RunMetadata(model=model), "autoencoder")
     assert text in card
-    assert ("ignores `padding_mode" in card) == (facts.get("padding_mode") == "reflect")
+    assert ("ignores `padding_mode" in card) == (model.get("padding_mode") == "reflect")
 
 
 @pytest.mark.parametrize(
@@ -103,65 +103,78 @@ def test_warnings(facts, text):
     ],
 )
 def test_the_examples_name_classes_that_load_it(model_class, stock, ours):
-    card = render_autoencoder_card({"model_class": model_class})
+    card = render_model_card(RunMetadata(model={"class": model_class}), "autoencoder")
     assert f"from diffusers import {stock}\n" in card
     assert ("from diffusers_eqvae import" in card) == (ours is not None)
     assert ours is None or f"from diffusers_eqvae import {ours}\n" in card
 
 
 def test_the_pipeline_card_calls_with_its_labels_and_settings():
-    facts = {
-        "num_classes": 12,
-        "labels": [f"name{i}" for i in range(12)],
-        "sampling": {"guidance_interval": (0.0, 0.75)},
-    }
-    card = render_pipeline_card(facts, repo_id="me/sit")
+    labels = [f"name{i}" for i in range(12)]
+    model = {"num_classes": 12, "labels": labels, "sampling": {"guidance_interval": (0.0, 0.75)}}
+    card = render_model_card(RunMetadata(model=model), "pipeline", repo_id="me/sit")
     assert "pipeline(class_labels=['name0'], guidance_interval=(0.0, 0.75))" in card
     assert "ids from 0 to 11, or names: `name0`" in card
     assert "`name9`, ..." in card
+    assert "`name10`" not in card
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("groups", "message"),
     [
-        ({"stepz": 3}, "unknown run facts stepz"),
-        ({"compatibility": "maybe"}, "compatibility must be one of"),
-        ({"compatibility": "drop-in", "latent_space_changed": True}, "compatibility='adapt'"),
-        ({"figures": [{"name": "PSNR", "value": 3.0}]}, "how it was measured"),
-        ({"images": [{"caption": "x"}]}, "a image needs a path"),
+        ({"model": {"clas": "AutoencoderKL"}}, "model of RunMetadata may hold name, class.*; got clas"),
+        ({"model": {"compatibility": "maybe"}}, "compatibility must be one of.*got 'maybe'"),
+        ({"model": {"compatibility": "drop-in", "latent_space_changed": True}}, "compatibility='adapt'"),
+        ({"evaluation": {"metrics": [{"name": "PSNR", "value": 3.0}]}}, "Each of metrics needs how, name, value"),
+        ({"evaluation": {"images": [{"caption": "x"}]}}, "Each of images needs path"),
     ],
 )
-def test_wrong_facts_are_refused(facts, message):
+def test_wrong_metadata_is_refused(groups, message):
     with pytest.raises(ValueError, match=message):
-        render_autoencoder_card(facts)
+        RunMetadata(**groups)
 
 
-def test_facts_are_written_for_publication(tmp_path, monkeypatch):
+def test_metadata_is_written_for_publication(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-shape")
-    facts = FACTS | {"dataset": str(tmp_path), "command": "x --a hf_abcdefghijk --b a-token-of-another-shape"}
-    write_run_facts(tmp_path / "run_facts.json", facts)
-    assert [path.name for path in tmp_path.iterdir()] == ["run_facts.json"]
-    read = read_run_facts(tmp_path / "run_facts.json")
-    assert read == RunFacts(**facts | {"dataset": tmp_path.name, "command": "x --a [token] --b [token]"})
-    assert "datasets" not in ModelCard(render_autoencoder_card(read)).data.to_dict()
+    provenance = {"command": "x --a hf_abcdefghijk --b a-token-of-another-shape"}
+    replace(METADATA, data={"dataset": str(tmp_path)}, provenance=provenance).save(tmp_path / METADATA_FILE)
+    assert [path.name for path in tmp_path.iterdir()] == [METADATA_FILE]
+    read = RunMetadata.load(tmp_path / METADATA_FILE)
+    assert asdict(read) == asdict(METADATA) | {
+        "data": {"dataset": tmp_path.name},
+        "provenance": {"command": "x --a [token] --b [token]"},
+    }
+    assert "datasets" not in ModelCard(render_model_card(read, "autoencoder")).data.to_dict()
     assert redact("nothing here") == "nothing here"
 
 
+@pytest.mark.parametrize(("version", "remedy"), [(2, "update the package"), (0, "remove the file"), (None, "remove")])
+def test_another_format_is_refused_with_a_remedy(version, remedy, tmp_path):
+    METADATA.save(tmp_path / METADATA_FILE)
+    content = json.loads((tmp_path / METADATA_FILE).read_text()) | {"format_version": version}
+    if version is None:
+        del content["format_version"]
+    (tmp_path / METADATA_FILE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"format_version {version or 0}, and .* reads 1: {remedy}"):
+        RunMetadata.load(tmp_path / METADATA_FILE)
+
+
 def test_a_run_is_described_by_what_its_model_says(tmp_path, tiny_autoencoder_kl, caplog):
-    """The statistics are often measured after training, so the config wins over run_facts.json."""
+    """The statistics are often measured after training, so the config wins over run_metadata.json."""
     from diffusers_eqvae.latents import LatentNormalization
 
-    facts = FACTS | {"images": [{"path": "../outside.png"}, {"path": "missing.png"}]}
     (tmp_path / "outside.png").write_bytes(b"")
     run = tmp_path / "run"
     LatentNormalization(mean=(5.0,) * 4, std=(2.0,) * 4).apply_to(tiny_autoencoder_kl)
     tiny_autoencoder_kl.save_pretrained(run)
-    write_run_facts(run / "run_facts.json", facts)
+    images = [{"path": "../outside.png"}, {"path": "missing.png"}]
+    replace(METADATA, evaluation={"images": images}).save(run / METADATA_FILE)
     files, card = prepare_push(run, "me/x", license="apache-2.0")
-    assert files == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "run_facts.json"]
+    assert files == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", METADATA_FILE]
     assert "| mean | 5, 5, 5, 5 |" in card
     assert "4321" not in card
     assert "license: apache-2.0" in card
+    assert "## Images" not in card
     assert "outside.png" in caplog.text
     assert "missing.png" in caplog.text
 
@@ -181,7 +194,7 @@ def test_a_wheel_carries_the_templates(repository, tmp_path):
     build = ["setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
     subprocess.run([sys.executable, *build], cwd=repository, check=True, capture_output=True)
     built = tmp_path / "build/lib/diffusers_eqvae/model_cards"
-    templates = sorted((repository / "model_cards").glob("*.md"))
-    assert len(templates) == 3
+    templates = sorted((repository / "model_cards").iterdir())
+    assert {"autoencoder.md", "health_card.html", "page.html"} <= {template.name for template in templates}
     for template in templates:
         assert (built / template.name).read_text() == template.read_text()

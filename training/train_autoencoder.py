@@ -20,7 +20,7 @@ from diffusers_eqvae.objectives.autoencoder import AutoencoderStep
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.autoencoder import arguments as cli
 from diffusers_eqvae.training_utils.autoencoder import build
-from diffusers_eqvae.training_utils.autoencoder.save import autoencoder_facts, save_autoencoder
+from diffusers_eqvae.training_utils.autoencoder.save import save_autoencoder, training_metadata
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             run.backward(discriminator_loss, inputs=list(discriminator.parameters()))
         run.log(logs)
 
-    figures = validate(run, held_out)
+    metrics = validate(run, held_out)
 
     def save(directory: Path) -> None:
         save_autoencoder(
@@ -91,10 +91,11 @@ def main(argv: list[str] | None = None) -> None:
             discriminator=discriminator,
             images=images,
             evaluation=evaluation,
-            facts=autoencoder_facts(
-                run, model=model, losses=losses, regularizing=regularizing, methods=methods, data=data
-            ),
-            figures=figures,
+            model=model,
+            data=data,
+            training=training_metadata(run, losses, regularizing, methods),
+            provenance=run.provenance(),
+            metrics=metrics,
         )
 
     run.finish(save)

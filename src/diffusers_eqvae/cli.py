@@ -12,34 +12,9 @@ from diffusers_eqvae import __version__
 
 def push(argv: Sequence[str]) -> int:
     """publish a finished run on the Hub, also after a push that failed"""
-    parser = argparse.ArgumentParser(prog="eqvae push", description=push.__doc__)
-    parser.add_argument("run", help="directory of a finished run (the --output_dir of the training script)")
-    parser.add_argument("--hub_model_id", required=True, help="repository to push to, made if missing: owner/name")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to commit to, made if missing (default: main)")
-    parser.add_argument("--commit_message", help="default: Upload NAME")
-    parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
-    parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
-    arguments = parser.parse_args(argv)
+    from diffusers_eqvae.hub import main as run_push
 
-    from diffusers_eqvae.hub import prepare_push, push_run
-
-    if arguments.dry_run:
-        try:
-            files, card = prepare_push(arguments.run, arguments.hub_model_id, license=arguments.license)
-        except ValueError as error:
-            parser.error(str(error))
-        print("\n".join(files), card, sep="\n\n")
-        return 0
-    pushed = push_run(
-        arguments.run,
-        arguments.hub_model_id,
-        private=arguments.private,
-        revision=arguments.revision,
-        commit_message=arguments.commit_message,
-        license=arguments.license,
-    )
-    return 0 if pushed else 1
+    return run_push(argv)
 
 
 def demo(argv: Sequence[str]) -> int:
@@ -78,47 +53,18 @@ def compare(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """write a health card of an autoencoder, beside that of a second one"""
-    parser = argparse.ArgumentParser(
-        prog="eqvae inspect",
-        description="Are this autoencoder's latents easy to generate? Writes card.html, card.png, card.json and a "
-        "card for `eqvae compare` of each model.",
-    )
-    parser.add_argument("model", help="diffusers autoencoder, or pipeline with one in vae/: directory or Hub name")
-    parser.add_argument("--compare", metavar="MODEL", help="a second one, drawn beside the first")
-    parser.add_argument("--data", required=True, help="folder of images")
-    parser.add_argument("--output_dir", required=True, help="where the card is written")
-    parser.add_argument("--subfolder", help="folder of the autoencoder inside MODEL, e.g. vae")
-    parser.add_argument("--compare_subfolder", help="the same for --compare")
-    parser.add_argument(
-        "--resolution", type=int, default=256, help="side of the centre crops in pixels (default: 256)"
-    )
-    parser.add_argument("--num_images", type=int, default=24, help="images, evenly spaced in --data (default: 24)")
-    parser.add_argument("--device", default="cpu", help="where the networks run, e.g. cuda (default: cpu)")
-    parser.add_argument("--lpips_net", choices=["vgg", "alex", "squeeze"], default="squeeze", help="LPIPS network")
-    parser.add_argument("--lpips_backbone_weights", help="its ImageNet weights; LPIPS is measured if these are given")
-    parser.add_argument("--lpips_linear_weights", help="its linear heads, v0.1")
-    arguments = parser.parse_args(argv)
-
-    from diffusers_eqvae.inspection.run import run_inspection
-
     try:
-        inspections = run_inspection(**vars(arguments))
+        from diffusers_eqvae.inspection.run import main as run_inspect
+
+        return run_inspect(argv)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except RuntimeError as error:  # of torch, for a device that is not there
-        if arguments.device == "cpu":
-            raise
-        parser.error(f"--device {arguments.device} cannot be used: {error}")
+        sys.stderr.write(f"eqvae inspect: error: {error}\n")
+        sys.exit(2)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("diffusers_eqvae"):
             raise
         print(f"eqvae inspect needs {error.name}: pip install 'diffusers_eqvae[demo]'", file=sys.stderr)
         return 1
-    for inspection in inspections:
-        print(f"{inspection.name}: {inspection.verdict.level}. {inspection.verdict.headline}")
-        print(*(f"  - {reason}" for reason in inspection.verdict.reasons), sep="\n")
-    print(f"The card: {arguments.output_dir}/card.html")
-    return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -143,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1]).command
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    return COMMANDS[command](argv[1:])
+    program, sys.argv[0] = sys.argv[0], f"eqvae {command}"
+    try:
+        return COMMANDS[command](argv[1:])
+    finally:
+        sys.argv[0] = program
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Publish a finished run: what goes to the Hub, its model card, and a push that never costs the run.
+"""Publish a finished run on the Hub, with its model card, by a push whose failure never costs the run.
 
 The access token is huggingface_hub's own business (`hf auth login`, or HF_TOKEN): it is never an argument here and
 never part of a log line, a file or a card.
@@ -6,48 +6,33 @@ never part of a log line, a file or a card.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_eqvae.model_card import (
-    RunFacts,
-    read_run_facts,
-    redact,
-    render_autoencoder_card,
-    render_pipeline_card,
-    write_run_facts,
-)
-from diffusers_eqvae.pipelines.labels import parse_id2label
+from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card
+from .pipelines.labels import parse_id2label
 
-__all__ = [
-    "RunFacts",
-    "prepare_push",
-    "push_run",
-    "read_run_facts",
-    "render_autoencoder_card",
-    "render_pipeline_card",
-    "write_run_facts",
-]
+__all__ = ["prepare_push", "push_run"]
 
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-FACTS = "run_facts.json"
 STATISTICS = "mean_std.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-ROOT_FILES = ("config.json", "model_index.json", *WEIGHTS, STATISTICS, FACTS, "metrics.jsonl")
-COMPONENT_FILES = ("config.json", "scheduler_config.json", STATISTICS, *WEIGHTS)
-EXTRA_COMPONENTS = ("discriminator", "alignment_network")
+# Of the run and of each component's folder these are uploaded, and nothing else.
+UPLOADED = ("model_index.json", "config.json", "scheduler_config.json", STATISTICS, *WEIGHTS)
+UPLOADED_OF_RUN = (METADATA_FILE, "metrics.jsonl", CARD)
 TEXT_SUFFIXES = (".json", ".jsonl", ".md")
 
 
@@ -60,41 +45,55 @@ def push_run(
     commit_message: str | None = None,
     license: str | None = None,
 ) -> bool:
-    """Publish a run's directory as one commit and say whether that worked.
+    """Publishes a run's directory as one commit and says whether that worked; call it on the main process only.
 
-    A directory without a model and a name that no repository can have are logged with the reason alone; whatever else
-    goes wrong (no network, a refused token) together with the command that tries again. Nothing below `output_dir` is
-    written or removed: a failing push never costs a run. Call it on the main process only.
+    A directory without a model and a name that no repository can have are logged with the reason alone, whatever else
+    goes wrong (no network, a refused token) with the command that tries again. Nothing in `output_dir` is written or
+    removed: a failing push never costs a run.
 
     Args:
         output_dir: a finished run: an autoencoder, or a pipeline where there is a model_index.json.
-        repo_id: "name" or "owner/name"; the repository is made where there is none.
-        private: make a new repository private; otherwise the owner's default holds.
-        revision: branch to commit to, made where there is none; default main.
+        repo_id: "name" or "owner/name"; the repository is created where it does not exist.
+        private: makes a new repository private; otherwise the owner's default holds.
+        revision: branch to commit to, created where it does not exist; default main.
         commit_message: default "Upload NAME".
-        license: the licence that the card states; default the one in run_facts.json, else none.
+        license: the licence that the card states; default the one in run_metadata.json, else none.
+
+    Example:
+        >>> push_run("runs/eq-vae", "me/eq-vae", private=True)  # doctest: +SKIP
+        True
     """
+    root = Path(output_dir)
     try:
         validate_repo_id(repo_id)
-        publishable_files(Path(output_dir))
+        saved_files(root)
     except Exception as error:
-        logger.error(redact(f"Could not push {output_dir} to {repo_id}: {_reason(error)}."))
+        logger.error(redact(f"Could not push {root} to {repo_id}: {_one_line(error)}."))
         return False
     try:
-        url = _push(Path(output_dir), repo_id, private, revision, commit_message, license)
+        api = HfApi()
+        name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        files, card = prepare_push(root, name, license=license)
+        api.create_repo(name, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        # Not upload_folder, which would need the card on disk: one commit, so that nobody downloads half of a push.
+        operations = [CommitOperationAdd(path, card.encode() if path == CARD else str(root / path)) for path in files]
+        message = commit_message or f"Upload {root.resolve().name}"
+        commit = api.create_commit(name, operations, commit_message=message, revision=revision)
     except Exception as error:
         options = {"hub_model_id": repo_id, "revision": revision, "commit_message": commit_message, "license": license}
-        command = ["eqvae", "push", str(output_dir)]
-        command += [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+        command = ["eqvae", "push", str(root)]
+        command += [word for key, value in options.items() if value is not None for word in (f"--{key}", value)]
         command += ["--private"] if private else []
         logger.error(
             redact(
-                f"Could not push {output_dir} to {repo_id}: {_reason(error)}. The run on disk is complete and "
-                f"unchanged; to try again: {shlex.join(command)}"
+                f"Could not push {root} to {repo_id} on {HfApi().endpoint}: {_one_line(error)}. The run on disk is "
+                f"complete and unchanged; to try again: {shlex.join(command)}"
             )
         )
         return False
-    logger.info("Pushed %s to %s", output_dir, url)
+    logger.info("Pushed %s to %s", root, commit.commit_url)
     return True
 
 
@@ -103,100 +102,88 @@ def prepare_push(
 ) -> tuple[list[str], str]:
     """The files of a run that a push uploads (relative paths, README.md among them) and the model card.
 
-    A README.md in the directory is taken as it is; otherwise the card is rendered from run_facts.json and from what
-    the saved model itself says (normalisation, class, number of classes).
+    A README.md in the directory is taken as it is; otherwise the card is rendered from run_metadata.json and from what
+    the saved model itself says (normalisation, class, number of classes). A file that holds the access token is an
+    error.
 
-    Raises ValueError where the directory holds no saved model, where no repository can be called `repo_id`, or where a
-    text file holds the access token.
+    Example:
+        >>> files, card = prepare_push("runs/eq-vae", "me/eq-vae", license="apache-2.0")  # doctest: +SKIP
     """
     root = Path(output_dir)
     if repo_id is not None:
         validate_repo_id(repo_id)
-    facts = _facts_of(root)
+    saved = saved_files(root)
+    metadata = _metadata_of(root)
     if license is not None:
-        facts.license = license
-    images = [image["path"] for image in facts.images]
-    files = sorted({*publishable_files(root), *images, CARD})
-    own_card = root / CARD
-    if own_card.exists():
-        card = own_card.read_text(encoding="utf-8")
+        metadata.model["license"] = license
+    files = sorted({*saved, *(image["path"] for image in metadata.evaluation.get("images", [])), CARD})
+    token = huggingface_hub.get_token()
+    for file in (root / path for path in files):
+        if token and file.suffix in TEXT_SUFFIXES and file.exists() and token in file.read_text(encoding="utf-8"):
+            raise ValueError(f"{file} holds your access token and would publish it; remove it first")
+    if (root / CARD).exists():
         if license is not None:
-            logger.warning("license=%s is not used: %s is uploaded as it is, so state it there", license, own_card)
-    elif (root / "model_index.json").exists():
-        card = render_pipeline_card(facts, repo_id=repo_id, files=files)
-    else:
-        card = render_autoencoder_card(facts, repo_id=repo_id, files=files)
-    _refuse_tokens(root, files)
-    return files, card
+            logger.warning("license=%s is not used: %s is uploaded as it is, so state it there", license, root / CARD)
+        return files, (root / CARD).read_text(encoding="utf-8")
+    kind: Literal["autoencoder", "pipeline"] = "pipeline" if "model_index.json" in saved else "autoencoder"
+    return files, render_model_card(metadata, kind, repo_id=repo_id, files=files)
 
 
-def publishable_files(root: Path) -> list[str]:
-    """Weights, configs, statistics, curves and the components' folders; neither checkpoints nor logs nor *.tmp.
+def saved_files(root: Path) -> list[str]:
+    """Weights, configs, statistics, metadata and curves of a run and its components, as relative paths.
 
-    Raises ValueError where there is no saved model at the root or one of a pipeline's components is missing.
+    Example:
+        >>> saved_files(Path("runs/eq-vae"))  # doctest: +SKIP
+        ['config.json', 'diffusion_pytorch_model.safetensors', 'mean_std.json', 'metrics.jsonl', 'run_metadata.json']
     """
     if not root.is_dir():
         raise ValueError(f"there is no directory {root}")
-    found = _matching(root, root, ROOT_FILES)
-    components = list(EXTRA_COMPONENTS)
-    if "model_index.json" in found:
+    if (root / "model_index.json").exists():
         index = _read_json(root / "model_index.json")
-        saved = [name for name, value in index.items() if name[0] != "_" and isinstance(value, list) and all(value)]
-        components += saved
-        missing = [name for name in saved if not (root / name).is_dir()]
-        if missing:
+        named = [name for name, value in index.items() if name[0] != "_" and isinstance(value, list) and all(value)]
+        if missing := [name for name in named if not (root / name).is_dir()]:
             raise ValueError(f"{root} lacks the folders {', '.join(missing)} that its model_index.json names")
-    elif "config.json" not in found or not any(path.endswith(".safetensors") for path in found):
-        raise ValueError(f"{root} holds no saved model (model_index.json, or config.json and *.safetensors)")
-    nested = [f"{component}/{extra}" for component in components for extra in EXTRA_COMPONENTS]
-    for component in components + nested:
-        found += _matching(root, root / component, COMPONENT_FILES)
-    return found
+    elif not (root / "config.json").exists() or not any(root.glob("*.safetensors")):
+        raise ValueError(f"{root} does not hold a saved model (model_index.json, or config.json and *.safetensors)")
+    found = {file for folder in (root, *_components(root)) for pattern in UPLOADED for file in folder.glob(pattern)}
+    found |= {root / name for name in UPLOADED_OF_RUN}
+    return sorted(file.relative_to(root).as_posix() for file in found if file.is_file())
 
 
-def _push(
-    root: Path, repo_id: str, private: bool, revision: str | None, message: str | None, license: str | None
-) -> str:
-    """One commit, so that nobody ever downloads half of a push; returns its address."""
-    api = HfApi()
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    files, card = prepare_push(root, repo_id, license=license)
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    operations = [CommitOperationAdd(path, card.encode() if path == CARD else str(root / path)) for path in files]
-    message = message or f"Upload {root.resolve().name}"
-    return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+def _components(folder: Path) -> Iterator[Path]:
+    """The folders of diffusers components (vae/, discriminator/) and of theirs (vae/alignment_network/)."""
+    for config in sorted(folder.glob("*/*config.json")):
+        if config.name in UPLOADED and not (config.parent / METADATA_FILE).exists():
+            yield config.parent
+            yield from _components(config.parent)
 
 
-def _facts_of(root: Path) -> RunFacts:
-    """run_facts.json, with what the saved model says about itself in place of what was noted earlier.
+def _metadata_of(root: Path) -> RunMetadata:
+    """run_metadata.json, with what the saved model says about itself in place of what was noted earlier.
 
     The latent store's statistics are often written into the config after training, so the config is asked last.
     """
-    facts = read_run_facts(root / FACTS) if (root / FACTS).exists() else RunFacts()
-    is_pipeline = (root / "model_index.json").exists()
-    vae = root / "vae" if is_pipeline else root
+    noted = RunMetadata.load(root / METADATA_FILE) if (root / METADATA_FILE).exists() else RunMetadata()
+    index = _read_json(root / "model_index.json")
+    vae = root / "vae" if index else root
     config = _read_json(vae / "config.json")
-    facts.model_class = config.get("_class_name", facts.model_class)
-    facts.padding_mode = config.get("padding_mode", facts.padding_mode)
-    facts.normalization = _normalization(config, vae / STATISTICS) or facts.normalization
-    if is_pipeline:
-        facts.num_classes = _read_json(root / "transformer/config.json").get("num_classes", facts.num_classes)
-        names = parse_id2label(_read_json(root / "model_index.json").get("id2label"), facts.num_classes)
-        facts.labels = [names[key][0] for key in sorted(names)] or facts.labels
-    facts.images = [image for image in facts.images if _is_image(root, image["path"])]
-    return facts
+    model = {"class": config.get("_class_name"), "padding_mode": config.get("padding_mode")}
+    model["normalization"] = _normalization(config, vae / STATISTICS)
+    if index:
+        model["num_classes"] = _read_json(root / "transformer" / "config.json").get("num_classes")
+        names = parse_id2label(index.get("id2label"), model["num_classes"] or noted.model.get("num_classes"))
+        model["labels"] = [names[key][0] for key in sorted(names)]
+    model = noted.model | {key: value for key, value in model.items() if value}
+    images = [image for image in noted.evaluation.get("images", []) if _is_image(root, image["path"])]
+    return replace(noted, model=model, evaluation={**noted.evaluation, "images": images})
 
 
 def _normalization(config: dict[str, Any], statistics: Path) -> dict[str, Any]:
     """The normalisation in an autoencoder's config; num_samples where mean_std.json belongs to the same mean."""
-    names = {"mean": "latents_mean", "std": "latents_std", "scaling_factor": "scaling_factor"}
-    names |= {"shift_factor": "shift_factor"}
-    found = {name: config[key] for name, key in names.items() if config.get(key) is not None}
+    keys = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+    found = {key.removeprefix("latents_"): config.get(key) for key in keys}
     measured = _read_json(statistics)
-    mean, noted = found.get("mean"), measured.get("latents_mean")
+    mean, noted = found["mean"], measured.get("latents_mean")
     if mean and noted and len(mean) == len(noted) and all(map(math.isclose, mean, noted)):
         found["num_samples"] = measured.get("num_samples")
     return {name: value for name, value in found.items() if value is not None}
@@ -210,35 +197,33 @@ def _is_image(root: Path, path: str) -> bool:
     return False
 
 
-def _refuse_tokens(root: Path, files: Sequence[str]) -> None:
-    token = huggingface_hub.get_token()
-    if token is None:
-        return
-    for path in files:
-        file = root / path
-        if file.suffix in TEXT_SUFFIXES and file.exists() and token in file.read_text(encoding="utf-8"):
-            raise ValueError(f"{file} holds your access token and would publish it; take it out first")
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    if isinstance(error, OfflineModeIsEnabled):
-        text = "HF_HUB_OFFLINE is set"
-    elif status in (401, 403):
-        text = f"the Hub refused the access token (status {status}); log in with `hf auth login` or set HF_TOKEN"
-    elif type(error).__module__.startswith("httpx"):
-        text = f"{HfApi().endpoint} does not answer ({type(error).__name__}: {error})"
-    else:
-        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return " ".join(redact(text).split())[:400].rstrip(".")
-
-
-def _matching(root: Path, folder: Path, patterns: Sequence[str]) -> list[str]:
-    """Relative paths of the files directly in a folder that match one of the patterns."""
-    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file.relative_to(root).as_posix() for file in files)
+def _one_line(error: Exception) -> str:
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:400].rstrip(".")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """publish a finished run on the Hub, also after a push that failed"""
+    parser = argparse.ArgumentParser(prog="eqvae push", description=main.__doc__)
+    parser.add_argument("output_dir", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("--hub_model_id", required=True, help="repository to push to, created if missing: owner/name")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to commit to, created if missing (default: main)")
+    parser.add_argument("--commit_message", help="default: Upload NAME")
+    parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
+    parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
+    options = vars(parser.parse_args(argv))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    repo_id, dry_run = options.pop("hub_model_id"), options.pop("dry_run")
+    if not dry_run:
+        return 0 if push_run(repo_id=repo_id, **options) else 1
+    try:
+        files, card = prepare_push(options["output_dir"], repo_id, license=options["license"])
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(files), card, sep="\n\n")
+    return 0

@@ -1,51 +1,66 @@
-"""A Hub client in a process of its own: huggingface_hub reads HF_ENDPOINT once, when it is imported.
+"""A Hub client in a process of its own (huggingface_hub reads HF_ENDPOINT when it is imported), and its actions.
 
-Reads requests (JSON lines: action, arguments, environment) from stdin, answers on stdout with result, error and log.
-Libraries are imported by the action that needs them, so that an action can show what works without the others.
+Libraries are imported by the function that needs them, so that a function can show what works without the others.
 """
 
 import hashlib
 import importlib
-import json
 import logging
 import os
 import sys
-import traceback
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 
-def preload(modules):
+class HubClient:
+    """`client(function, ...)` calls a function of this module there; `log` holds what the package logged meanwhile."""
+
+    def __init__(self, endpoint, home, **environment):
+        self.home = home
+        home.mkdir(parents=True, exist_ok=True)
+        self.log_file = home / f"log-{len(list(home.iterdir()))}.txt"
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_HUB_OFFLINE": "0", **environment}
+        setup = (environment, self.log_file)
+        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_set_up, initargs=setup)
+        self.log = []
+
+    def __call__(self, function, *args, **kwargs):
+        start = self.log_file.stat().st_size if self.log_file.exists() else 0
+        result = self.pool.submit(function, *args, **kwargs).result()
+        lines = self.log_file.read_bytes()[start:].decode().splitlines()
+        self.log = [line.partition(": ")[2] for line in lines if line.startswith("diffusers_eqvae.")]
+        return result
+
+
+def _set_up(environment, log_file):
+    os.environ.update(environment)
+    logging.basicConfig(level=logging.DEBUG, filename=log_file, format="%(name)s: %(message)s")
+
+
+def preload(*modules):
     for module in modules:
         importlib.import_module(module)
 
 
-def push_run(**arguments):
+def push(*args, token=None, **kwargs):
     from diffusers_eqvae.hub import push_run
 
-    return push_run(**arguments)
+    os.environ["HF_TOKEN"] = token or os.environ["HF_TOKEN"]
+    return push_run(*args, **kwargs)
 
 
-def cli(argv):
-    from diffusers_eqvae.cli import main
+def push_command(*argv):
+    from diffusers_eqvae.hub import main
 
     return main(argv)
 
 
-def api(method, **arguments):
-    """A method of HfApi; the answer as text, or the name of what it raises."""
-    from huggingface_hub import HfApi
-
-    try:
-        answer = getattr(HfApi(), method)(**arguments)
-        return [str(item) for item in answer] if hasattr(answer, "__iter__") else str(answer)
-    except Exception as error:
-        return type(error).__name__
-
-
-def push_with_diffusers(directory, module, name, repo_id):
+def push_with_diffusers(directory, name, repo_id):
     """`push_to_hub`, which diffusers gives to every model and pipeline."""
-    import diffusers_eqvae  # noqa: F401
+    import diffusers_eqvae
 
-    getattr(importlib.import_module(module), name).from_pretrained(directory).push_to_hub(repo_id)
+    getattr(diffusers_eqvae, name).from_pretrained(directory).push_to_hub(repo_id)
 
 
 def load_autoencoder(source, revision=None):
@@ -92,34 +107,3 @@ def digest(module):
     for name, tensor in sorted(module.state_dict().items()):
         state.update(name.encode() + tensor.numpy().tobytes())
     return state.hexdigest()
-
-
-class Recorder(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def main():
-    answers, sys.stdout = sys.stdout, sys.stderr
-    logging.basicConfig(level=logging.DEBUG)
-    for line in sys.stdin:
-        request = json.loads(line)
-        os.environ.update(request["environment"])
-        recorder = Recorder()
-        logging.getLogger("diffusers_eqvae").addHandler(recorder)
-        result = error = None
-        try:
-            result = globals()[request["action"]](**request["arguments"])
-        except BaseException:
-            error = traceback.format_exc()
-        logging.getLogger("diffusers_eqvae").removeHandler(recorder)
-        print(json.dumps({"result": result, "error": error, "log": recorder.lines}), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
-    os._exit(0)  # taking torch down in order costs seconds

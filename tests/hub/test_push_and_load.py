@@ -7,6 +7,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned, ClassConditionalPipeline, FlowMatchODEScheduler
+from tests.hub import client
 from tests.hub.conftest import OWNER, TOKEN, save_autoencoder_run
 
 AUTOENCODER_FILES = {
@@ -18,10 +19,10 @@ AUTOENCODER_FILES = {
     "discriminator/diffusion_pytorch_model.safetensors",
     "mean_std.json",
     "metrics.jsonl",
-    "run_facts.json",
+    "run_metadata.json",
     "validation/00000010_rotated.png",
 }
-REFUSED = ("hf_NobodyHasThisToken00", "hf_TokenOfSomebodyElse")
+REFUSED = {"hf_NobodyHasThisToken00": "Invalid credentials", "hf_TokenOfSomebodyElse": "You have no rights to create"}
 
 
 def snapshot(directory):
@@ -31,14 +32,13 @@ def snapshot(directory):
 
 def test_a_push_uploads_the_model_its_parts_and_a_card_in_one_commit(hub, owner, autoencoder_run):
     before = snapshot(autoencoder_run)
-    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id=f"{OWNER}/eq-vae")
+    assert owner(client.push, autoencoder_run, f"{OWNER}/eq-vae")
     files = hub.files(f"{OWNER}/eq-vae")
     assert set(files) == AUTOENCODER_FILES
     assert snapshot(autoencoder_run) == before
     for path in AUTOENCODER_FILES - {".gitattributes", "README.md"}:
         assert files[path] == (autoencoder_run / path).read_bytes(), path
-    titles = [commit.title for commit in hub.repositories[f"{OWNER}/eq-vae"].history("main")]
-    assert titles == ["Upload eq-vae", "initial commit"]
+    assert hub.repositories[f"{OWNER}/eq-vae"].titles == ["initial commit", "Upload eq-vae"]
 
     card = files["README.md"].decode()
     metadata = yaml.safe_load(card.split("---\n")[1])
@@ -54,48 +54,47 @@ def test_a_push_uploads_the_model_its_parts_and_a_card_in_one_commit(hub, owner,
 def test_strangers_load_what_was_pushed_by_revision_and_offline(hub, owner, stranger, offline, tmp_path, request):
     repo_id = f"{OWNER}/revisions"
     first = save_autoencoder_run(tmp_path / "first", request.getfixturevalue("tiny_autoencoder_kl"))
-    assert owner.call("push_run", output_dir=str(first), repo_id=repo_id)
+    assert owner(client.push, first, repo_id)
     commit = hub.repositories[repo_id].branches["main"]
 
     state = load_file(first / "diffusion_pytorch_model.safetensors")
     save_file({name: tensor * 1.5 for name, tensor in state.items()}, first / "diffusion_pytorch_model.safetensors")
-    assert owner.call("push_run", output_dir=str(first), repo_id=repo_id, revision="better/v2")
-    changed = owner.call("load_autoencoder", source=str(first))["weights"]
+    assert owner(client.push, first, repo_id, revision="better/v2")
+    changed = owner(client.load_autoencoder, str(first))["weights"]
     save_file(state, first / "diffusion_pytorch_model.safetensors")
-    original = owner.call("load_autoencoder", source=str(first))["weights"]
+    original = owner(client.load_autoencoder, str(first))["weights"]
     assert changed != original
 
-    loaded = stranger.call("load_autoencoder", source=repo_id)
+    loaded = stranger(client.load_autoencoder, repo_id)
     assert loaded == {"weights": original, "latents_mean": [0.1, -0.2, 0.3, 0.0], "without_package": True}
-    assert stranger.call("load_autoencoder", source=repo_id, revision="better/v2")["weights"] == changed
-    assert stranger.call("load_autoencoder", source=repo_id, revision=commit)["weights"] == original
+    assert stranger(client.load_autoencoder, repo_id, revision="better/v2")["weights"] == changed
+    assert stranger(client.load_autoencoder, repo_id, revision=commit)["weights"] == original
 
     requests = len(hub.requests)
-    assert offline.call("load_autoencoder", source=repo_id) == loaded
-    assert offline.call("load_autoencoder", source=repo_id, revision="better/v2")["weights"] == changed
+    assert offline(client.load_autoencoder, repo_id) == loaded
+    assert offline(client.load_autoencoder, repo_id, revision="better/v2")["weights"] == changed
     assert len(hub.requests) == requests
 
 
 def test_a_pipeline_loads_from_the_hub_and_offline(hub, owner, stranger, offline, pipeline_run):
     """DiffusionPipeline.from_pretrained rejects libraries that it does not know only on the Hub's path."""
-    expected = owner.call("load_pipeline", source=str(pipeline_run))
+    expected = owner(client.load_pipeline, str(pipeline_run))
     assert expected["names"]["transformer"] == "SiTTransformer2DModel"
     assert expected["names"]["scheduler"] == "FlowMatchODEScheduler"
-    assert owner.call("push_run", output_dir=str(pipeline_run), repo_id=f"{OWNER}/sit", private=False)
+    assert owner(client.push, pipeline_run, f"{OWNER}/sit", private=False)
     files = hub.files(f"{OWNER}/sit")
     assert {"model_index.json", "transformer/config.json", "vae/config.json", "README.md"} <= set(files)
     card = files["README.md"].decode()
     for text in ("import diffusers_eqvae", "ids from 0 to 9", "`otter`", 'subfolder="vae"', "belong together"):
         assert text in card
 
-    pushed = {"directory": str(pipeline_run), "repo_id": f"{OWNER}/sit-mixin"}
-    owner.call("push_with_diffusers", module="diffusers_eqvae", name="ClassConditionalPipeline", **pushed)
-    assert stranger.call("load_pipeline", source=f"{OWNER}/sit") == expected
-    assert stranger.call("load_pipeline", source=f"{OWNER}/sit-mixin") == expected
-    assert offline.call("load_pipeline", source=f"{OWNER}/sit") == expected
-    own = owner.call("load_autoencoder_of_pipeline", source=str(pipeline_run))
-    assert stranger.call("load_autoencoder_of_pipeline", source=f"{OWNER}/sit") == own
-    assert offline.call("load_autoencoder_of_pipeline", source=f"{OWNER}/sit") == own
+    owner(client.push_with_diffusers, pipeline_run, "ClassConditionalPipeline", f"{OWNER}/sit-mixin")
+    assert stranger(client.load_pipeline, f"{OWNER}/sit") == expected
+    assert stranger(client.load_pipeline, f"{OWNER}/sit-mixin") == expected
+    assert offline(client.load_pipeline, f"{OWNER}/sit") == expected
+    own = owner(client.load_autoencoder_of_pipeline, str(pipeline_run))
+    assert stranger(client.load_autoencoder_of_pipeline, f"{OWNER}/sit") == own
+    assert offline(client.load_autoencoder_of_pipeline, f"{OWNER}/sit") == own
 
 
 def test_a_pipeline_brings_its_alignment_network(
@@ -105,20 +104,17 @@ def test_a_pipeline_brings_its_alignment_network(
     vae = AutoencoderKLAligned.from_config(tiny_autoencoder_kl.config)
     vae.set_alignment_network(AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6))
     ClassConditionalPipeline(tiny_sit, vae, FlowMatchODEScheduler()).save_pretrained(tmp_path / "sit")
-    expected = owner.call("load_alignment_network_of_pipeline", source=str(tmp_path / "sit"))
-    assert owner.call("push_run", output_dir=str(tmp_path / "sit"), repo_id=f"{OWNER}/aligned-sit")
-    assert stranger.call("load_alignment_network_of_pipeline", source=f"{OWNER}/aligned-sit") == expected
-    assert offline.call("load_alignment_network_of_pipeline", source=f"{OWNER}/aligned-sit") == expected
+    expected = owner(client.load_alignment_network_of_pipeline, str(tmp_path / "sit"))
+    assert owner(client.push, tmp_path / "sit", f"{OWNER}/aligned-sit")
+    assert stranger(client.load_alignment_network_of_pipeline, f"{OWNER}/aligned-sit") == expected
+    assert offline(client.load_alignment_network_of_pipeline, f"{OWNER}/aligned-sit") == expected
 
 
 def test_push_to_hub_of_a_model_is_diffusers_own(hub, owner, stranger, autoencoder_run):
     repo_id = f"{OWNER}/mixin"
-    pushed = {"directory": str(autoencoder_run), "repo_id": repo_id}
-    owner.call(
-        "push_with_diffusers", module="diffusers_eqvae.models.autoencoder_kl_eq", name="AutoencoderKLEQ", **pushed
-    )
-    expected = owner.call("load_autoencoder", source=str(autoencoder_run))["weights"]
-    loaded = stranger.call("load_autoencoder", source=repo_id)
+    owner(client.push_with_diffusers, autoencoder_run, "AutoencoderKLEQ", repo_id)
+    expected = owner(client.load_autoencoder, str(autoencoder_run))["weights"]
+    loaded = stranger(client.load_autoencoder, repo_id)
     assert loaded["weights"] == expected
     assert loaded["latents_mean"] == [0.1, -0.2, 0.3, 0.0]
     assert json.loads(hub.files(repo_id)["mean_std.json"])["latents_mean"] == loaded["latents_mean"]
@@ -128,30 +124,30 @@ def test_a_failing_push_costs_nothing_and_says_how_to_retry(hub, owner, autoenco
     repo_id, run = f"{OWNER}/retry", str(autoencoder_run)
     before = snapshot(autoencoder_run)
 
-    def fails(reason, **environment):
-        assert owner.call("push_run", environment, output_dir=run, repo_id=repo_id) is False
+    def fails(reason, token=TOKEN):
+        assert owner(client.push, run, repo_id, token=token) is False
         (line,) = owner.log
         assert reason in line
         assert f"eqvae push {run} --hub_model_id {repo_id}" in line
         assert "\n" not in line
         assert snapshot(autoencoder_run) == before
 
-    for token in REFUSED:
-        fails("refused the access token", HF_TOKEN=token)
+    for token, reason in REFUSED.items():
+        fails(reason, token)
         assert token not in owner.log[0]
     assert repo_id not in hub.repositories
 
     hub.stop()
-    fails("does not answer", HF_TOKEN=TOKEN)
-    assert owner.call("cli", argv=["push", run, "--hub_model_id", repo_id]) == 1
+    fails(f"on {hub.endpoint}: ConnectError")
+    assert owner(client.push_command, run, "--hub_model_id", repo_id) == 1
     hub.start()
 
     hub.failures = {"/commit/": 503}
-    fails("503")
+    fails("503 Service Unavailable")
     hub.failures = {}
     assert set(hub.files(repo_id)) == {".gitattributes"}
 
-    assert owner.call("cli", argv=["push", run, "--hub_model_id", repo_id, "--license", "mit", "--private"]) == 0
+    assert owner(client.push_command, run, "--hub_model_id", repo_id, "--license", "mit", "--private") == 0
     assert set(hub.files(repo_id)) == AUTOENCODER_FILES
     assert yaml.safe_load(hub.files(repo_id)["README.md"].decode().split("---\n")[1])["license"] == "mit"
 
@@ -159,17 +155,17 @@ def test_a_failing_push_costs_nothing_and_says_how_to_retry(hub, owner, autoenco
 def test_a_directory_without_a_model_and_one_with_the_token_in_a_file_are_refused(hub, owner, autoencoder_run):
     empty = autoencoder_run.parent / "empty"
     empty.mkdir()
-    assert owner.call("push_run", output_dir=str(empty), repo_id=f"{OWNER}/empty") is False
-    assert "holds no saved model" in owner.log[0]
+    assert owner(client.push, empty, f"{OWNER}/empty") is False
+    assert "does not hold a saved model" in owner.log[0]
     (autoencoder_run / "metrics.jsonl").write_text(json.dumps({"note": f"Bearer {TOKEN}"}))
-    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id=f"{OWNER}/leak") is False
+    assert owner(client.push, autoencoder_run, f"{OWNER}/leak") is False
     assert "metrics.jsonl holds your access token" in owner.log[0] and "to try again" in owner.log[0]
     assert not {f"{OWNER}/empty", f"{OWNER}/leak"} & set(hub.repositories)
 
 
 def test_a_card_written_by_hand_is_kept_and_a_short_name_gets_its_owner(hub, owner, autoencoder_run):
     (autoencoder_run / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
-    assert owner.call("push_run", output_dir=str(autoencoder_run), repo_id="mine", private=True, license="x")
+    assert owner(client.push, autoencoder_run, "mine", private=True, license="x")
     assert "license=x is not used" in owner.log[0]
     assert hub.files(f"{OWNER}/mine")["README.md"] == b"---\nlicense: mit\n---\n\nMine.\n"
     assert hub.repositories[f"{OWNER}/mine"].private
@@ -182,11 +178,11 @@ def test_the_token_is_nowhere(hub, owner, autoencoder_run):
     hub.failures = {"/commit/": 500}
     mistakes = ({"commit_message": TOKEN}, {"repo_id": TOKEN, "output_dir": run + TOKEN})
     for mistake in mistakes:
-        assert not owner.call("push_run", **{"output_dir": run, "repo_id": repo_id} | mistake)
+        assert not owner(client.push, **{"output_dir": run, "repo_id": repo_id} | mistake)
         lines += owner.log
     assert len(lines) == len(mistakes)
     hub.failures = {}
-    assert owner.call("push_run", output_dir=run, repo_id=repo_id)
+    assert owner(client.push, run, repo_id)
     assert TOKEN not in "\n".join(lines + owner.log)
     assert not any(TOKEN.encode() in content for content in hub.files(repo_id).values())
     files = [path for folder in (autoencoder_run, owner.home) for path in folder.rglob("*") if path.is_file()]

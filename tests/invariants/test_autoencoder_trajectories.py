@@ -129,4 +129,4 @@ def test_finished_directory_is_stock_and_averaged(tmp_path, material):
     assert mean_std["num_samples"] == 4
     assert vae.config.latents_std == mean_std["latents_std"]
     assert (directory / "discriminator" / "config.json").is_file()
-    assert (directory / "run_facts.json").is_file()
+    assert (directory / "run_metadata.json").is_file()

@@ -132,7 +132,7 @@ def test_bad_folders_are_named(tmp_path):
         read(open_images(tmp_path))
 
 
-@pytest.mark.parametrize("file", ["config.json", "model_index.json", "run_facts.json"])
+@pytest.mark.parametrize("file", ["config.json", "model_index.json", "run_metadata.json"])
 def test_the_directory_of_a_model_is_no_set_of_images(file, tmp_path):
     """A run keeps comparison strips of its validation images there."""
     (tmp_path / "run" / "validation").mkdir(parents=True)

@@ -179,7 +179,7 @@ def test_bad_input_ends_before_anything_is_written(repository, vae, images, tmp_
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("file", ["config.json", "model_index.json", "run_facts.json"])
+@pytest.mark.parametrize("file", ["config.json", "model_index.json", "run_metadata.json"])
 def test_the_directory_of_a_model_is_left_as_it_is(repository, vae, images, tmp_path, file) -> None:
     finished = tmp_path / "finished"
     finished.mkdir()

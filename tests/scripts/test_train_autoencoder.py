@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 
 from ..invariants.trajectories import ROOT, as_flags, last_checkpoint, run_script
@@ -60,9 +61,10 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
         not torch.equal(a, b) for a, b in zip(trained.parameters(), tiny_autoencoder_kl.parameters(), strict=True)
     ]
     assert all(moved)
-    facts = json.loads((folder / "run" / "run_facts.json").read_text())
-    assert facts["regularizers"]["equivariance"]["p_equivariance"] == 0.5
-    assert {figure["name"] for figure in facts["figures"]} >= {"psnr", "equivariance_rotation", "equivariance_scale"}
+    metadata = RunMetadata.load(folder / "run" / "run_metadata.json")
+    assert metadata.training["regularizers"]["equivariance"]["p_equivariance"] == 0.5
+    names = {metric["name"] for metric in metadata.evaluation["metrics"]}
+    assert names >= {"psnr", "equivariance_rotation", "equivariance_scale"}
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("validation/psnr" in record for record in records)
     assert list((folder / "run" / "validation").glob("*_comparison.png"))

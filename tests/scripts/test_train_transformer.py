@@ -62,7 +62,8 @@ def flags(tmp_path, *extra, **options):
 def test_finished_directory_loads_in_a_fresh_process(script, tmp_path, store, tiny_autoencoder_kl):
     script.main(flags(tmp_path, latents_dir=store, validation_steps=2))
     run = tmp_path / "run"
-    assert {"model_index.json", "transformer", "vae", "scheduler", "run_facts.json"} <= {p.name for p in run.iterdir()}
+    written = {path.name for path in run.iterdir()}
+    assert {"model_index.json", "transformer", "vae", "scheduler", "run_metadata.json"} <= written
     assert (run / "validation" / "00000002_samples.png").exists()
     code = f"""
 import diffusers_eqvae

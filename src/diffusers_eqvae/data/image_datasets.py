@@ -23,7 +23,7 @@ MIN_UNREADABLE_ALLOWED = 3
 START_CHECKS = 256
 LABEL_COLUMN = "label"
 # At the root of a saved model, pipeline or training run.
-MODEL_FILES = ("config.json", "model_index.json", "run_facts.json")
+MODEL_FILES = ("config.json", "model_index.json", "run_metadata.json")
 # What Pillow raises for files that are absent, cut short, no images, or hostile.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 

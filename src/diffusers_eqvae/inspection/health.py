@@ -1,4 +1,4 @@
-"""What an inspection finds out about an autoencoder: its figures, and a verdict in words with the reasons."""
+"""What an inspection finds out about an autoencoder: its metrics, and a verdict in words with the reasons."""
 
 from __future__ import annotations
 
@@ -15,8 +15,27 @@ from ..metrics.result_card import ResultCard
 from ..provenance import autoencoder_identity, model_revision, weights_hash
 
 # EQ-VAE (arXiv 2502.09509, v3), equivariance errors of SD-VAE on ImageNet 256 before and after EQ fine-tuning.
-PUBLISHED = {"rotation": {"SD-VAE": 0.89, "EQ-VAE": 0.56}, "scale": {"SD-VAE": 0.69, "EQ-VAE": 0.43}}
-# Ours, not published: 3 dB is twice the squared error, 1 dB a quarter more of it.
+PUBLISHED = {
+    "equivariance_rotation": {"SD-VAE": 0.89, "EQ-VAE": 0.56},
+    "equivariance_scale": {"SD-VAE": 0.69, "EQ-VAE": 0.43},
+}
+# Metrics of the card's table: key -> what it is, how it is written, which direction is better.
+TABLE = {
+    "psnr": ("reconstruction, PSNR in dB", ".2f", "higher"),
+    "ssim": ("reconstruction, SSIM", ".3f", "higher"),
+    "lpips": ("reconstruction, LPIPS", ".3f", "lower"),
+    "equivariance_rotation": ("rotation error R", ".3f", "lower"),
+    "equivariance_rotation_centred": ("R around the channel means", ".3f", "lower"),
+    "equivariance_scale": ("scale error S", ".3f", "lower"),
+    "equivariance_scale_centred": ("S around the channel means", ".3f", "lower"),
+    "psnr_rotated_latent": ("decoding rotated latents, dB", ".2f", "higher"),
+    "gap_rotated": ("... lost by it, dB", ".2f", "lower"),
+    "psnr_halved_latent": ("decoding latents x 0.5, dB", ".2f", "higher"),
+    "gap_halved": ("... lost by it, dB", ".2f", "lower"),
+    "high_frequency": ("share of high frequencies", ".3f", "lower"),
+    "intrinsic_dimension": ("intrinsic dimension (TwoNN)", ".1f", "lower"),
+}
+# Own choice, not published: 3 dB is twice the squared error, 1 dB a quarter more of it.
 SMALL_GAP_DB, LARGE_GAP_DB = 1.0, 3.0
 # A channel that varies by less than this share of the largest standard deviation carries nothing.
 DEAD_CHANNEL_SHARE = 0.01
@@ -26,7 +45,7 @@ POOR_PSNR_DB = 20.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """`level` is "good", "mixed" or "poor"; `headline` says it in a sentence; `reasons` with the figures."""
+    """`level` is "good", "mixed" or "poor"; `headline` says it in a sentence; `reasons` with the numbers."""
 
     level: str
     headline: str
@@ -48,8 +67,9 @@ def inspect_autoencoder(
 ) -> Inspection:
     """Measures `vae` on images (N, 3, S, S) in [-1, 1], one at a time by default, which a CPU does fastest.
 
-    Raises:
-        ValueError: a image size that the autoencoder's stride does not divide, or cannot halve and quarter.
+    Example:
+        >>> inspect_autoencoder(vae, pixels, name="taesd").verdict.level
+        'poor'
     """
     factor = downsampling_factor(vae)
     require_fitting(images.shape[-1], factor, smallest=4 * factor)  # encoded at half and a quarter of it too
@@ -78,6 +98,9 @@ def result_card(
         model: its directory or Hub name.
         protocol: `data_hash`, `resize_rule` and, where LPIPS was measured, `lpips_net` and `lpips_weights_hash`.
         provenance: where and when, as `provenance.hardware` says it.
+
+    Example:
+        >>> result_card(inspection, "madebyollin/taesd", protocol=protocol, provenance=hardware()).save("card.json")
     """
     metrics, marks, details = split_summary(inspection.figures)
     points = details["intrinsic_dimension_points"]
@@ -90,59 +113,42 @@ def result_card(
 
 
 def judge(figures: dict[str, Any]) -> Verdict:
-    """What the figures mean.
+    """What the numbers mean.
 
     "good": transforming latents instead of images costs at most `SMALL_GAP_DB`; "poor": at least `LARGE_GAP_DB`;
     "mixed": between. Poor reconstructions and dead channels are "poor" whatever the rest, because a collapsed latent
     space is equivariant too. The equivariance errors stand among the reasons beside the published ones of SD-VAE and
     EQ-VAE; they do not decide, because an offset of the latents flatters them.
+
+    Example:
+        >>> judge(inspection.figures).level
+        'poor'
     """
-    gaps = {"turned": figures["gap_rotated"], "halved": figures["gap_halved"]}
+    gaps = {"rotated": figures["gap_rotated"], "downscaled": figures["gap_halved"]}
     reasons = [
         f"decoding {name} latents is {gap:.1f} dB worse than encoding and decoding {name} images"
         for name, gap in gaps.items()
     ]
-    for kind, published in PUBLISHED.items():
-        value, centred = figures[f"equivariance_{kind}"], figures[f"equivariance_{kind}_centred"]
+    for key, published in PUBLISHED.items():
+        values = ", ".join(f"{model} {value}" for model, value in published.items())
         reasons.append(
-            f"{kind} error {_written(value)}, around the channel means {_written(centred)} (published on ImageNet "
-            f"256: SD-VAE {published['SD-VAE']}, EQ-VAE {published['EQ-VAE']})"
+            f"{key.removeprefix('equivariance_')} error {_written(figures[key])}, around the channel means "
+            f"{_written(figures[f'{key}_centred'])} (published on ImageNet 256: {values})"
         )
     if figures["psnr"] < POOR_PSNR_DB:
         reason = f"plain reconstruction has {figures['psnr']:.1f} dB, below {POOR_PSNR_DB:g} dB"
         return Verdict("poor", "The reconstruction is too poor to judge the latents by it.", (reason, *reasons))
-    if dead := _dead_channels(figures):
+    stds = figures["channels"]["std"]
+    if dead := [str(index) for index, std in enumerate(stds) if std <= DEAD_CHANNEL_SHARE * max(stds)]:
         reason = f"channels {', '.join(dead)} vary by less than {DEAD_CHANNEL_SHARE:.0%} of the largest"
         return Verdict("poor", "A channel has collapsed.", (reason, *reasons))
-    worst = max(gaps.values())
-    if worst >= LARGE_GAP_DB:
+    if max(gaps.values()) >= LARGE_GAP_DB:
         return Verdict("poor", "The decoder does not follow transformed latents.", tuple(reasons))
-    if worst > SMALL_GAP_DB:
+    if max(gaps.values()) > SMALL_GAP_DB:
         return Verdict("mixed", "Transformed latents decode, with a loss.", tuple(reasons))
     return Verdict("good", "Transforming latents transforms the image.", tuple(reasons))
 
 
 def _written(value: float) -> str:
-    """Latents of one cell, or of no variance, have no error relative to it."""
+    """Latents of one position, or of no variance, have no error relative to it."""
     return f"{value:.2f}" if math.isfinite(value) else "undefined"
-
-
-def _dead_channels(figures: dict[str, Any]) -> list[str]:
-    stds = figures["channels"]["std"]
-    return [str(index) for index, std in enumerate(stds) if std <= DEAD_CHANNEL_SHARE * max(stds)]
-
-
-def compare(first: Inspection, second: Inspection) -> list[str]:
-    """What changed from the first to the second, one sentence each."""
-    a, b = first.figures, second.figures
-    return [
-        f"{what} {_written(b[key])}{unit} instead of {_written(a[key])}{unit}"
-        for key, what, unit in (
-            ("gap_rotated", "decoding turned latents loses", " dB"),
-            ("gap_halved", "decoding halved latents loses", " dB"),
-            ("equivariance_rotation", "the rotation error is", ""),
-            ("equivariance_scale", "the scale error is", ""),
-            ("psnr", "plain reconstruction has", " dB"),
-            ("high_frequency", "the share of high frequencies is", ""),
-        )
-    ]

@@ -1,11 +1,13 @@
-"""The work of `eqvae inspect`: from names and a folder to a health card."""
+"""`eqvae inspect`: from names of models and a folder of images to a health card."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,28 +19,68 @@ from ..images import adm_center_crop, evenly_spaced, to_pixels
 from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests, to_levels
 from ..provenance import hardware, weights_hash
-from .card import SHOWN_IMAGES, strips, write_figures, write_html, write_png
+from ..training_utils.command_line import parse
+from .card import SHOWN_IMAGES, pyplot, strips, write_html, write_png
 from .health import Inspection, inspect_autoencoder, result_card
 
 logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Are this autoencoder's latents easy to generate?
+
+Writes card.html, card.png and, for `eqvae compare`, a result card of each model. `eqvae inspect MODEL ...` is short
+for `eqvae inspect --vae MODEL ...`.
+"""
+
+
+@dataclass
+class InspectArguments:
+    """One or two autoencoders, and the images they are measured on.
+
+    Example:
+        >>> InspectArguments(vae="madebyollin/taesd", data_dir="kodak", output_dir="runs/card").resolution
+        256
+    """
+
+    vae: str = field(
+        metadata={"help": "Diffusers autoencoder, or pipeline with one in vae/: a directory or Hub name."}
+    )
+    data_dir: str = field(metadata={"help": "Folder of images to measure on."})
+    output_dir: str = field(metadata={"help": "Where the card is written."})
+    compare: str | None = field(default=None, metadata={"help": "A second autoencoder, drawn beside the first."})
+    subfolder: str | None = field(default=None, metadata={"help": "Folder of the autoencoder inside vae."})
+    compare_subfolder: str | None = field(default=None, metadata={"help": "The same for compare."})
+    resolution: int = field(default=256, metadata={"help": "Side of the centre crops in pixels."})
+    num_images: int = field(default=24, metadata={"help": "Images, evenly spaced in data_dir."})
+    device: str = field(default="cpu", metadata={"help": "Where the networks run, e.g. cuda."})
+    lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="squeeze", metadata={"help": "LPIPS network."})
+    lpips_backbone_weights: str | None = field(
+        default=None, metadata={"help": "Its ImageNet weights; LPIPS is measured if these are given."}
+    )
+    lpips_linear_weights: str | None = field(default=None, metadata={"help": "Its linear heads, v0.1."})
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1 or self.resolution < 1:
+            raise ValueError(
+                f"num_images and resolution must be positive; got {self.num_images} and {self.resolution}."
+            )
+        if self.lpips_linear_weights is not None and self.lpips_backbone_weights is None:
+            raise ValueError("lpips_linear_weights needs lpips_backbone_weights beside it; give both or neither.")
 
 
 def load_images(directory: str | Path, *, resolution: int, num_images: int) -> Tensor:
     """`num_images` evenly spaced images of a folder, as centre crops (N, 3, S, S) in [-1, 1].
 
-    A folder of fewer images gives all it has, with a warning.
+    A folder of fewer images gives all it has, with a warning; an image that cannot be read is an error.
 
-    Raises:
-        ValueError: an empty or unknown folder, a image that cannot be read, or numbers that are not positive.
+    Example:
+        >>> load_images("kodak", resolution=256, num_images=24).shape
+        torch.Size([24, 3, 256, 256])
     """
-    if num_images < 1 or resolution < 1:
-        raise ValueError(f"--num_images and --resolution must be positive; got {num_images} and {resolution}.")
     source = load_image_dataset(train_data_dir=directory)
     if len(source) < num_images:
         logger.warning("%s holds %d images, fewer than the %d asked for.", directory, len(source), num_images)
-    indices = evenly_spaced(len(source), num_images)
     images = []
-    for index in indices:
+    for index in evenly_spaced(len(source), num_images):
         image, _, used = source.read(index)
         if used != index:
             raise ValueError(f"{source.name(index)} cannot be read, and a measurement replaces no image; remove it.")
@@ -46,46 +88,39 @@ def load_images(directory: str | Path, *, resolution: int, num_images: int) -> T
     return torch.stack(images)
 
 
-def run_inspection(
-    *,
-    model: str,
-    data: str,
-    output_dir: str,
-    compare: str | None = None,
-    subfolder: str | None = None,
-    compare_subfolder: str | None = None,
-    resolution: int = 256,
-    num_images: int = 24,
-    device: str = "cpu",
-    lpips_net: str = "squeeze",
-    lpips_backbone_weights: str | None = None,
-    lpips_linear_weights: str | None = None,
-) -> list[Inspection]:
-    """The command: measures one or two autoencoders and writes to `output_dir`.
+def run_inspection(arguments: InspectArguments) -> list[Inspection]:
+    """Measures one or two autoencoders and writes to `output_dir`.
 
-    card.json, card.png and card.html are the health card of all, card.NAME.json the result card of each.
+    card.png and card.html are the health card of all, card.NAME.json the result card of each.
 
-    Raises:
-        ValueError, OSError: a model, folder or weights file that cannot be read, an unfitting resolution, or an
-            `output_dir` that cannot be written to.
+    Example:
+        >>> arguments = InspectArguments(vae="madebyollin/taesd", data_dir="kodak", output_dir="runs/card")
+        >>> run_inspection(arguments)[0].verdict.level
+        'poor'
     """
-    if lpips_linear_weights is not None and lpips_backbone_weights is None:
-        raise ValueError("--lpips_linear_weights needs --lpips_backbone_weights beside it; give both or neither.")
-    folder = Path(output_dir)
-    require_writable(folder / "card.json")
-    images = load_images(data, resolution=resolution, num_images=num_images)
-    provenance = {"data": Path(data).name}
+    pyplot()  # what is not installed is missed here, not after measuring
+    folder, resolution = Path(arguments.output_dir), arguments.resolution
+    require_writable(folder / "card.html")
+    images = load_images(arguments.data_dir, resolution=resolution, num_images=arguments.num_images)
+    try:
+        device = torch.zeros(0, device=arguments.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {arguments.device} cannot be used: {error}") from error
+    provenance = {"data": Path(arguments.data_dir).name}
     provenance |= hardware(device)
     protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(to_levels(images)))}
     protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
     perceptual = None
-    if lpips_backbone_weights is not None:
+    if arguments.lpips_backbone_weights is not None:
         perceptual = LPIPS.from_pretrained(
-            lpips_net, backbone_weights=lpips_backbone_weights, linear_weights=lpips_linear_weights
+            arguments.lpips_net,
+            backbone_weights=arguments.lpips_backbone_weights,
+            linear_weights=arguments.lpips_linear_weights,
         ).to(device)
-        protocol |= {"lpips_net": lpips_net, "lpips_weights_hash": weights_hash(perceptual)}
-    locations = [(model, subfolder)] + ([(compare, compare_subfolder)] if compare is not None else [])
-    models = ["/".join(filter(None, location)) for location in locations]
+        protocol |= {"lpips_net": arguments.lpips_net, "lpips_weights_hash": weights_hash(perceptual)}
+    locations = [(arguments.vae, arguments.subfolder)]
+    if arguments.compare is not None:
+        locations.append((arguments.compare, arguments.compare_subfolder))
     names = _short_names([name for name, _ in locations])
     vaes = [
         load_autoencoder(name, subfolder=inside).to(device, memory_format=torch.channels_last)
@@ -99,14 +134,13 @@ def run_inspection(
         inspect_autoencoder(vae, images, name=name, perceptual=perceptual)
         for vae, name in zip(vaes, names, strict=True)
     ]
-    for file, name, inspection in zip(_card_names(names), models, inspections, strict=True):
-        result_card(inspection, name, protocol=protocol, provenance=provenance).save(folder / file)
-    settings = {"images": len(images), **protocol, "posterior": "mean"}
-    settings["ssim"] = "Gaussian window of 11 px, sigma 1.5, range 2"
-    write_figures(folder / "card.json", inspections, settings, provenance)
-    shown = evenly_spaced(len(images), SHOWN_IMAGES)
-    write_png(folder / "card.png", inspections, strips(vaes, images[shown]))
-    write_html(folder / "card.html", inspections, settings, provenance)
+    for file, location, inspection in zip(_card_names(names), locations, inspections, strict=True):
+        model = "/".join(filter(None, location))
+        result_card(inspection, model, protocol=protocol, provenance=provenance).save(folder / file)
+    write_png(folder / "card.png", inspections, strips(vaes, images[evenly_spaced(len(images), SHOWN_IMAGES)]))
+    write_html(
+        folder / "card.html", inspections, {"images": len(images), **protocol, "posterior": "mean", **provenance}
+    )
     return inspections
 
 
@@ -124,3 +158,18 @@ def _card_names(names: list[str]) -> list[str]:
     if len({name.lower() for name in plain}) < len(plain):
         plain = [f"{name}.{index + 1}" for index, name in enumerate(plain)]
     return [f"card.{name}.json" for name in plain]
+
+
+def main(argv: Sequence[str]) -> int:
+    """write a health card of an autoencoder, beside that of a second one"""
+    argv = list(argv)
+    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
+        argv.insert(0, "--vae")
+    (arguments,) = parse(InspectArguments, argv=argv, description=DESCRIPTION)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    for inspection in run_inspection(arguments):
+        print(f"{inspection.name}: {inspection.verdict.level}. {inspection.verdict.headline}")
+        print(*(f"  - {reason}" for reason in inspection.verdict.reasons), sep="\n")
+    print(f"The card: {arguments.output_dir}/card.html")
+    return 0

@@ -136,11 +136,6 @@ class ResultCard:
             content = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no result card: {error}.") from error
-        if isinstance(content, dict) and {"models", "thresholds"} <= content.keys():
-            raise ValueError(
-                f"{path} is a health card of eqvae inspect; compare the result cards beside it, one card.NAME.json "
-                "for each model."
-            )
         if not isinstance(content, dict) or not {"metrics", "protocol"} <= content.keys():
             raise ValueError(f"{path} is no result card: it must hold metrics and protocol.")
         if content.pop("format", None) != FORMAT:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from ..extensions import loaded_extensions
 from ..files import require_writable
+from ..provenance import versions
 from ..randomness import StepRandomness, preserved_global_state, reseed_global
 from . import command_line
 from .arguments import RunArguments
@@ -305,6 +307,21 @@ class TrainingRun:
         arguments = self.arguments
         per_rank = arguments.train_batch_size * arguments.gradient_accumulation_steps
         return per_rank * self.accelerator.num_processes
+
+    def settings(self) -> dict[str, Any]:
+        """What the run's card says of its training."""
+        return {
+            "optimizer_steps": self.step,
+            "global_batch_size": self.global_batch_size,
+            "learning_rate": self.arguments.learning_rate,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "ema_decay": self.arguments.ema_decay if self.arguments.use_ema else None,
+            "seed": self.arguments.seed,
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """What the run's card says of how it was made."""
+        return {"versions": versions(), "extensions": loaded_extensions(), "command": shlex.join(sys.argv)}
 
     def save_checkpoint(self) -> None:
         """Writes the state after `step` steps, unless it is there already."""

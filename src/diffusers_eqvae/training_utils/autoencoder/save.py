@@ -1,9 +1,7 @@
-"""What a finished autoencoder run leaves behind: weights, normalisation, its components and the facts about it."""
+"""What a finished autoencoder run leaves behind: weights, normalisation, its components and metadata."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,10 @@ from tqdm.auto import tqdm
 
 from ...autoencoders import encode, evaluating
 from ...data.image_datasets import PixelDataset
-from ...hub import RunFacts, write_run_facts
 from ...images import evenly_spaced
 from ...latents import LatentNormalization, LatentStatistics
+from ...model_card import METADATA_FILE, RunMetadata
 from ...objectives.autoencoder import AutoencoderObjective
-from ...provenance import versions
 from ..arguments import DataArguments
 from ..run import TrainingRun
 from .arguments import (
@@ -34,21 +31,18 @@ MEASURED = {
     "psnr": "reconstruction from the posterior mean, dB",
     "equivariance_rotation": "|tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2 over 90, 180 and 270 degrees",
     "equivariance_scale": "the same over scales .25, .5 and .75",
-    "psnr_rotated_latent": "decoding latents turned by 90 degrees against the turned image, dB",
+    "psnr_rotated_latent": "decoding latents rotated by 90 degrees against the rotated image, dB",
     "psnr_halved_latent": "decoding latents at half the size against the image at half the size, dB",
 }
 
 
-def autoencoder_facts(
+def training_metadata(
     run: TrainingRun,
-    *,
-    model: AutoencoderArguments,
     losses: AutoencoderLossArguments,
     regularizing: RegularizerArguments,
     methods: Mapping[str, Any],
-    data: DataArguments,
 ) -> dict[str, Any]:
-    """What the arguments say about the run, in `RunFacts`' words."""
+    """The settings of the run that its card shows."""
     weights = {
         losses.reconstruction_loss: 1.0,
         f"lpips-{losses.perceptual_net}": losses.perceptual_weight,
@@ -57,15 +51,7 @@ def autoencoder_facts(
     }
     chosen = [name for name in regularizing.regularizers if name != "none"]
     return {
-        "base_model": model.pretrained_model_name_or_path,
-        "dataset": data.name,
-        "resolution_px": data.resolution,
-        "steps": run.step,
-        "batch_size": run.global_batch_size,
-        "learning_rate": run.arguments.learning_rate,
-        "mixed_precision": run.accelerator.mixed_precision,
-        "ema_decay": run.arguments.ema_decay if run.arguments.use_ema else None,
-        "seed": run.arguments.seed,
+        **run.settings(),
         "losses": {name: weight for name, weight in weights.items() if weight},
         "regularizers": {name: vars(methods[name]) if name in methods else {} for name in chosen},
     }
@@ -91,17 +77,21 @@ def save_autoencoder(
     discriminator: nn.Module | None,
     images: PixelDataset,
     evaluation: AutoencoderEvaluationArguments,
-    facts: Mapping[str, Any],
-    figures: Mapping[str, float],
+    model: AutoencoderArguments,
+    data: DataArguments,
+    training: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, float],
 ) -> None:
-    """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_facts.json.
+    """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_metadata.json.
 
     Args:
         objective: its model and its components are written.
         images: training images, on which mean and std of the latents are measured.
         evaluation: how many of them, and whether the config takes the result.
-        facts: further fields of `RunFacts`.
-        figures: measured values by name.
+        training: from `training_metadata`.
+        provenance: from `TrainingRun.provenance`.
+        metrics: measured values by name.
     """
     vae = objective.model
     num_samples = None
@@ -117,26 +107,23 @@ def save_autoencoder(
         component.save_pretrained(directory / folder)
     if discriminator is not None:
         discriminator.save_pretrained(directory / "discriminator")
-    write_run_facts(
-        directory / "run_facts.json",
-        RunFacts(
-            model_class=type(vae).__name__,
-            padding_mode=vae.config.get("padding_mode"),
-            latent_space_changed=True,
-            normalization={
+    measured = [{"name": key, "value": metrics[key], "how": how} for key, how in MEASURED.items() if key in metrics]
+    RunMetadata(
+        model={
+            "class": type(vae).__name__,
+            "base_model": model.pretrained_model_name_or_path,
+            "padding_mode": vae.config.get("padding_mode"),
+            "latent_space_changed": True,
+            "normalization": {
                 "mean": normalization.mean and list(normalization.mean),
                 "std": normalization.std and list(normalization.std),
                 "scaling_factor": normalization.scaling_factor,
                 "shift_factor": normalization.shift_factor,
                 "num_samples": num_samples,
             },
-            figures=[
-                {"name": name, "value": value, "how": MEASURED[name]}
-                for name, value in figures.items()
-                if name in MEASURED
-            ],
-            versions=versions(),
-            command=shlex.join(sys.argv),
-            **facts,
-        ),
-    )
+        },
+        training=dict(training),
+        data={"dataset": data.name, "resolution_px": data.resolution},
+        evaluation={"metrics": measured},
+        provenance=dict(provenance),
+    ).save(directory / METADATA_FILE)

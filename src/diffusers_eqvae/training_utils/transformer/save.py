@@ -1,21 +1,18 @@
-"""What a finished transformer run leaves behind: the pipeline, its normalisation and the facts about it."""
+"""What a finished transformer run leaves behind: the pipeline, its normalisation and the metadata of the run."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from ...data.latent_data import LatentData
-from ...hub import RunFacts, write_run_facts
 from ...latents import LatentNormalization
+from ...model_card import METADATA_FILE, RunMetadata
 from ...models.backbone import backbones
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ...provenance import versions
 from ..run import TrainingRun
 from .arguments import SamplingArguments, TransformerArguments
 
@@ -43,7 +40,7 @@ def save_pipeline(
     sampling: SamplingArguments,
     latents: LatentData,
 ) -> None:
-    """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_facts.json."""
+    """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_metadata.json."""
     pipeline.save_pretrained(directory)
     for folder, component in objective.components().items():
         component.save_pretrained(directory / folder)
@@ -53,32 +50,28 @@ def save_pipeline(
     drawn = f"validation/{run.step:08d}_samples.png"
     caption = f"Samples after {run.step} steps, guidance scale {sampling.guidance_scale}"
     images = [{"path": drawn, "caption": caption}] if (run.output_dir / drawn).exists() else []
-    facts = RunFacts(
-        model_class=type(pipeline.transformer).__name__,
-        architecture=arguments.model if arguments.model in backbones() else None,
-        objective=_describe(objective),
-        vae=arguments.vae,
-        dataset=latents.name,
-        steps=run.step,
-        batch_size=run.global_batch_size,
-        learning_rate=run.arguments.learning_rate,
-        mixed_precision=run.accelerator.mixed_precision,
-        ema_decay=run.arguments.ema_decay if run.arguments.use_ema else None,
-        seed=run.arguments.seed,
-        num_classes=latents.num_classes,
-        sampling={
-            "guidance_scale": sampling.guidance_scale,
-            "guidance_interval": sampling.guidance_interval,
-            "num_inference_steps": sampling.num_inference_steps,
+    RunMetadata(
+        model={
+            "architecture": arguments.model if arguments.model in backbones() else None,
+            "autoencoder": arguments.vae,
+            "num_classes": latents.num_classes,
+            "sampling": {
+                "guidance_scale": sampling.guidance_scale,
+                "guidance_interval": sampling.guidance_interval,
+                "num_inference_steps": sampling.num_inference_steps,
+            },
         },
-        images=images,
-        versions=versions(),
-        command=shlex.join(sys.argv),
-    )
-    write_run_facts(directory / "run_facts.json", facts)
+        training={
+            "objective": _describe(objective),
+            **run.settings(),
+        },
+        data={"dataset": latents.name},
+        evaluation={"images": images},
+        provenance=run.provenance(),
+    ).save(directory / METADATA_FILE)
 
 
 def _describe(objective: Objective) -> str:
     """The objective and its options, for the card."""
-    options = vars(getattr(objective, "arguments", None) or object()) if hasattr(objective, "arguments") else {}
+    options = vars(objective.arguments) if hasattr(objective, "arguments") else {}
     return ", ".join([OBJECTIVES.name_of(type(objective)), *(f"{key} {value}" for key, value in options.items())])
