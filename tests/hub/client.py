@@ -25,7 +25,7 @@ def push_run(**arguments):
 
 
 def cli(argv):
-    from diffusers_eqvae.cli import main
+    from eqvae_command import main
 
     return main(argv)
 

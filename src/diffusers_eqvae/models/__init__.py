@@ -1,1 +1,15 @@
-"""models"""
+"""Networks as diffusers models: autoencoders, the transformer, and what is trained beside them."""
+
+from .._lazy import face
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "alignment_network": ["AlignmentNetwork"],
+        "autoencoder_kl_aligned": ["AutoencoderKLAligned"],
+        "autoencoder_kl_eq": ["AutoencoderKLEQ"],
+        "discriminator": ["PatchDiscriminator"],
+        "feature_teacher": ["FeatureTeacher"],
+        "transformer_sit": ["SiTTransformer2DModel"],
+    },
+)

@@ -142,7 +142,7 @@ def save_autoencoder(
                 if name in MEASURED
             ],
             versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
-            command=shlex.join(sys.argv),
+            command=f"{sys.argv[0]} {shlex.join(sys.argv[1:])}",
             **facts,
         ),
     )

@@ -70,6 +70,6 @@ def save_pipeline(
         },
         images=images,
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
-        command=shlex.join(sys.argv),
+        command=f"{sys.argv[0]} {shlex.join(sys.argv[1:])}",
     )
     write_run_facts(directory / "run_facts.json", facts)

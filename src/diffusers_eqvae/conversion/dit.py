@@ -1,0 +1,13 @@
+"""Weights of DiT (arXiv:2212.09748, https://github.com/facebookresearch/DiT)."""
+
+from __future__ import annotations
+
+from ._transformers import TransformerConverter
+from .base import register_converter
+
+
+@register_converter("dit")
+class DiTConverter(TransformerConverter):
+    """The network predicts the noise (and its variance) at steps 0 .. 999; no weight changes."""
+
+    conventions = {"timestep_convention": "diffusion"}  # noqa: RUF012
