@@ -73,10 +73,9 @@ def _load_model(directory: Path, layout: str) -> Any:
     target = CONVERTERS[layout].target
     index = directory / "model_index.json"
     if index.is_file():
-        components = {
-            name: value[1] for name, value in json.loads(index.read_text()).items() if isinstance(value, list)
-        }
-        directory /= next((name for name, kind in components.items() if kind == target.__name__), "")
+        entries = json.loads(index.read_text())
+        components = {entry[1]: name for name, entry in entries.items() if isinstance(entry, list)}
+        directory /= components.get(target.__name__, "")
     config = directory / "config.json"
     kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
     if kind != target.__name__:

@@ -50,7 +50,7 @@ class TransformerConverter(Converter):
     """The shared names; a layout says its `conventions` (entries of the config) and how weights `change` for them."""
 
     target = SiTTransformer2DModel
-    idle = ("pos_embed",)  # fixed, and computed by our model
+    idle: ClassVar[tuple[str, ...]] = ("pos_embed",)  # fixed, and computed by our model
     conventions: ClassVar[dict[str, Any]] = {"timestep_convention": "flow"}
     has_projectors: ClassVar[bool] = False
 

@@ -52,7 +52,7 @@ class Converter(ABC):
         ...         return {f"disc.{name}": tensor for name, tensor in state_dict.items()}
     """
 
-    target: ClassVar[type]
+    target: ClassVar[Any]
     idle: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

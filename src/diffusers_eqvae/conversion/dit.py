@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from ._transformers import TransformerConverter
 from .base import register_converter
 
@@ -10,4 +12,4 @@ from .base import register_converter
 class DiTConverter(TransformerConverter):
     """The network predicts the noise (and its variance) at steps 0 .. 999; no weight changes."""
 
-    conventions = {"timestep_convention": "diffusion"}  # noqa: RUF012
+    conventions: ClassVar[dict[str, Any]] = {"timestep_convention": "diffusion"}
