@@ -262,8 +262,14 @@ def _preset_as_flags(path: Path, known: Sequence[str]) -> list[str]:
         if isinstance(value, dict):
             raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
         if value is not None:
-            flags += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+            items = value if isinstance(value, list) else [value]
+            flags += [f"--{key}", *(_beside(path, str(item)) for item in items)]
     return flags
+
+
+def _beside(preset: Path, value: str) -> str:
+    """A file named in a preset is the one in the preset's folder, where there is one."""
+    return str(preset.parent / value) if value and (preset.parent / value).is_file() else value
 
 
 def read_model_config(path: str | Path, model_class: type) -> dict[str, Any]:
