@@ -80,7 +80,7 @@ OPTIONAL += ("matplotlib", "skimage", "scipy", "evaluate")
 
 @cache
 def text_files() -> tuple[Path, ...]:
-    files = [path for path in ROOT.iterdir() if path.is_file()]
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     for folder in TOP_LEVEL:
         files += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     generated = ("__pycache__", ".egg-info")
