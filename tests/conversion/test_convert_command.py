@@ -80,13 +80,21 @@ class Evil:
 def test_a_file_that_would_run_code_is_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": torch.ones(1), "evil": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="needs code to be read") as error:
+    with pytest.raises(ValueError, match=r"evil\.pt is not read: it needs code to be read") as error:
         read_published(tmp_path / "evil.pt")
     assert "weights_only" not in str(error.value) and not (tmp_path / "executed").exists()
-    (tmp_path / "list.pt").write_bytes(b"")
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list, not named tensors"):
         read_published(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("name", ["empty.pt", "cut.pt", "text.pt", "text.safetensors"])
+def test_a_damaged_file_is_called_damaged(name, tmp_path):
+    torch.save({"weight": torch.ones(1000)}, tmp_path / "whole.pt")
+    content = {"empty": b"", "cut": (tmp_path / "whole.pt").read_bytes()[:2000], "text": b"<html>not found</html>"}
+    (tmp_path / name).write_bytes(content[name.partition(".")[0]])
+    with pytest.raises(ValueError, match=f"{name} is not read: it is damaged"):
+        read_published(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -66,16 +66,17 @@ def save_published(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    if path.suffix == SAFETENSORS:
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        return load_file(path)
     try:
+        if path.suffix == SAFETENSORS:
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's and SiT's checkpoints keep their flags
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         # torch's message advises to load without weights_only, which would run what the file says.
-        reason = "It needs code to be read" if "weights_only" in str(error).lower() else "It is damaged"
+        reason = "it needs code to be read" if "Unsupported global" in str(error) else "it is damaged"
         raise ValueError(
             f"{path} is not read: {reason}. Have its author save the tensors alone, as .safetensors."
         ) from error
