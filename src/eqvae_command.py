@@ -91,7 +91,7 @@ def run(name: str, words: Sequence[str]) -> int:
     try:
         module = importlib.import_module(f"{PACKAGE}.{command.module}")
         rest = importlib.import_module(f"{PACKAGE}.extensions").load_extensions(words)
-        result = module.main(with_own_preset(module.__file__, rest))
+        result = module.main(with_own_preset(str(module.__file__), rest))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in (PACKAGE, Path(__file__).stem):
             raise
