@@ -5,7 +5,7 @@ TEST_WORKERS ?= 2
 OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test lint clean distclean
+.PHONY: demo test test-slow lint api clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/eqvae demo --output_dir runs/demo $(DEMO_ARGS)
@@ -13,10 +13,16 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(OFFLINE) $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(TEST_ARGS)
 
+test-slow: $(VENV)/.installed-dev
+	$(OFFLINE) $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) -m "slow and not gpu and not hub" $(TEST_ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
+
+api: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.test_api
 
 $(VENV)/bin/python:
 	@command -v "$(PYTHON)" >/dev/null || \

@@ -23,24 +23,28 @@ CORE = [
     "pillow",
     "pyyaml",
     "jinja2",
+    "scipy",
 ]
 TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
-EVAL = ["evaluate", "torch-fidelity>=0.4", "scipy"]
+EVAL = ["evaluate", "torch-fidelity>=0.4"]
 DEMO = ["scikit-image", "matplotlib"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
 
-class BuildWithModelCards(build_py):
-    """Puts the templates of model_cards/ beside the modules; a checkout and an editable install read them in place."""
+# Folder of the repository -> package that it is installed as, with presets and templates.
+INSTALLED = {"training": "training", "pipelines": "sampling", "model_cards": "model_cards"}
+
+
+class BuildWithScripts(build_py):
+    """Puts scripts, presets and templates beside the modules; a checkout and an editable install use them in place."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / "diffusers_eqvae" / "model_cards"
-        target.mkdir(parents=True, exist_ok=True)
-        for template in sorted((ROOT / "model_cards").iterdir()):
-            shutil.copyfile(template, target / template.name)
+        for folder, package in INSTALLED.items():
+            target = Path(self.build_lib) / "diffusers_eqvae" / package
+            shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
 setup(
@@ -52,9 +56,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"": "src"},
+    py_modules=["eqvae_command"],
     packages=find_packages("src"),
     package_data={"diffusers_eqvae": ["py.typed"]},
-    cmdclass={"build_py": BuildWithModelCards},
+    cmdclass={"build_py": BuildWithScripts},
     install_requires=CORE,
     extras_require={
         "train": TRAIN,
@@ -62,7 +67,7 @@ setup(
         "demo": TRAIN + DEMO,
         "dev": TRAIN + EVAL + DEMO + DEV,
     },
-    entry_points={"console_scripts": ["eqvae=diffusers_eqvae.cli:main"]},
+    entry_points={"console_scripts": ["eqvae=eqvae_command:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

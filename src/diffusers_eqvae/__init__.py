@@ -1,51 +1,43 @@
-"""Autoencoders whose latents are easy to generate, and class-conditional generators trained on them."""
+"""Autoencoders whose latents are easy to generate, and class-conditional generators trained on them.
 
-# diffusers looks these three up on the library of a saved component: they must be here, under these names.
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+Importing this package makes its models, schedulers and pipelines loadable by diffusers. The names below are what most
+programs need; every subpackage has a face of its own (`diffusers_eqvae.metrics`, `diffusers_eqvae.data`, ...).
+"""
 
-from ._registration import register
-from .equivariance import Tau, TauDistribution
-from .guidance import IntervalGuidance
-from .latents import LatentNormalization
-from .models.alignment_network import AlignmentNetwork
-from .models.autoencoder_kl_aligned import AutoencoderKLAligned
-from .models.autoencoder_kl_eq import AutoencoderKLEQ
-from .models.discriminator import PatchDiscriminator
-from .models.transformer_sit import SiTTransformer2DModel
-from .pipelines.pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalPipelineOutput
-from .schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
-from .schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
+from ._lazy import face
+from ._registration import REMEDY as _REMEDY
+from ._registration import register_rooms as _register_rooms
 
 __version__ = "0.1.0"
 
-register(
-    [
-        AlignmentNetwork,
-        AutoencoderKLAligned,
-        AutoencoderKLEQ,
-        PatchDiscriminator,
-        SiTTransformer2DModel,
-        FlowMatchODEScheduler,
-        FlowMatchSDEScheduler,
-        ClassConditionalPipeline,
-    ]
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "_registration": ["BaseGuidance", "DiffusionPipeline", "ModelMixin", "SchedulerMixin"],
+        "models": [
+            "AlignmentNetwork",
+            "AutoencoderKLAligned",
+            "AutoencoderKLEQ",
+            "FeatureTeacher",
+            "PatchDiscriminator",
+            "SiTTransformer2DModel",
+        ],
+        "schedulers": ["FlowMatchODEScheduler", "FlowMatchSDEScheduler"],
+        "pipelines": ["ClassConditionalPipeline", "ClassConditionalPipelineOutput", "load_pipeline"],
+        "autoencoders": ["Posterior", "load_autoencoder"],
+        "equivariance": ["Tau", "TauDistribution", "equivariance_error"],
+        "guidance": ["IntervalGuidance"],
+        "latents": ["LatentNormalization", "LatentStatistics"],
+        "extensions": ["load_extension"],
+        "regularizers": ["AlignmentRegularizer", "EquivarianceRegularizer"],
+        "objectives": ["AutoencoderObjective", "AutoencoderStep"],
+        "losses": ["LPIPS", "flow_matching_loss"],
+        "data": ["LatentStore", "load_image_dataset"],
+        "metrics": ["ResultCard", "evaluate_generation", "measure_equivariance", "psnr", "ssim"],
+        "conversion": ["from_published", "to_published"],
+        "hub": ["push_run"],
+    },
+    hint=_REMEDY,
 )
 
-__all__ = [
-    "AlignmentNetwork",
-    "AutoencoderKLAligned",
-    "AutoencoderKLEQ",
-    "ClassConditionalPipeline",
-    "ClassConditionalPipelineOutput",
-    "DiffusionPipeline",
-    "FlowMatchODEScheduler",
-    "FlowMatchSDEScheduler",
-    "IntervalGuidance",
-    "LatentNormalization",
-    "ModelMixin",
-    "PatchDiscriminator",
-    "SchedulerMixin",
-    "SiTTransformer2DModel",
-    "Tau",
-    "TauDistribution",
-]
+_register_rooms()

@@ -19,6 +19,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
+from . import _registration
+
 # AutoencoderKL, AutoencoderTiny or whatever else has encode, decode, encoder, decoder and config: diffusers has no
 # common base class to name here.
 Autoencoder: TypeAlias = Any
@@ -114,6 +116,9 @@ def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
             raise OSError(f"{name} is not a directory here, and cannot be loaded from the Hub: {error}") from error
         hint = f" Did you mean {folder / 'vae'}?" if (folder / "vae").is_dir() else ""
         raise OSError(f"{name} does not hold an autoencoder: there is no {folder / 'config.json'}.{hint}") from error
+    except ValueError:
+        _registration.require_class(AutoModel.load_config(name, **location).get("_class_name", "AutoModel"), name)
+        raise
     if not (hasattr(model, "encode") and hasattr(model, "decode")):
         raise ValueError(f"{name} is a {type(model).__name__}, not an autoencoder; name one, or its pipeline.")
     return model.eval()

@@ -39,6 +39,11 @@ class Tau:
 
     Raises:
         ValueError: a size below 1, other quarter turns, or an unknown interpolation.
+
+    Example:
+        >>> tau = Tau((16, 16), quarter_turns=1)
+        >>> tau.apply_to_latents(torch.zeros(1, 4, 32, 32)).shape
+        torch.Size([1, 4, 16, 16])
     """
 
     latent_size: tuple[int, int]

@@ -14,11 +14,12 @@ and is loaded with `--extension my_method.py` in every script and command, or wi
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -211,3 +212,18 @@ def _remember(module_name: str, path: Path) -> Extension:
 def loaded_extensions() -> dict[str, str]:
     """Module name -> sha256 of every extension loaded so far: part of a checkpoint's and a card's provenance."""
     return {extension.module: extension.sha256 for extension in _LOADED.values()}
+
+
+def load_extensions(argv: Sequence[str]) -> list[str]:
+    """Loads what `--extension FILE_OR_MODULE` names on a command line, in order, and gives back the other words.
+
+    Example:
+        >>> load_extensions(["--extension", "my_method.py", "--seed", "3"])
+        ['--seed', '3']
+    """
+    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, add_help=False, allow_abbrev=False)
+    parser.add_argument("--extension", action="append", default=[])
+    given, rest = parser.parse_known_args(list(argv))
+    for extension in given.extension:
+        load_extension(extension)
+    return rest

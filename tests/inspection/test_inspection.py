@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_eqvae import cli
+import eqvae_command
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.inspection.card import COLUMNS, strips, table_rows
 from diffusers_eqvae.inspection.health import inspect_autoencoder, judge
@@ -67,7 +67,7 @@ def test_two_families_side_by_side(tmp_path, images, tiny_autoencoder_kl, tiny_a
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "pipe" / "vae")
     command = ["inspect", str(tmp_path / "plain & <old>"), "--compare", str(tmp_path / "pipe")]
     command += ["--compare_subfolder", "vae", "--data_dir", str(images), "--output_dir", str(tmp_path / "out")]
-    assert cli.main([*command, "--resolution", "32", "--num_images", "11"]) == 0
+    assert eqvae_command.main([*command, "--resolution", "32", "--num_images", "11"]) == 0
 
     paths = [tmp_path / "out" / name for name in ("card.plain_old_.json", "card.pipe.json")]
     plain, tiny = (ResultCard.load(path) for path in paths)
@@ -97,7 +97,7 @@ def test_the_card_says_what_was_measured_where_and_when(tmp_path, images, tiny_a
     def cards(*more) -> list[ResultCard]:
         words = ["inspect", tmp_path / "vae", "--compare", tmp_path / "tuned", "--data_dir", images]
         words += ["--resolution", 16, "--output_dir", tmp_path / "out", *more]
-        assert cli.main([str(word) for word in words]) == 0
+        assert eqvae_command.main([str(word) for word in words]) == 0
         return [ResultCard.load(tmp_path / "out" / f"card.{name}.json") for name in ("vae", "tuned")]
 
     first, second = cards()
@@ -123,7 +123,10 @@ def test_eqvae_compare_reads_the_cards_of_models(repository, tmp_path, images, t
     for name in ("a", "b"):
         tiny_autoencoder_kl.save_pretrained(tmp_path / name / "my vae")
     words = ["--compare", tmp_path / "b" / "my vae", "--data_dir", images, "--output_dir", tmp_path / "out"]
-    assert cli.main([str(word) for word in ("inspect", tmp_path / "a" / "my vae", "--resolution", 32, *words)]) == 0
+    assert (
+        eqvae_command.main([str(word) for word in ("inspect", tmp_path / "a" / "my vae", "--resolution", 32, *words)])
+        == 0
+    )
     paths = sorted((tmp_path / "out").glob("card.*.json"))
     assert [path.name.split("_")[-3] for path in paths] == ["a", "b"]
 
@@ -134,7 +137,7 @@ def test_eqvae_compare_reads_the_cards_of_models(repository, tmp_path, images, t
     assert (card.protocol, card.settings) == (exact.protocol, exact.settings)
     assert card.metrics == pytest.approx(exact.metrics, rel=1e-3)
     assert card.marks == exact.marks and set(card.details) == set(exact.details)
-    assert cli.main(["compare", *map(str, paths), str(tmp_path / "exact.json")]) == 0
+    assert eqvae_command.main(["compare", *map(str, paths), str(tmp_path / "exact.json")]) == 0
 
 
 @pytest.mark.parametrize("names", [["a b", "a_b"], ["SIT", "sit"], ["plain & <old>", "pipe"], ["/x/y", "../z"]])
@@ -148,7 +151,7 @@ def test_what_is_undefined_is_not_a_number_on_the_card(tmp_path, images, tiny_au
     """Of 4x4 latent positions scaled to a quarter one is left, which cannot deviate from its mean."""
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
     words = ["--data_dir", str(images), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]
-    assert cli.main(["inspect", str(tmp_path / "vae"), "--compare", str(tmp_path / "vae"), *words]) == 0
+    assert eqvae_command.main(["inspect", str(tmp_path / "vae"), "--compare", str(tmp_path / "vae"), *words]) == 0
     paths = sorted((tmp_path / "out").glob("card.*.json"))
     json.loads(paths[0].read_text(), parse_constant=pytest.fail)
     assert "equivariance_scale_centred" not in ResultCard.load(paths[0]).metrics
@@ -179,7 +182,7 @@ def test_cards_say_which_lpips_they_hold(tmp_path, images, tiny_autoencoder_kl, 
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
     words = ["--vae", str(tmp_path / "vae"), "--data_dir", str(images), "--output_dir", str(tmp_path / "out")]
     words += ["--resolution", "32", "--num_images", "2", "--lpips_backbone_weights", "squeezenet.pth"]
-    assert cli.main(["inspect", *words]) == 0
+    assert eqvae_command.main(["inspect", *words]) == 0
     card = ResultCard.load(tmp_path / "out" / "card.vae.json")
     assert card.metrics["lpips"] > 0 and card.protocol["lpips_net"] == "squeeze"
     assert card.protocol["lpips_weights_hash"] == weights_hash(perceptual)
@@ -213,7 +216,7 @@ def test_wrong_arguments_end_with_a_sentence(more, message, tmp_path, images, ti
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "vae")
     command = ["inspect", str(tmp_path / "vae"), "--data_dir", str(images), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        cli.main([*command, *(word.replace("FOLDER", str(tmp_path)) for word in more)])
+        eqvae_command.main([*command, *(word.replace("FOLDER", str(tmp_path)) for word in more)])
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*"))
 

@@ -13,7 +13,8 @@ from diffusers import AutoModel, DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import diffusers_eqvae
-from diffusers_eqvae._registration import register
+from diffusers_eqvae import load_autoencoder, load_pipeline
+from diffusers_eqvae._registration import BASE_CLASSES, _classes, register
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -139,16 +140,122 @@ def test_a_fresh_process_loads_it_lightly_and_draws_the_same_image(pipeline, tmp
 def test_registering_adds_names_and_replaces_none():
     entry = LOADABLE_CLASSES["diffusers_eqvae"]
     assert entry == {name: LOADABLE_CLASSES["diffusers"][name] for name in entry}
-    assert all(hasattr(diffusers_eqvae, name) for name in entry)
+    assert set(entry) == {"BaseGuidance", "DiffusionPipeline", "ModelMixin", "SchedulerMixin"}
+    assert all(getattr(diffusers_eqvae, base.__name__) is getattr(diffusers, base.__name__) for base in BASE_CLASSES)
     assert diffusers.SiTTransformer2DModel is diffusers_eqvae.SiTTransformer2DModel
 
 
 def test_a_name_that_diffusers_defines_is_left_alone(caplog):
-    impostor = type("AutoencoderKL", (), {"__module__": "diffusers_eqvae.models.impostor"})
-    original = diffusers.AutoencoderKL
-    register([impostor])
-    assert diffusers.AutoencoderKL is original
-    assert "AutoencoderKL" in caplog.text
+    impostor = type("AutoencoderDC", (), {"__module__": "diffusers_eqvae.models.impostor"})
+    original = diffusers.AutoencoderDC
+    try:
+        register([impostor])
+        assert diffusers.AutoencoderDC is original and diffusers_eqvae.AutoencoderDC is impostor
+        assert "AutoencoderDC" in caplog.text
+    finally:
+        del diffusers_eqvae.AutoencoderDC
+
+
+def test_a_name_that_another_class_has_is_refused():
+    impostor = type("SiTTransformer2DModel", (), {"__module__": "diffusers_eqvae.extensions.mine"})
+    with pytest.raises(
+        ValueError, match=r"extensions\.mine cannot be registered: diffusers_eqvae\.models\.transformer_sit"
+    ):
+        register([impostor])
+    assert diffusers.SiTTransformer2DModel is diffusers_eqvae.SiTTransformer2DModel is not impostor
+    register([diffusers_eqvae.SiTTransformer2DModel])
+
+
+ROOM = """
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+
+class Base(ModelMixin, ConfigMixin):
+    pass
+
+class Model(Base):
+    @register_to_config
+    def __init__(self, size=1):
+        super().__init__()
+
+class Derived(Model):
+    pass
+
+class Scheduler(SchedulerMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self):
+        pass
+
+class Pipeline(DiffusionPipeline):
+    def __init__(self):
+        super().__init__()
+"""
+
+
+def test_a_folder_gives_the_classes_that_a_saved_file_may_name(tmp_path, monkeypatch):
+    (tmp_path / "a_room").mkdir()
+    for name in ("__init__", "scheduling_and_more", "_private", "other"):
+        (tmp_path / "a_room" / f"{name}.py").write_text("" if name == "__init__" else ROOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [f"{cls.__module__}.{cls.__name__}" for cls in _classes("a_room", "scheduling_")]
+    assert found == [f"a_room.scheduling_and_more.{name}" for name in ("Model", "Derived", "Scheduler", "Pipeline")]
+    assert len(list(_classes("a_room", ""))) == 8
+
+
+EXTENSION = """
+import diffusers_eqvae
+from diffusers_eqvae._registration import register
+
+
+class MyTransformer2DModel(diffusers_eqvae.SiTTransformer2DModel):
+    pass
+
+
+register([MyTransformer2DModel])
+"""
+LOADS = """
+import sys
+import diffusers_eqvae, diffusers
+if len(sys.argv) > 2:
+    diffusers_eqvae.load_extension(sys.argv[2])
+pipeline = diffusers_eqvae.load_pipeline(sys.argv[1])
+plain = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
+assert type(pipeline.transformer) is type(plain.transformer) is diffusers_eqvae.MyTransformer2DModel
+assert type(diffusers.AutoModel.from_pretrained(sys.argv[1] + "/transformer")) is diffusers.MyTransformer2DModel
+"""
+
+
+def test_a_class_of_an_extension_is_saved_under_the_package_and_asked_for_where_it_is_not_loaded(pipeline, tmp_path):
+    extension = tmp_path / "my_transformer.py"
+    extension.write_text(EXTENSION)
+    diffusers_eqvae.load_extension(extension)
+    try:
+        pipeline.transformer = diffusers_eqvae.MyTransformer2DModel.from_config(pipeline.transformer.config)
+        pipeline.save_pretrained(tmp_path / "pipe")
+    finally:
+        del diffusers_eqvae.MyTransformer2DModel, diffusers.MyTransformer2DModel
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers_eqvae", "MyTransformer2DModel"]
+    run_python(LOADS, tmp_path / "pipe", extension)
+    with pytest.raises(
+        ValueError, match=r"pipe needs the class MyTransformer2DModel, .* loaded: --extension FILE, or"
+    ):
+        load_pipeline(str(tmp_path / "pipe"))
+
+
+def test_an_unknown_class_is_asked_for_by_name(tiny_autoencoder_kl, tmp_path):
+    tiny_autoencoder_kl.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"_class_name": "MyAutoencoder"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="needs the class MyAutoencoder, which neither diffusers nor diffusers_eqvae has"
+    ):
+        load_autoencoder(str(tmp_path))
+    with pytest.raises(AttributeError, match=r"no attribute 'MyAutoencoder'\. A class of your own .*load_extension"):
+        diffusers_eqvae.MyAutoencoder  # noqa: B018
+    with pytest.raises(AttributeError) as error:
+        diffusers_eqvae.my_function  # noqa: B018
+    assert "load_extension" not in str(error.value)
 
 
 def test_every_registered_class_is_public():

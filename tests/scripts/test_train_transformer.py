@@ -235,8 +235,8 @@ def test_dry_run_leaves_nothing(script, tmp_path, store, capsys):
 @pytest.mark.parametrize(
     "preset", sorted((ROOT / "training" / "configs").glob("sit_*.yaml")), ids=lambda path: path.stem
 )
-def test_presets_describe_models_that_exist(preset, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_presets_describe_models_that_exist(preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     arguments, *_ = parse(*GROUPS, argv=[str(preset), "--output_dir", "x"])
     source = ModelSource.find(arguments.model)
     with torch.device("meta"):

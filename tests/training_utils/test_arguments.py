@@ -31,6 +31,23 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
     assert extra.numbers == [4]
 
 
+def test_a_file_named_in_a_preset_is_the_one_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "model.json").touch()
+    (tmp_path / "presets" / "data").mkdir()
+    (tmp_path / "elsewhere.json").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def hub_model_id(value, *flags):
+        path = preset(tmp_path / "presets", output_dir="a", hub_model_id=value)
+        return parse(RunArguments, argv=[path, *flags])[0].hub_model_id
+
+    assert hub_model_id("model.json") == str(tmp_path / "presets" / "model.json")
+    assert hub_model_id("elsewhere.json") == "elsewhere.json"
+    assert hub_model_id("data") == "data", "a folder may be a name like any other"
+    assert hub_model_id("x", "--hub_model_id", "model.json") == "model.json", "the command line is not a preset"
+
+
 def test_unknown_key_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(ValueError, match=r"learning_rte.*nearest flag is 'learning_rate'"):
         parse(RunArguments, argv=[preset(tmp_path, output_dir="a", learning_rte=1.0)])

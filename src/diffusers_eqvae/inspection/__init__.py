@@ -1,1 +1,8 @@
-"""`eqvae inspect`: is this autoencoder's latent space easy to generate in? A health card with a verdict."""
+"""The health card of an autoencoder: are its latents easy to generate?"""
+
+from .._lazy import face
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {"health": ["Inspection", "Verdict", "inspect_autoencoder"], "run": ["run_inspection"]},
+)

@@ -40,7 +40,7 @@ def discriminator_loss(
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:
-    """What the autoencoder minimises in the game, -mean D(fake), for both kinds (LDM, EQ-VAE)."""
+    """What the autoencoder minimises in the game, for both kinds: loss = -mean D(fake) (LDM, EQ-VAE)."""
     return -full_precision(logits_fake).mean()
 
 

@@ -1,6 +1,18 @@
-"""Measurements of autoencoders; each is one function of tensors."""
+"""Measurements of reconstructions, latents and generated images, and the result cards that carry them."""
 
-from .equivariance import measure_equivariance
-from .reconstruction import psnr
+from .._lazy import face
 
-__all__ = ["measure_equivariance", "psnr"]
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "autoencoder": ["measure_autoencoder"],
+        "distances": ["frechet_distance", "inception_score", "kernel_distance", "precision_recall"],
+        "equivariance": ["measure_equivariance"],
+        "feature_networks": ["InceptionFID", "dinov2_features"],
+        "generation": ["evaluate_generation", "evaluate_reconstruction"],
+        "latent_statistics": ["channel_statistics", "intrinsic_dimension", "radial_power_spectrum"],
+        "perception": ["SegmentationConfusion", "depth_errors"],
+        "reconstruction": ["psnr", "ssim"],
+        "result_card": ["ResultCard", "compare_cards"],
+    },
+)

@@ -1,1 +1,16 @@
-"""models"""
+"""Networks as diffusers models: autoencoders, the transformer, and what is trained beside them."""
+
+from .._lazy import face
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "alignment_network": ["AlignmentNetwork"],
+        "autoencoder_kl_aligned": ["AutoencoderKLAligned"],
+        "autoencoder_kl_eq": ["AutoencoderKLEQ"],
+        "backbone": ["Backbone", "BackboneOutput", "backbone_class", "backbones", "register_backbone"],
+        "discriminator": ["PatchDiscriminator"],
+        "feature_teacher": ["FeatureTeacher"],
+        "transformer_sit": ["SiTTransformer2DModel"],
+    },
+)

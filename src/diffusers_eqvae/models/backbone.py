@@ -129,8 +129,5 @@ def backbone_class(name: str) -> type[Backbone]:
     """
     classes = {cls.__name__: cls for cls in backbones().values()}
     if name not in classes:
-        raise ValueError(
-            f"{name} is not a backbone known here ({', '.join(sorted(classes))}). One of your own is loaded from its "
-            "file (--extension FILE, or diffusers_eqvae.load_extension)."
-        )
+        raise ValueError(f"{name} is not a backbone known here ({', '.join(sorted(classes))}). {_registration.REMEDY}")
     return classes[name]

@@ -30,6 +30,10 @@ class PatchDiscriminator(ComponentMixin, ConfigMixin):
 
     Raises:
         ValueError: on an unknown norm or fewer than one layer.
+
+    Example:
+        >>> PatchDiscriminator()(torch.zeros(1, 3, 256, 256)).shape
+        torch.Size([1, 1, 30, 30])
     """
 
     @register_to_config

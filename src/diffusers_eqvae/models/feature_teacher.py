@@ -32,6 +32,11 @@ class FeatureTeacher(nn.Module):
 
     Raises:
         ValueError: on a model of another type, or an `image_size` that its patches do not tile.
+
+    Example:
+        >>> teacher = FeatureTeacher.from_pretrained("facebook/dinov2-with-registers-large")
+        >>> teacher(torch.zeros(1, 3, 256, 256))[0].shape
+        torch.Size([1, 1024, 32, 32])
     """
 
     mean: Tensor

@@ -1,1 +1,12 @@
 """What each product minimises: the one wrapped forward around a model and its regularizers."""
+
+from .._lazy import face
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "base": ["OBJECTIVES", "Objective", "register_objective", "tie_idle"],
+        "autoencoder": ["AutoencoderLossWeights", "AutoencoderObjective", "AutoencoderStep"],
+        "flow_matching": ["FlowMatchingArguments", "FlowMatchingObjective"],
+    },
+)

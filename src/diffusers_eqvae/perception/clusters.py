@@ -40,7 +40,11 @@ def kmeans(
 
 
 def cluster_cells(features: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
-    """Cluster of every cell of features (B, D, h, w), standardised per channel; common to all images: (B, h, w)."""
+    """Cluster of every cell of features (B, D, h, w), standardised per channel; common to all images: (B, h, w).
+
+    Example:
+        >>> clusters = cluster_cells(latent_features(latents).patch, num_clusters=6)
+    """
     rows = to_rows(features.float())
     labels, _ = kmeans(Standardization.of(rows)(rows), num_clusters, seed=seed)
     return labels.view(len(features), *features.shape[-2:])

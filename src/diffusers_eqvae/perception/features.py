@@ -95,7 +95,11 @@ def latent_features(
 
 
 def pooled_features(features: AlignmentOutput) -> Tensor:
-    """One feature per image: the mean of its cells, followed by its CLS where there is one: (B, D) or (B, 2D)."""
+    """One feature per image: the mean of its cells, followed by its CLS where there is one: (B, D) or (B, 2D).
+
+    Example:
+        >>> rows = pooled_features(latent_features(latents))
+    """
     mean = features.patch.mean((-2, -1))
     return mean if features.cls is None else torch.cat([mean, features.cls], 1)
 
@@ -106,7 +110,11 @@ def to_rows(maps: Tensor) -> Tensor:
 
 
 def to_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, K, h, w) resized to (B, K, H, W): bilinear, corners not aligned, as segmentation logits are."""
+    """Maps (B, K, h, w) resized to (B, K, H, W): bilinear, corners not aligned, as segmentation logits are.
+
+    Example:
+        >>> classes = to_size(head(features.patch), (256, 256)).argmax(1)
+    """
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 

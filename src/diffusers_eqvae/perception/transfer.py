@@ -27,6 +27,9 @@ def cell_labels(masks: Tensor, grid: tuple[int, int], *, ignore_index: int = IGN
 
     Raises:
         ValueError: masks of another shape or type, or a grid that does not tile them.
+
+    Example:
+        >>> targets = label_targets(cell_labels(masks, grid=(32, 32)), num_classes=21)
     """
     if masks.ndim != 3 or masks.is_floating_point():
         raise ValueError(f"Masks must be integers (B, H, W); got {masks.dtype} {tuple(masks.shape)}.")
@@ -68,6 +71,9 @@ def cell_values(values: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Raises:
         ValueError: unequal shapes, or a grid that does not tile them.
+
+    Example:
+        >>> targets = cell_values(depths_m, depths_m > 0, grid=(32, 32))
     """
     if values.ndim != 3 or values.shape != valid.shape:
         raise ValueError(

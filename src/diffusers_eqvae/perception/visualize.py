@@ -81,6 +81,10 @@ def perception_image(
 
     Raises:
         ValueError: heads without a network, or of another feature size.
+
+    Example:
+        >>> latents = pipe([1, 5], output_type="latent").images
+        >>> perception_image(pipe.vae, latents).save("perception.png")
     """
     if alignment_network is None and (segmentation_head is not None or depth_head is not None):
         raise ValueError(

@@ -1,1 +1,13 @@
-"""pipelines"""
+"""From class labels to images: the pipeline, its labels, and sampling many images reproducibly."""
+
+from .._lazy import face
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "generated": ["GeneratedImages"],
+        "labels": ["parse_id2label", "resolve_class_labels"],
+        "pipeline_class_conditional": ["ClassConditionalPipeline", "ClassConditionalPipelineOutput"],
+        "sampling": ["load_pipeline", "sample_generators", "sample_labels"],
+    },
+)

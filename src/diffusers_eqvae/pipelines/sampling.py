@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import _registration
 from ..files import (
     atomic_path,
     map_npz_array,
@@ -55,12 +56,16 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
     """
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{model} does not hold a pipeline (model_index.json); name the directory of one.")
-    kind = ClassConditionalPipeline.load_config(model)["_class_name"]
+    config = ClassConditionalPipeline.load_config(model)
+    kind = config["_class_name"]
     if kind != ClassConditionalPipeline.__name__:
         raise ValueError(
             f"{model} is a {kind}, and only a {ClassConditionalPipeline.__name__} is sampled here; sample it by its "
             "own script."
         )
+    for entry in config.values():
+        if isinstance(entry, list) and entry[0] == _registration.LIBRARY:
+            _registration.require_class(entry[1], model)
     pipeline = ClassConditionalPipeline.from_pretrained(model, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,26 +1,20 @@
 """Methods that make a latent space easier to generate; `--regularizers NAME ...` composes them."""
 
-from .alignment import AlignmentRegularizer
-from .base import (
-    REGULARIZERS,
-    AutoencoderRegularizer,
-    AutoencoderState,
-    GeneratorRegularizer,
-    GeneratorState,
-    Regularizer,
-    register_regularizer,
-)
-from .equivariance import EquivarianceDraw, EquivarianceRegularizer
+from .._lazy import face
 
-__all__ = [
-    "REGULARIZERS",
-    "AlignmentRegularizer",
-    "AutoencoderRegularizer",
-    "AutoencoderState",
-    "EquivarianceDraw",
-    "EquivarianceRegularizer",
-    "GeneratorRegularizer",
-    "GeneratorState",
-    "Regularizer",
-    "register_regularizer",
-]
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "base": [
+            "REGULARIZERS",
+            "AutoencoderRegularizer",
+            "AutoencoderState",
+            "GeneratorRegularizer",
+            "GeneratorState",
+            "Regularizer",
+            "register_regularizer",
+        ],
+        "alignment": ["AlignmentRegularizer"],
+        "equivariance": ["EquivarianceDraw", "EquivarianceRegularizer"],
+    },
+)

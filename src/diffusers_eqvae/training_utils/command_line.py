@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..extensions import Registry, load_extension
+from ..extensions import Registry, load_extensions
 from ..files import write_text
 from ..regularizers.base import REGULARIZERS, Regularizer
 
@@ -104,16 +104,6 @@ def parse(
         return tuple(parsed)
     count = len(dataclass_types)
     return (*parsed[:count], dict(zip(methods, parsed[count:], strict=True)))
-
-
-def load_extensions(argv: list[str]) -> list[str]:
-    """Loads what `--extension FILE_OR_MODULE` names, and gives back the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--extension", action="append", default=[])
-    given, rest = parser.parse_known_args(argv)
-    for extension in given.extension:
-        load_extension(extension)
-    return rest
 
 
 def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choice:
@@ -224,7 +214,15 @@ def _read_preset(path: Path) -> dict[str, Any]:
             raise ValueError(f"The preset {path} names an extension; code is loaded from the command line only.")
         if isinstance(value, dict):
             raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
-    return content
+    return {key: _beside(path, value) for key, value in content.items()}
+
+
+def _beside(preset: Path, value: Any) -> Any:
+    """A file named in a preset is the one in the preset's folder, where there is one."""
+    if isinstance(value, list):
+        return [_beside(preset, item) for item in value]
+    file = preset.parent / value if isinstance(value, str) and value else None
+    return str(file) if file is not None and file.is_file() else value
 
 
 def _check_preset(preset: Mapping[str, Any], known: Sequence[str], chosen: Sequence[Choice]) -> None:

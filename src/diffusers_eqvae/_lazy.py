@@ -1,0 +1,37 @@
+"""Public faces: a package names what its users import, and imports a module when one of its names is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def face(
+    package: str, members: Mapping[str, Sequence[str]], *, hint: str = ""
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package; its submodules are attributes too.
+
+    Args:
+        package: its `__name__`.
+        members: submodule -> the names that users import from it.
+        hint: what the error says about a class that is not there.
+    """
+    home = {name: module for module, names in members.items() for name in names}
+
+    def load(name: str) -> Any:
+        if name in home:
+            value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+            setattr(sys.modules[package], name, value)
+            return value
+        if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+        sentence = f" {hint}" if name[:1].isupper() else ""
+        raise AttributeError(f"module {package!r} has no attribute {name!r}.{sentence}", name=name)
+
+    def listed() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home})
+
+    return load, listed, sorted(home)

@@ -1,0 +1,83 @@
+"""Turns published weights into a diffusers model, or a model back into published weights.
+
+eqvae convert SiT-XL-2-256x256.pt sit-xl --from sit
+eqvae convert sit-xl sit-xl.safetensors --to sit
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..conversion import CONVERTERS, from_published, read_published, save_published, to_published
+from ..conversion._files import SUFFIXES
+from . import command_parser
+
+
+def main(argv: Sequence[str]) -> int:
+    layouts = ", ".join(CONVERTERS.names())
+    parser = command_parser("convert", __doc__, epilog=f"Layouts: {layouts}.")
+    parser.add_argument("source", help="file of published weights; or, with --to, directory of a model or pipeline")
+    parser.add_argument("destination", help="new directory of the model; or, with --to, new file (.safetensors, .pt)")
+    parser.add_argument("--from", dest="layout", metavar="LAYOUT", help="of the file (default: the one that matches)")
+    parser.add_argument("--to", metavar="LAYOUT", help="write the model's weights in this layout")
+    parser.add_argument("--weights", metavar="ENTRY", help="entry of a training checkpoint (default: ema, then model)")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="options that shapes do not tell: num_classes=1000",
+    )
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+
+    destination = Path(arguments.destination)
+    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+        raise ValueError(f"{destination} exists already; choose another destination, or remove it.")
+    if arguments.to is not None:
+        without_effect = [name for name in ("layout", "weights", "config") if getattr(arguments, name)]
+        if without_effect:
+            parser.error("--from, --weights and --config describe a published file; --to takes a model")
+        if destination.suffix not in SUFFIXES:
+            raise ValueError(f"With --to the destination is a file ({', '.join(SUFFIXES)}); got {destination}.")
+        tensors = to_published(_load_model(Path(arguments.source), arguments.to), arguments.to)
+        save_published(tensors, destination)
+        print(f"{len(tensors)} tensors in {destination}")
+        return 0
+    if Path(arguments.source).is_dir():
+        raise ValueError(f"{arguments.source} is a directory; say which layout to write it in: --to {layouts}.")
+    tensors = read_published(arguments.source, weights=arguments.weights)
+    model = from_published(tensors, layout=arguments.layout, **_options(arguments.config))
+    model.save_pretrained(destination)
+    print(f"{type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters in {destination}")
+    return 0
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """Constructor arguments; values are read as YAML."""
+    pairs = [word.partition("=") for word in words]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"--config takes KEY=VALUE words; got {key!r}.")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _load_model(directory: Path, layout: str) -> Any:
+    """The model of the layout's class: in `directory`, or the component of that class of a pipeline there."""
+    target = CONVERTERS[layout].target
+    index = directory / "model_index.json"
+    if index.is_file():
+        entries = json.loads(index.read_text())
+        components = {entry[1]: name for name, entry in entries.items() if isinstance(entry, list)}
+        directory /= components.get(target.__name__, "")
+    config = directory / "config.json"
+    kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
+    if kind != target.__name__:
+        raise ValueError(f"{directory} does not hold a {target.__name__}, which the layout {layout} is for.")
+    return target.from_pretrained(directory)

@@ -1,0 +1,106 @@
+"""Files of published weights: safe to read, whichever training code wrapped them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+# What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning and others.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+# Entries of a training checkpoint that may hold the weights, the preferred one first.
+ENTRIES = ("ema", "model", "state_dict")
+SAFETENSORS = ".safetensors"
+SUFFIXES = (SAFETENSORS, ".pt", ".pth", ".ckpt", ".bin")
+
+
+def read_published(path: str | Path, *, weights: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file; nothing in it is executed.
+
+    Of a training checkpoint ({"ema", "model", "opt", ...}) one entry is taken, and prefixes that all names share are
+    removed (`module.`, `_orig_mod.`, `model.`); both are logged.
+
+    Args:
+        path: the file.
+        weights: the entry, e.g. "ema" or "model"; without it "ema" before "model".
+
+    Raises:
+        ValueError: a file that is not there, needs code to be read, or has no such entry.
+
+    Example:
+        >>> tensors = read_published("SiT-XL-2-256x256.pt", weights="ema")
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; name a .safetensors or torch file of published weights.")
+    tensors = _entry(_load(path), weights, path)
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} does not hold named tensors; it holds {', '.join(map(str, tensors)) or 'nothing'}.")
+    return _without_prefixes(tensors)
+
+
+def save_published(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Writes tensors to a .safetensors or torch file (.pt, .pth), whole or not at all.
+
+    Example:
+        >>> save_published(to_published(transformer, "sit"), "sit.safetensors")
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as sibling:
+        if Path(path).suffix == SAFETENSORS:
+            from safetensors.torch import save_file
+
+            save_file(contiguous, sibling)
+        else:
+            torch.save(contiguous, sibling)
+
+
+def _load(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == SAFETENSORS:
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's and SiT's checkpoints keep their flags
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # torch's message advises to load without weights_only, which would run what the file says.
+        reason = "it needs code to be read" if "Unsupported global" in str(error) else "it is damaged"
+        raise ValueError(
+            f"{path} is not read: {reason}. Have its author save the tensors alone, as .safetensors."
+        ) from error
+
+
+def _entry(content: Any, weights: str | None, path: Path) -> Mapping[str, Tensor]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors.")
+    there = [name for name in content if isinstance(content[name], Mapping)]
+    if weights is None:
+        weights = next((name for name in ENTRIES if name in there), None)
+        if weights is None:
+            return content
+    elif weights not in there:
+        raise ValueError(f"{path} has no entry {weights!r}; it has {', '.join(map(repr, there)) or 'tensors alone'}.")
+    logger.info("Taking the entry %r of %s.", weights, ", ".join(map(repr, content)))
+    return content[weights]
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    removed = ""
+    while prefix := next((each for each in PREFIXES if all(name.startswith(each) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        removed += prefix
+    if removed:
+        logger.info("The prefix %r of every name is removed.", removed)
+    return dict(tensors)

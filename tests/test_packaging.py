@@ -1,0 +1,98 @@
+"""Installed from a wheel, from a source archive or editable: the package finds its scripts, presets and templates."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PARTS = ("src", "training", "pipelines", "model_cards")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+USES = """
+import sys, site
+site.addsitedir(sys.argv[1])
+sys.path.insert(0, sys.path.pop())
+from pathlib import Path
+import eqvae_command
+assert eqvae_command.main(["--version"]) == 0
+import diffusers_eqvae, diffusers_eqvae.training.train_transformer, diffusers_eqvae.sampling.sample
+home = Path(sys.argv[2]).resolve()
+modules = (diffusers_eqvae, eqvae_command, diffusers_eqvae.training.train_transformer, diffusers_eqvae.sampling.sample)
+for module in modules:
+    assert home in Path(module.__file__).resolve().parents, module.__file__
+assert (Path(diffusers_eqvae.__file__).parent / "py.typed").is_file()
+script = diffusers_eqvae.training.train_transformer
+preset = eqvae_command.with_own_preset(script.__file__, ["sit_tiny.yaml"])
+configs = Path(script.__file__).parent / "configs"
+assert Path(preset[0]) == configs / "sit_tiny.yaml" and (configs / "sit_tiny.json").is_file()
+assert eqvae_command.main(["train-transformer", "sit_tiny.yaml", "--latents_dir", "nowhere", "--output_dir", "x"]) == 2
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, request) -> Path:
+    """A copy of what is packaged, so that building leaves nothing behind in the repository."""
+    root, copy = Path(request.config.rootpath), tmp_path_factory.mktemp("checkout")
+    for part in PARTS:
+        shutil.copytree(root / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in FILES:
+        shutil.copy(root / name, copy / name)
+    return copy
+
+
+def build(source: Path, kind: str, out: Path) -> Path:
+    """The archive that a build front end would get from setup.py."""
+    code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+    out.mkdir(exist_ok=True)
+    finished = subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    (archive,) = out.iterdir()
+    return archive
+
+
+def unpacked(archive: Path, target: Path) -> Path:
+    if archive.suffix == ".gz":
+        with tarfile.open(archive) as tar:
+            tar.extractall(target, filter="data")
+        return next(target.iterdir())
+    with zipfile.ZipFile(archive) as wheel:
+        wheel.extractall(target)
+    return target
+
+
+def use(site_packages: Path, home: Path, tmp_path: Path) -> None:
+    """In a process that starts elsewhere and sees the package through `site_packages` alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", USES, str(site_packages), str(home)]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "eqvae train-transformer: error:" in finished.stderr and "nowhere" in finished.stderr
+
+
+def test_a_wheel_and_a_wheel_of_the_source_archive_hold_the_same_and_work(checkout, tmp_path):
+    wheel = build(checkout, "wheel", tmp_path / "wheel")
+    source = unpacked(build(checkout, "sdist", tmp_path / "sdist"), tmp_path / "source")
+    again = build(source, "wheel", tmp_path / "again")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert names == set(zipfile.ZipFile(again).namelist())
+    for folder, package in (("training", "training"), ("pipelines", "sampling"), ("model_cards", "model_cards")):
+        for path in (checkout / folder).rglob("*.*"):
+            assert f"diffusers_eqvae/{package}/{path.relative_to(checkout / folder).as_posix()}" in names
+    assert (
+        "eqvae = eqvae_command:main"
+        in zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    )
+    site_packages = unpacked(again, tmp_path / "site")
+    use(site_packages, site_packages, tmp_path)
+
+
+def test_an_editable_install_uses_the_checkout(checkout, tmp_path):
+    site_packages = unpacked(build(checkout, "editable", tmp_path / "wheel"), tmp_path / "site")
+    assert not (site_packages / "diffusers_eqvae").exists()
+    use(site_packages, checkout, tmp_path)
