@@ -36,6 +36,9 @@ class Posterior:
     Args:
         mean: (B, C, h, w).
         logvar: (B, C, h, w) inside `LOGVAR_RANGE`, or None for an autoencoder without variance (AutoencoderTiny).
+
+    Example:
+        >>> raw_latents = encode(vae, pixels).sample(generator=torch.Generator().manual_seed(0))
     """
 
     mean: Tensor
@@ -95,14 +98,11 @@ class Decoded:
 def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Autoencoder:
     """Any diffusers autoencoder in float32 and eval mode.
 
-    Args:
-        name: a directory or Hub name of an autoencoder, or of a pipeline with one in vae/.
-        subfolder: where it lies inside `name`; see `autoencoder_location` for the default.
-        revision: of the Hub repository.
+    `name` is a directory or Hub name of an autoencoder, or of a pipeline with one in vae/; otherwise `subfolder` says
+    where it lies inside. A model of another kind raises ValueError, and OSError where nothing is found.
 
-    Raises:
-        ValueError: `name` is a model of another kind.
-        OSError: nothing is found there.
+    Example:
+        >>> vae = load_autoencoder("stabilityai/sd-vae-ft-mse").requires_grad_(False)
     """
     location = autoencoder_location(name, subfolder=subfolder, revision=revision)
     try:
@@ -177,8 +177,9 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
 def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     """The posterior of pixels (B, 3, H, W) in [-1, 1]; H and W must be multiples of `downsampling_factor(vae)`.
 
-    Raises:
-        ValueError: another height or width, or an autoencoder whose encoder gives neither posterior nor latents.
+    Example:
+        >>> encode(vae, torch.zeros(1, 3, 256, 256)).mode().shape
+        torch.Size([1, 4, 32, 32])
     """
     for side, size in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
         require_fitting(size, downsampling_factor(vae), name=f"The {side} of images")
@@ -195,7 +196,11 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
 
 
 def decode(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
-    """Pixels (B, 3, h * f, w * f), nominally in [-1, 1] and not clamped, of raw (not normalised) latents."""
+    """Pixels (B, 3, h * f, w * f), nominally in [-1, 1] and not clamped, of raw (not normalised) latents.
+
+    Example:
+        >>> decode(vae, normalization.denormalize(latents))
+    """
     return vae.decode(raw_latents).sample
 
 
@@ -221,6 +226,7 @@ def is_deterministic(vae: Autoencoder) -> bool:
 
 
 def latent_channels(vae: Autoencoder) -> int:
+    """C of latents (B, C, h, w)."""
     return int(vae.config.latent_channels)
 
 

@@ -88,13 +88,13 @@ def delete_atomically(directory: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text that is either whole or absent."""
+    """Writes UTF-8 text that is either whole or absent: `write_text("report.html", page)`."""
     with atomic_path(path) as sibling:
         sibling.write_text(text, encoding="utf-8")
 
 
 def write_npz(path: str | os.PathLike[str], **arrays: Any) -> None:
-    """Writes an uncompressed .npz that is either whole or absent."""
+    """Writes an uncompressed .npz that is either whole or absent: `write_npz("x.npz", arr_0=samples)`."""
     with atomic_path(path) as sibling, open(sibling, "wb") as file:
         np.savez(file, **arrays)
 
@@ -135,10 +135,10 @@ def require_format_version(found: Any, current: int, *, path: str | os.PathLike[
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Creates the parent folders of a file that is written after long work, and tries whether it can be.
+    """Creates the parent folders of a file that is written after long work, and refuses one that cannot be written.
 
-    Raises:
-        ValueError: it cannot; says why.
+    Example:
+        >>> require_writable("results/eq-vae.json")
     """
     path = Path(path)
     try:
@@ -180,6 +180,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def map_npz_array(path: str | Path, key: str) -> np.ndarray:
     """An array of an uncompressed .npz as a memory map: it costs no memory until it is read.
+
+    numpy maps .npy files only, and the references of ADM's evaluator are .npz files of 10 GB: the array's place is
+    read from the headers of the archive.
 
     Raises:
         KeyError: no such array.

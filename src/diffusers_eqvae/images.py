@@ -30,7 +30,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """An image of pixels (3, H, W) in [-1, 1], by `to_uint8`."""
+    """A PIL image of pixels (3, H, W) in [-1, 1], by `to_uint8`: e.g. `to_image(pixels[0]).save("x.png")`."""
     return Image.fromarray(to_uint8(pixels.detach().cpu()).permute(1, 2, 0).numpy())
 
 
@@ -60,7 +60,11 @@ def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def comparison_rows(vae: nn.Module, pixels: Tensor) -> list[list[Tensor]]:
-    """For each image of (B, 3, H, W): the five images named in `CAPTIONS`, all (3, H, W)."""
+    """For each image of pixels (B, 3, H, W): the five images named in `CAPTIONS`, all (3, H, W).
+
+    Example:
+        >>> grid(comparison_rows(vae, pixels), CAPTIONS).save("comparison.png")
+    """
     size = (pixels.shape[-2], pixels.shape[-1])
     with evaluating(vae):
         raw_latents = encode(vae, pixels).mode()
@@ -104,7 +108,7 @@ def image_grid(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB, turned upright by its EXIF orientation.
+    """Any PIL image as 8-bit RGB, rotated upright by its EXIF orientation: `to_rgb(Image.open("0001.jpg"))`.
 
     Transparency is laid over white, 16-bit grey values are divided by 257 and rounded, CMYK, palette, grey and YCbCr
     are converted.
@@ -129,8 +133,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of (size, size) pixels as ADM (Dhariwal & Nichol 2021) prepares ImageNet.
 
-    While the short side is at least twice `size` the image is halved with a box filter; then it is resized
+    While the short side is at least twice `size` the image is downscaled by 2 with a box filter; then it is resized
     (bicubic) so that the short side is `size`, and the middle is cut out.
+
+    Example:
+        >>> pixels = to_pixels(adm_center_crop(to_rgb(Image.open("0001.jpg")), 256))
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -71,7 +71,7 @@ def _splitmix64(words: np.ndarray) -> np.ndarray:
 
 
 def reseed_global(seed: int, rank: int, step: int, micro: int) -> None:
-    """Seeds Python's, NumPy's and torch's (CPU and CUDA) global generators from (seed, rank, step, micro)."""
+    """Seeds Python's, NumPy's and torch's (CPU and CUDA) global generators from (seed, rank, step, micro-batch)."""
     words = np.random.SeedSequence((seed, rank, step, micro)).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[1] >> np.uint64(32)))

@@ -82,7 +82,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(repository, vae, images
 def test_what_cannot_be_measured_is_refused(repository, vae, images, tmp_path, tiny_autoencoder_tiny):
     for more, message in (
         (["--num_images", "14"], "holds 13 images; 14 are to be measured"),
-        (["--resolution", "30"], "multiples of 4"),
+        (["--resolution", "30"], "a multiple of the autoencoder.s stride 4; got 30"),
         (["--output", str(images)], "it is a folder"),
         (["--output", str(vae / "config.json" / "card.json")], "cannot be written"),
     ):

@@ -37,6 +37,10 @@ class DrawOrder:
     Args:
         num_examples: N > 0.
         seed: in [0, 2^64).
+
+    Example:
+        >>> DrawOrder(8, seed=42).permutation(1).tolist()
+        [2, 3, 4, 7, 5, 6, 1, 0]
     """
 
     def __init__(self, num_examples: int, *, seed: int) -> None:
@@ -74,9 +78,6 @@ class DrawSampler:
         seed: of the order; `DrawDataset` must be given the same.
         rank, world_size: this process's place, 0 <= rank < world_size.
         start_batch: number of batches this rank has consumed before, to resume exactly.
-
-    Raises:
-        ValueError: an argument outside its range.
 
     Example:
         >>> sampler = iter(DrawSampler(10, batch_size=2, seed=0, rank=1, world_size=2))
@@ -123,6 +124,10 @@ class DrawDataset(Dataset):
         seed: the same as the sampler's.
 
     Use `collate_draws` as the loader's collate_fn; it takes both forms.
+
+    Example:
+        >>> sampler = DrawSampler(len(store), batch_size=256, seed=0)
+        >>> loader = DataLoader(DrawDataset(store, seed=0), batch_sampler=sampler, collate_fn=collate_draws)
     """
 
     def __init__(self, dataset: DrawableDataset, *, seed: int) -> None:
