@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         if not finished:
             versions = {module.__name__: module.__version__ for module in (diffusers_eqvae, diffusers, torch)}
             facts = {"model": arguments.model, "device": str(state.device), "versions": versions}
-            sampling.finish(output_dir, blocks, settings=settings, facts=facts | sampling.revisions(pipeline))
+            sampling.finish(output_dir, blocks, settings=settings, facts=facts | sampling.identities(pipeline))
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
         image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")
         if arguments.save_png:

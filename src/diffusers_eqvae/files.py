@@ -78,6 +78,18 @@ def strict_json(content: Any) -> str:
     return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
+def require_format_version(found: Any, known: int, path: str | os.PathLike[str], remedy: str) -> None:
+    """Refuses a file of an older or a newer format than the `known` one; `remedy` helps with an older one."""
+    if found is not None and int(found) > known:
+        raise ValueError(
+            f"{path} has format version {int(found)}, which a newer diffusers_eqvae wrote; this one reads {known}. "
+            "Update it: pip install --upgrade diffusers_eqvae."
+        )
+    if found is None or int(found) < known:
+        stated = "no format version" if found is None else f"format version {int(found)}"
+        raise ValueError(f"{path} has {stated} and is older than version {known}, which is read here. {remedy}.")
+
+
 def require_writable(path: str | os.PathLike[str]) -> None:
     """Creates the parent folders of a file that is written after long work, and tries whether it can be.
 

@@ -16,12 +16,13 @@ from .equivariance import rotation, scaling
 
 CAPTIONS = ("image", "reconstruction", "latent rotated 90°", "latent halved", "latent PCA")
 CAPTION_PX = 16
+# What `to_uint8` does, as result cards state it.
+UINT8_RULE = "clamp(127.5 x + 128), truncated"
 
 
 def to_image(pixels: Tensor) -> Image.Image:
     """A image of pixels (3, H, W) in [-1, 1], by clamp(127.5 x + 128) truncated to uint8."""
-    levels = (pixels.detach().float().cpu() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+    return Image.fromarray(to_uint8(pixels.detach().cpu()).permute(1, 2, 0).numpy())
 
 
 def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def write_figures(
             "poor_psnr_db": measuring.POOR_PSNR_DB,
             "dead_channel_share": measuring.DEAD_CHANNEL_SHARE,
         },
-        "models": [asdict(inspection) for inspection in inspections],
+        "models": [asdict(replace(inspection, measurement=None)) for inspection in inspections],
     }
     if len(inspections) == 2:
         content["comparison"] = compare(*inspections)

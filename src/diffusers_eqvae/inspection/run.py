@@ -14,10 +14,11 @@ from torch import Tensor
 from ..autoencoders import load_autoencoder
 from ..data.image_datasets import load_image_dataset
 from ..files import require_writable
-from ..images import adm_center_crop, to_pixels
+from ..images import adm_center_crop, to_pixels, to_uint8
 from ..losses.perceptual import LPIPS
-from ..metrics.image_sets import hash_digests, image_digests, to_levels
-from ..provenance import hardware, weights_hash
+from ..metrics.image_sets import hash_digests, image_digests
+from ..metrics.members.lpips import PerceptualDistance
+from ..provenance import hardware
 from .card import SHOWN_IMAGES, strips, write_figures, write_html, write_png
 from .health import Inspection, inspect_autoencoder, require_fitting, result_card
 
@@ -77,14 +78,13 @@ def run_inspection(
     images = load_images(data, resolution=resolution, num_images=num_images)
     provenance = {"data": Path(data).name}
     provenance |= hardware(device)
-    protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(to_levels(images)))}
+    protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(to_uint8(images).permute(0, 2, 3, 1).numpy()))}
     protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
-    perceptual = None
+    lpips = None
     if lpips_backbone_weights is not None:
-        perceptual = LPIPS.from_pretrained(
+        lpips = LPIPS.from_pretrained(
             lpips_net, backbone_weights=lpips_backbone_weights, linear_weights=lpips_linear_weights
         ).to(device)
-        protocol |= {"lpips_net": lpips_net, "lpips_weights_hash": weights_hash(perceptual)}
     locations = [(model, subfolder)] + ([(compare, compare_subfolder)] if compare is not None else [])
     models = ["/".join(filter(None, location)) for location in locations]
     names = _short_names([name for name, _ in locations])
@@ -96,12 +96,15 @@ def run_inspection(
         require_fitting(vae, resolution)
     images = images.to(device)
     inspections = [
-        inspect_autoencoder(vae, images, name=name, perceptual=perceptual)
+        inspect_autoencoder(
+            vae, images, name=name, perceptual=None if lpips is None else PerceptualDistance(lpips, net=lpips_net)
+        )
         for vae, name in zip(vaes, names, strict=True)
     ]
     for file, name, inspection in zip(_card_names(names), models, inspections, strict=True):
         result_card(inspection, name, protocol=protocol, provenance=provenance).save(folder / file)
-    settings = {"images": len(images), **protocol, "posterior": "mean"}
+    measured = inspections[0].measurement
+    settings = {"images": len(images), **protocol, **(measured.protocol if measured else {}), "posterior": "mean"}
     settings["ssim"] = "Gaussian window of 11 px, sigma 1.5, range 2"
     write_figures(folder / "card.json", inspections, settings, provenance)
     shown = np.linspace(0, len(images) - 1, min(SHOWN_IMAGES, len(images))).round().astype(int).tolist()

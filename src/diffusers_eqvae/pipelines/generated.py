@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.result_card import UINT8_RULE
-from ..provenance import weights_hash
-from .sampling import plan_blocks, require_finite, revisions, sample_generators, sample_labels, scheduler_facts
+from ..images import UINT8_RULE
+from .sampling import identities, plan_blocks, require_finite, sample_generators, sample_labels, scheduler_facts
 
 
 class GeneratedImages:
@@ -61,8 +60,7 @@ class GeneratedImages:
             **options,
             "seed": seed,
             "scheduler": scheduler_facts(pipeline.scheduler),
-            "weights": weights_hash(pipeline.transformer, pipeline.vae),
-            **revisions(pipeline),
+            **identities(pipeline),
             "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
         }
 

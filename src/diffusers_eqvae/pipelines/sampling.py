@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import map_npz_array, require_writable, strict_json, write_json, write_npz, written_aside
-from ..metrics.result_card import UINT8_RULE
-from ..provenance import model_revision
+from ..images import UINT8_RULE
+from ..provenance import autoencoder_identity, weights_hash
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 LABEL_POLICIES = ("random", "balanced")
@@ -224,7 +224,6 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     return {"class": type(scheduler).__name__, **options}
 
 
-def revisions(pipeline: Any) -> dict[str, str]:
-    """Commit or weights' hash of the two models of a pipeline, under the names of a result card."""
-    parts = ("vae", "transformer")
-    return {f"{part}_revision": model_revision(getattr(pipeline, part)) for part in parts}
+def identities(pipeline: Any) -> dict[str, Any]:
+    """Which weights the two models of a pipeline have, under the names of a result card."""
+    return {"autoencoder": autoencoder_identity(pipeline.vae), "transformer": weights_hash(pipeline.transformer)}

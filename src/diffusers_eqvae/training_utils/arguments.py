@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from ..data.image_datasets import ImageSource, load_image_dataset
+from ..extensions import Registry, load_extension
 from ..files import write_text
 
 logger = logging.getLogger(__name__)
@@ -195,12 +196,45 @@ def warn_without_effect(arguments: Any, names: Iterable[str], reason: str) -> No
         logger.warning("Without effect, since %s: %s.", reason, ", ".join(changed))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Members of one room that an option chose: their own options join the script's.
+
+    Args:
+        registry: the room.
+        names: those chosen.
+        flag: the option that chose them.
+    """
+
+    registry: Registry[Any]
+    names: tuple[str, ...]
+    flag: str
+
+    def arguments(self) -> dict[str, type]:
+        """Name -> `Arguments` of those that have any."""
+        found = {name: getattr(self.registry[name], "Arguments", None) for name in self.names}
+        return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def load_extensions(argv: Sequence[str]) -> list[str]:
+    """Loads what `--extension FILE_OR_MODULE` names, and gives back the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--extension", action="append", default=[])
+    given, rest = parser.parse_known_args(argv)
+    for extension in given.extension:
+        load_extension(extension)
+    return rest
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows a script's docstring line by line, and every default."""
 
 
 def parse(
-    *dataclass_types: type, argv: Sequence[str] | None = None, description: str | None = None
+    *dataclass_types: type,
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    choices: Callable[[Mapping[str, Any]], Sequence[Choice]] | None = None,
 ) -> tuple[Any, ...]:
     """Reads `[PRESET.yaml] [--flag value ...]` into one instance per dataclass; flags win over the preset.
 
@@ -208,6 +242,8 @@ def parse(
         dataclass_types: dataclasses whose fields carry their help in `metadata`; names must differ between them.
         argv: arguments without the program name; None reads `sys.argv`.
         description: what --help says first.
+        choices: from the values read so far (name -> value), whose further options there are; their instances are
+            the last value returned, by member name.
 
     Raises:
         ValueError: a preset that is absent, not a flat mapping, or holds an unknown key (the nearest is named), or a
@@ -220,6 +256,14 @@ def parse(
     """
     from transformers import HfArgumentParser
 
+    argv, base, methods = load_extensions(sys.argv[1:] if argv is None else argv), dataclass_types, {}
+    if choices is not None:
+        early = HfArgumentParser(dataclass_types, add_help=False, allow_abbrev=False)
+        for action in early._actions:
+            action.required = False
+        given = vars(early.parse_known_args(argv)[0])
+        methods = {name: kind for choice in choices(given) for name, kind in choice.arguments().items()}
+        dataclass_types = (*dataclass_types, *methods.values())
     parser = HfArgumentParser(
         dataclass_types, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
     )
@@ -228,7 +272,6 @@ def parse(
     for action in parser._actions:  # the --no_X that HfArgumentParser adds would repeat X's help and the wrong default
         if action.option_strings[0].startswith("--no_") and action.nargs == 0:
             action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
-    argv = list(sys.argv[1:] if argv is None else argv)
     known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
     if argv and Path(argv[0]).suffix in YAML_SUFFIXES:
         argv = _preset_as_flags(Path(argv[0]), known) + argv[1:]
@@ -240,7 +283,9 @@ def parse(
         parser.error(f"the preset must come first, before every flag; {misplaced[0]} does not")
     if unknown:
         parser.error(f"unknown argument {unknown[0]}; the nearest flag is --{_nearest(unknown[0].lstrip('-'), known)}")
-    return tuple(parsed)
+    if choices is None:
+        return tuple(parsed)
+    return (*parsed[: len(base)], dict(zip(methods, parsed[len(base) :], strict=True)))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
