@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor, is_deterministic, latent_channels
 from ..metrics.autoencoder import OFFERS, RECONSTRUCTION_METRICS, measure_autoencoder, reconstruction_card
-from ..metrics.base import Measurement, Metric, build_metrics
+from ..metrics.base import Measurement, build_metrics
+from ..metrics.members.lpips import PerceptualDistance
 from ..metrics.result_card import ResultCard
 from ..provenance import autoencoder_identity, model_revision
 
@@ -46,7 +47,7 @@ class Inspection:
 
 
 def inspect_autoencoder(
-    vae: nn.Module, images: Tensor, *, name: str, perceptual: Metric | None = None, batch_size: int = 1
+    vae: nn.Module, images: Tensor, *, name: str, perceptual: nn.Module | None = None, batch_size: int = 1
 ) -> Inspection:
     """Measures `vae` on images (N, 3, S, S) in [-1, 1], one at a time by default, which a CPU does fastest.
 
@@ -56,7 +57,7 @@ def inspect_autoencoder(
     require_fitting(vae, images.shape[-1])
     start = time.perf_counter()
     names = [name for name in RECONSTRUCTION_METRICS if name not in ("lpips", "rfid")]
-    metrics = build_metrics(names, offers=OFFERS) + ([] if perceptual is None else [perceptual])
+    metrics = build_metrics(names, offers=OFFERS) + ([] if perceptual is None else [PerceptualDistance(perceptual)])
     measured = measure_autoencoder(vae, images.split(batch_size), metrics=metrics)
     figures = {"num_images": len(images), **measured.values(), **measured.details}
     description = {

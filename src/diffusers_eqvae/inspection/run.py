@@ -17,7 +17,6 @@ from ..files import require_writable
 from ..images import adm_center_crop, to_pixels, to_uint8
 from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests
-from ..metrics.members.lpips import PerceptualDistance
 from ..provenance import hardware
 from .card import SHOWN_IMAGES, strips, write_figures, write_html, write_png
 from .health import Inspection, inspect_autoencoder, require_fitting, result_card
@@ -96,10 +95,7 @@ def run_inspection(
         require_fitting(vae, resolution)
     images = images.to(device)
     inspections = [
-        inspect_autoencoder(
-            vae, images, name=name, perceptual=None if lpips is None else PerceptualDistance(lpips, net=lpips_net)
-        )
-        for vae, name in zip(vaes, names, strict=True)
+        inspect_autoencoder(vae, images, name=name, perceptual=lpips) for vae, name in zip(vaes, names, strict=True)
     ]
     for file, name, inspection in zip(_card_names(names), models, inspections, strict=True):
         result_card(inspection, name, protocol=protocol, provenance=provenance).save(folder / file)

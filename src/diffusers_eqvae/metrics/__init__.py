@@ -1,4 +1,4 @@
-"""Measurements of autoencoders and of generated images: metrics, the passes they are computed in, result cards."""
+"""Measurements of autoencoders; each is one function of tensors."""
 
 from .equivariance import measure_equivariance
 from .reconstruction import psnr

@@ -2,7 +2,7 @@
 
 A metric is one file in `metrics/members/`, or one of your own that `load_extension` runs:
 
-    from diffusers_eqvae.metrics import Figure, PerImageMetric, register_metric
+    from diffusers_eqvae.metrics.base import PerImageMetric, register_metric
 
     @register_metric("saturation")
     class Saturation(PerImageMetric):

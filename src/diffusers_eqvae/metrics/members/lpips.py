@@ -16,7 +16,6 @@ class PerceptualDistance(PerImageMetric):
 
     Args:
         network: `LPIPS`, or whatever maps (reconstructions, images) to (B,).
-        net: what the network is called where figures are compared.
     """
 
     needs = frozenset({"images", "reconstructions"})
@@ -32,18 +31,19 @@ class PerceptualDistance(PerImageMetric):
         )
         lpips_linear_weights: str | None = field(default=None, metadata={"help": "Its linear heads, v0.1."})
 
-    def __init__(self, network: nn.Module, *, net: str) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.net = network, net
+        self.network = network
 
     @classmethod
     def from_arguments(cls, arguments=None, *, network=None, reference=None):
         files = {"backbone_weights": arguments.lpips_backbone_weights}
         files["linear_weights"] = arguments.lpips_linear_weights
-        return cls(LPIPS.from_pretrained(arguments.lpips_net, **files), net=arguments.lpips_net)
+        return cls(LPIPS.from_pretrained(arguments.lpips_net, **files))
 
     def rows(self, batch):
         return {"lpips": self.network.to(batch["images"].device)(batch["reconstructions"], batch["images"])}
 
     def protocol(self):
-        return {"lpips_net": self.net, "lpips_weights_hash": weights_hash(self.network)}
+        name = getattr(self.network, "net", type(self.network).__name__)
+        return {"lpips_net": name, "lpips_weights_hash": weights_hash(self.network)}
