@@ -158,6 +158,17 @@ def test_the_number_of_processes_changes_no_bit(world_size):
             mine.merge(theirs)
     assert Measurement(first).figures == Measurement(saw(None)).figures
     assert set(Measurement(first).figures) == ALL
+    at_once = evaluate_generation(extract(network, images, batch_size=8), reference, network)
+    assert at_once.figures == Measurement(first).figures
+
+
+def test_metrics_of_one_network_share_its_features():
+    """In memory, and on the way to another process."""
+    network = TinyInception()
+    reference, batches = reference_of(network), ImageSet(images_uint8(200), name="samples").batches(200)
+    metrics = build_metrics(("fid", "precision_recall", "kid"), offers=OFFERS, network=network, reference=reference)
+    measure(metrics, sample_batches(batches, [network]))
+    assert len(pickle.dumps(metrics)) < 1.2 * len(pickle.dumps(metrics[:1]))
 
 
 def test_a_reference_survives_its_file(tmp_path):

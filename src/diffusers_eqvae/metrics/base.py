@@ -133,8 +133,7 @@ class PerImageMetric(Metric):
         """Name -> (B, ...) of the images of a batch; floats are kept as float32."""
 
     def update(self, batch: Mapping[str, Any], index: Sequence[int]) -> None:
-        rows = {name: values.detach().cpu() for name, values in self.rows(batch).items()}
-        rows = {name: values.float() if values.is_floating_point() else values for name, values in rows.items()}
+        rows = {name: _kept(values) for name, values in self.rows(batch).items()}
         self._kept.append((torch.tensor(list(index)), rows))
 
     def merge(self, other: Any) -> None:
@@ -154,6 +153,12 @@ class PerImageMetric(Metric):
     def compute(self) -> dict[str, Figure]:
         rows = self.joined()
         return {name: Figure.mean(values, unit=self.unit, better=self.better) for name, values in rows.items()}
+
+
+def _kept(values: Tensor) -> Tensor:
+    """On the CPU, floats in float32; the very object where it is that, so that metrics share what one batch gave."""
+    values = (values.detach() if values.requires_grad else values).cpu()
+    return values.float() if values.is_floating_point() else values
 
 
 def build_metrics(
