@@ -173,7 +173,7 @@ class ModuleFeatures(FeatureNetwork):
 
     Args:
         module: takes (B, 3, H, W) floats and gives (B, D), or (B, D, h, w) that is averaged over space.
-        name: of the evaluator; becomes part of the name of every number.
+        name: of the network; becomes part of the name of every number.
         image_size: side in pixels that images are resized to (bicubic with antialiasing); None leaves them.
         mean, std: of the normalisation of [0, 1].
         weights_hash: default: a hash of the module's tensors.
