@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.pipelines import sampling
-from diffusers_eqvae.provenance import hardware, weights_hash
+from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from diffusers_eqvae.training_utils.arguments import DTYPES
@@ -87,7 +87,7 @@ def what_decides_the_images(
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"dtype": DTYPES[arguments.dtype], "class_ids": class_ids}
     settings["scheduler_config"] = sampling.scheduler_settings(pipeline.scheduler)
-    return settings | {"weights": weights_hash(pipeline.transformer, pipeline.vae)}
+    return settings | sampling.identities(pipeline)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if state.is_main_process:
         if not finished:
-            metadata = {"model": arguments.model, **sampling.revisions(pipeline), **hardware(state.device)}
+            metadata = {"model": arguments.model, **hardware(state.device)}
             sampling.finish(output_dir, blocks, settings=settings, metadata=metadata)
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
         image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")

@@ -6,7 +6,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_eqvae.images import CAPTIONS, comparison_rows, evenly_spaced, grid, image_grid, latent_pca, to_image
+from diffusers_eqvae.images import (
+    CAPTIONS,
+    comparison_rows,
+    evenly_spaced,
+    grid,
+    image_grid,
+    latent_pca,
+    to_image,
+    to_uint8,
+)
 
 
 def test_to_image_inverts_the_training_scaling():
@@ -21,6 +30,14 @@ def test_evenly_spaced_indices_are_different_and_reach_both_ends():
             indices = evenly_spaced(length, count)
             assert len(set(indices)) == count and indices == sorted(indices)
             assert count == 1 or (indices[0], indices[-1]) == (0, length - 1)
+
+
+def test_uint8_is_truncated_and_clamped():
+    """UINT8_RULE: clamp(127.5 x + 128), truncated."""
+    pixels = torch.tensor([-2.0, -1.0, -1 / 255, 0.0, 0.999, 1.0, 3.0])
+    assert to_uint8(pixels).tolist() == [0, 0, 127, 128, 255, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(every / 127.5 - 1), every)
 
 
 def test_pca_finds_the_strongest_channels_and_keeps_their_basis():

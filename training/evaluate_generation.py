@@ -1,35 +1,44 @@
 r"""Measures generated images against a reference in one pass: FID, sFID, Inception score, KID, precision, recall.
 
     python training/evaluate_generation.py --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256.npz \
-        --weights weights-inception-2015-12-05-6726825d.pth
+        --feature_networks inception=weights-inception-2015-12-05-6726825d.pth
     python training/evaluate_generation.py --samples runs/sit --num_samples 1000 --reference IMAGES \
-        --resolution 256 --evaluator dinov2 --weights facebook/dinov2-large
+        --resolution 256 --feature_networks dinov2=facebook/dinov2-large
 
-Samples are an .npz (arr_0 uint8 NHWC), a folder of images, or a saved pipeline, which is sampled in memory. Writes a
-result card (JSON) that `eqvae compare` reads. The number of processes changes no bit, the batch size last digits.
+Samples are an .npz (arr_0 uint8 NHWC), a folder of images, or a saved pipeline, which is sampled in memory; --metrics
+computes others. Writes a result card (JSON) for each feature network, which `eqvae compare` reads. The number of
+processes changes no bit, the batch size last digits.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from diffusers_eqvae.autoencoders import is_pipeline
 from diffusers_eqvae.data.image_datasets import load_image_dataset
+from diffusers_eqvae.extensions import loaded_extensions
 from diffusers_eqvae.files import require_writable
-from diffusers_eqvae.metrics.feature_networks import EvaluatorName, load_extractor
-from diffusers_eqvae.metrics.generation import evaluate_generation, load_reference, network_facts
-from diffusers_eqvae.metrics.image_sets import Collected, Processes, collect
-from diffusers_eqvae.metrics.inputs import ImageSet, open_images
-from diffusers_eqvae.metrics.result_card import ResultCard, run_facts, sampling_facts
+from diffusers_eqvae.metrics.base import METRICS, Measurement, build_metrics, measure
+from diffusers_eqvae.metrics.feature_networks import FeatureNetwork, load_feature_network
+from diffusers_eqvae.metrics.generation import (
+    GENERATION_METRICS,
+    OFFERS,
+    ImageDigests,
+    Reference,
+    load_reference,
+    sample_batches,
+)
+from diffusers_eqvae.metrics.image_sets import ImageSet, open_images
+from diffusers_eqvae.metrics.result_card import ResultCard, run_settings, sampling_settings
 from diffusers_eqvae.pipelines.generated import GeneratedImages
 from diffusers_eqvae.pipelines.sampling import load_pipeline
 from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.training_utils.arguments import warn_without_effect
-from diffusers_eqvae.training_utils.command_line import parse
+from diffusers_eqvae.training_utils.command_line import Choice, parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 
@@ -40,17 +49,22 @@ class EvaluationArguments:
     samples: str = field(
         metadata={"help": "An .npz with arr_0, a folder of images, or a pipeline (directory or Hub name)."}
     )
-    reference: str = field(
-        metadata={"help": "An ADM reference .npz, saved statistics, a folder of images, or a dataset's name."}
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "An ADM reference .npz, saved statistics, a folder of images, or a dataset's name."},
     )
     reference_split: str | None = field(
         default=None, metadata={"help": "Read --reference as a dataset, and this split of it (needs --resolution)."}
     )
-    evaluator: EvaluatorName = field(
-        default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
+    metrics: list[str] = field(
+        default_factory=lambda: list(GENERATION_METRICS), metadata={"help": "NAME ... of what is computed."}
     )
-    weights: str | None = field(
-        default=None, metadata={"help": "File of the network's weights; for dinov2 a directory or Hub name."}
+    feature_networks: list[str] = field(
+        default_factory=lambda: ["inception"],
+        metadata={
+            "help": "NAME[=WEIGHTS] ..., with a card for each: inception gives FID; dinov2, squeezenet and "
+            "cifar_resnet name themselves in every number. Loaded only for metrics that need them."
+        },
     )
     output: str | None = field(default=None, metadata={"help": "The card; default: beside the samples."})
     save_reference: str | None = field(
@@ -63,8 +77,20 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.reference_split is None and not Path(self.reference).exists():
-            raise ValueError(f"--reference {self.reference} is no file or folder; a dataset needs --reference_split.")
+        if self.reference and self.reference_split is None and not Path(self.reference).exists():
+            raise ValueError(
+                f"--reference {self.reference} is neither a file nor a folder; a dataset needs --reference_split."
+            )
+        if len(self.feature_networks) > 1 and (self.output or self.save_reference):
+            raise ValueError(
+                "Several --feature_networks have a card and a reference each, beside the samples; leave --output and "
+                "--save_reference out, or name one network."
+            )
+        needs = {need for name in self.metrics for need in METRICS[name].needs}
+        if "reference" in needs and self.reference is None:
+            raise ValueError("--reference is missing: what are the samples to be compared with?")
+        if "features" not in needs:
+            self.feature_networks = []
 
 
 @dataclass
@@ -83,62 +109,87 @@ class PipelineArguments:
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
 
 
-def generated(evaluation: EvaluationArguments, options: PipelineArguments, state: PartialState) -> GeneratedImages:
-    if evaluation.num_samples is None:
+def generated(arguments: EvaluationArguments, options: PipelineArguments, state: PartialState) -> GeneratedImages:
+    if arguments.num_samples is None:
         raise ValueError("A pipeline needs --num_samples; how many images are to be measured?")
-    pipeline = load_pipeline(evaluation.samples).to(state.device)
+    pipeline = load_pipeline(arguments.samples).to(state.device)
     ranks = {"rank": state.process_index, "world_size": state.num_processes}
-    return GeneratedImages(
-        pipeline, evaluation.num_samples, batch_size=evaluation.batch_size, **ranks, **vars(options)
-    )
+    return GeneratedImages(pipeline, arguments.num_samples, batch_size=arguments.batch_size, **ranks, **vars(options))
 
 
-def card_path(evaluation: EvaluationArguments) -> Path:
+def card_path(arguments: EvaluationArguments, network: str | None) -> Path:
     """--output, or beside the samples; of a pipeline on the Hub in the working directory."""
-    path = Path(evaluation.samples)
+    path = Path(arguments.samples)
     base, beside = path.stem if path.is_file() else path.name, path.parent if path.exists() else Path()
-    return Path(evaluation.output or beside / f"{base}.{evaluation.evaluator}.json")
+    name = network.partition("=")[0] if network else "metrics"
+    return Path(arguments.output or beside / f"{base}.{name}.json")
 
 
-def main(argv: list[str] | None = None) -> ResultCard | None:
-    arguments, options = parse(EvaluationArguments, PipelineArguments, argv=argv, description=__doc__)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    state, path, resolution = build_state(), Path(arguments.samples), arguments.resolution
-    output = card_path(arguments)
-    for written in filter(None, (output, arguments.save_reference)):
-        require_writable(written)
-    extractor = load_extractor(arguments.evaluator, arguments.weights).to(state.device)
-    processes = Processes(state.process_index, state.num_processes, gather_object)
-    reference = arguments.reference
+def chosen_metrics(given: Mapping[str, Any]) -> list[Choice]:
+    return [Choice(METRICS, tuple(given["metrics"]), "metrics")]
+
+
+def references(
+    arguments: EvaluationArguments, networks: list[FeatureNetwork], state: PartialState
+) -> list[Reference | None]:
+    """One for each network, as far as there is something to compare with."""
+    if arguments.reference is None:
+        return [None] * len(networks)
+    source: str | ImageSet = arguments.reference
     if arguments.reference_split is not None:
-        source = load_image_dataset(reference, split=arguments.reference_split)
-        reference = ImageSet(source, name=f"{reference} ({arguments.reference_split})", resolution=resolution)
+        images = load_image_dataset(source, split=arguments.reference_split)
+        source = ImageSet(images, name=f"{source} ({arguments.reference_split})", resolution=arguments.resolution)
+    how = {"batch_size": arguments.batch_size, "resolution": arguments.resolution, "processes": state}
+    return [load_reference(source, network, **how) for network in networks]
 
-    if is_pipeline(arguments.samples):
-        made = generated(arguments, options, state)
-        samples = Collected.join(gather_object([collect(extractor, made)]))
-        facts, rules, resize_rule = {**made.settings, "model": str(path), **run_facts(path)}, made.protocol, "none"
-    else:
-        warn_without_effect(options, vars(options), "the samples exist already")
-        images = open_images(path, limit=arguments.num_samples, resolution=resolution if path.is_dir() else None)
-        samples = processes.measure(extractor, images, batch_size=arguments.batch_size)
-        (facts, rules), resize_rule = sampling_facts(path), images.resize_rule
-    target = load_reference(
-        reference, extractor, batch_size=arguments.batch_size, resolution=resolution, processes=processes
+
+def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
+    """The card, or those of several networks; None on processes other than the first."""
+    arguments, sampling, options = parse(
+        EvaluationArguments, PipelineArguments, argv=argv, description=__doc__, choices=chosen_metrics
     )
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    state, path = build_state(), Path(arguments.samples)
+    outputs = [card_path(arguments, name) for name in arguments.feature_networks or [None]]
+    for written in filter(None, (*outputs, arguments.save_reference)):
+        require_writable(written)
+    networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
+
+    made, resize_rule = None, "none"
+    if is_pipeline(arguments.samples):
+        made = generated(arguments, sampling, state)
+        batches = zip(made.blocks, made, strict=True)
+    else:
+        warn_without_effect(sampling, vars(sampling), "the samples exist already")
+        resolution = arguments.resolution if path.is_dir() else None
+        images = open_images(path, limit=arguments.num_samples, resolution=resolution)
+        batches, resize_rule = images.batches(arguments.batch_size, state), images.resize_rule
+    targets = references(arguments, networks, state)
+    groups = [
+        build_metrics(arguments.metrics, options, offers=OFFERS, network=network, reference=target)
+        for network, target in zip(networks or [None], targets or [None], strict=True)
+    ]
+    digests = ImageDigests()
+    measure([*(metric for group in groups for metric in group), digests], sample_batches(batches, networks), state)
     if not state.is_main_process:
         return None
-    result = evaluate_generation(samples, target, extractor=extractor)
-    protocol = {**network_facts(extractor), **rules, "reference_hash": target.hash, "resize_rule": resize_rule}
-    protocol["num_samples"] = len(samples.digests)
-    provenance = {"reference": target.name, "samples_hash": samples.hash}
-    provenance |= hardware(state.device)
-    card = ResultCard(result.metrics, protocol, facts, result.marks, provenance)
-    card.save(output)
-    if arguments.save_reference:
-        target.save(arguments.save_reference)
-    print(card.summary(), f"card: {output}", sep="\n")
-    return card
+    if made is None:
+        settings, rules = sampling_settings(path)
+    else:
+        settings, rules = {**made.facts, "model": str(path), **run_settings(path)}, made.rules
+    cards = []
+    for group, target, output in zip(groups, targets or [None], outputs, strict=True):
+        measured = Measurement(group)
+        protocol = {"num_samples": len(digests), "resize_rule": resize_rule, **rules, **measured.protocol}
+        provenance = {"samples_hash": digests.hash, "extensions": loaded_extensions(), **hardware(state.device)}
+        provenance |= {} if target is None else {"reference": target.name}
+        card = ResultCard(protocol=protocol, settings=settings, provenance=provenance, **measured.card_parts())
+        card.save(output)
+        if arguments.save_reference and target is not None:
+            target.save(arguments.save_reference)
+        print(card.summary(), f"card: {output}", sep="\n")
+        cards.append(card)
+    return cards if len(cards) > 1 else cards[0]
 
 
 if __name__ == "__main__":

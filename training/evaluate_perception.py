@@ -25,7 +25,7 @@ from diffusers_eqvae.metrics.result_card import ResultCard
 from diffusers_eqvae.perception.annotated_images import AnnotatedReader, split_figures
 from diffusers_eqvae.perception.features import load_alignment_network
 from diffusers_eqvae.perception.tasks import DepthTask, Method, SegmentationTask, paired_files, transfer_methods
-from diffusers_eqvae.provenance import hardware, hash_file, model_revision, weights_hash
+from diffusers_eqvae.provenance import autoencoder_identity, hardware, hash_file, weights_hash
 from diffusers_eqvae.training_utils.arguments import warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
         task = SegmentationTask.of_files(masks, arguments.num_classes, ignore_index=arguments.ignore_index)
     vae, network = load_autoencoder(arguments.vae).requires_grad_(False), None
     facts: dict[str, Any] = {"model": arguments.vae, "model_class": type(vae).__name__, "dtype": "float32"}
-    facts |= {"weights": weights_hash(vae), "vae_revision": model_revision(vae)}
+    facts |= {"autoencoder": autoencoder_identity(vae)}
     if arguments.alignment_network is not None:
         network = load_alignment_network(arguments.alignment_network).to(arguments.device)
         facts["alignment_network"] = {"name": arguments.alignment_network, "weights_hash": weights_hash(network)}
@@ -128,13 +128,13 @@ def main(argv: list[str] | None = None) -> ResultCard:
         for index in (place - number * arguments.batch_size for place in shown):
             if 0 <= index < len(pixels):
                 rows.append([pixels[index], *task.draw([answer[index] for answer in answers.values()], truth[index])])
-    metrics, marks = split_figures(task.figures())
+    metrics, caveats = split_figures(task.figures())
     protocol = {**reader.protocol, "num_annotated": len(annotated), "num_tested": num_tested}
     provenance = {"data": Path(arguments.images).name, "targets": Path(arguments.targets).name}
     provenance |= hardware(arguments.device)
     used = {"annotated": [image.name for image, _ in annotated], "tested": [image.name for image, _ in tested]}
     details = {"figures": task.figures(), "arguments": asdict(arguments), **used}
-    card = ResultCard(metrics, protocol, facts, marks, provenance, "perception", details)
+    card = ResultCard(metrics, protocol, facts, caveats, provenance, "perception", details)
     card.save(arguments.output)
     grid(rows, ("image", "truth", *methods)).save(Path(arguments.output).with_suffix(".png"))
     print(card.summary(), f"card: {arguments.output}, the overview beside it", sep="\n")

@@ -139,9 +139,14 @@ def test_evaluation_gives_the_figures_of_the_finished_pipeline_and_disturbs_noth
     # Without an average the trained module itself is sampled, which must not leave it in another mode.
     save_model_without_zeros(tmp_path / "start")
     plain = {"seed": 3, "use_ema": "false", "model": tmp_path / "start"}
-    network = {"evaluator": "squeezenet", "num_inference_steps": 2, "guidance_scale": 1.5, "seed": 3}
+    network = {
+        "feature_networks": f"squeezenet={tmp_path / 'squeezenet.pth'}",
+        "num_inference_steps": 2,
+        "guidance_scale": 1.5,
+        "seed": 3,
+    }
     silent = train(store, tmp_path / "silent", **plain)
-    options = {"evaluation_steps": 5, "num_evaluation_samples": 6, "evaluator_weights": tmp_path / "squeezenet.pth"}
+    options = {"evaluation_steps": 5, "num_evaluation_samples": 6}
     options |= {"evaluation_reference": tmp_path / "reference.npz"}
     interval = ["--guidance_interval", "0.0", "0.6"]
     run_script(SCRIPT, flags(store, tmp_path / "watched", **plain | options | network) + interval)
@@ -152,7 +157,7 @@ def test_evaluation_gives_the_figures_of_the_finished_pipeline_and_disturbs_noth
     assert curve[5]["evaluation/fd_squeezenet1_1"] != curve[10]["evaluation/fd_squeezenet1_1"]
 
     words = {"samples": tmp_path / "watched", "reference": tmp_path / "reference.npz", "num_samples": 6}
-    words |= {"weights": tmp_path / "squeezenet.pth", "batch_size": 4, "output": tmp_path / "card.json", **network}
+    words |= {"batch_size": 4, "output": tmp_path / "card.json", **network}
     run_script(
         SCRIPT.with_name("evaluate_generation.py"),
         [str(word) for name, value in words.items() for word in (f"--{name}", value)] + interval,

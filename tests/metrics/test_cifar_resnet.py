@@ -10,7 +10,12 @@ import torch
 from PIL import Image
 
 from diffusers_eqvae.metrics.cifar_resnet import CifarBlock, CifarResNet
-from diffusers_eqvae.metrics.feature_networks import IMAGENET_MEAN, IMAGENET_STD, cifar_resnet_features, load_extractor
+from diffusers_eqvae.metrics.feature_networks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    cifar_resnet_features,
+    load_feature_network,
+)
 
 
 def published(network: CifarResNet) -> dict[str, torch.Tensor]:
@@ -27,7 +32,7 @@ def images(count: int = 3, side: int = 32) -> torch.Tensor:
 def test_depth_and_size_are_the_papers(blocks, depth, parameters):
     """Table 6 of the paper: 0.27 and 0.85 million parameters."""
     network = CifarResNet(blocks)
-    assert network.depth == depth and sum(p.numel() for p in network.parameters()) == parameters
+    assert sum(p.numel() for p in network.parameters()) == parameters
     convolutions = [m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert len(convolutions) == depth
 
@@ -46,17 +51,17 @@ def test_features_and_logits_from_a_file(wrapped, tmp_path):
     network = CifarResNet(2).eval()
     state = published(network)
     torch.save({"state_dict": state, "best_prec1": 91.7} if wrapped else state, tmp_path / "weights.th")
-    extractor = load_extractor("cifar_resnet", tmp_path / "weights.th")
-    outputs = extractor(images())
+    loaded = load_feature_network("cifar_resnet", tmp_path / "weights.th")
+    outputs = loaded(images())
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
     expected = (images() / 255 - mean) / std
     torch.testing.assert_close(outputs["logits"], network(expected))
     torch.testing.assert_close(outputs["features"], network.features(expected).mean((2, 3)))
     # No number by this network can be taken for FID, precision or an Inception score.
-    assert extractor.name == "cifar10_resnet14" and "32 px" in extractor.input_rule
+    assert loaded.name == "cifar10_resnet14" and "32 px" in loaded.input_rule
     for metric in ("fid", "kid", "inception_score", "precision"):
-        assert extractor.metric_name(metric).endswith("_cifar10_resnet14")
-    assert extractor(images(side=64))["features"].shape == (3, 64)
+        assert loaded.metric_name(metric).endswith("_cifar10_resnet14")
+    assert loaded(images(side=64))["features"].shape == (3, 64)
 
 
 def test_other_weights_are_refused(tmp_path):
@@ -67,22 +72,22 @@ def test_other_weights_are_refused(tmp_path):
         ("shape", {**state, "module.linear.weight": torch.zeros(100, 64)}),
     ):
         torch.save(wrong, tmp_path / name)
-        with pytest.raises(ValueError, match="must hold a ResNet for CIFAR-10"):
+        with pytest.raises(ValueError, match="must hold the weights of a ResNet for CIFAR-10"):
             cifar_resnet_features(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"resnet56-4bfd9763\.th: fetch it with `curl -LO https"):
         cifar_resnet_features(None)
     with pytest.raises(ValueError, match="inception, dinov2, squeezenet, cifar_resnet"):
-        load_extractor("resnet")
+        load_feature_network("resnet")
 
 
 @pytest.mark.parametrize(("file", "accuracy"), [("resnet20-12fca82f.th", 0.81), ("resnet56-4bfd9763.th", 0.833)])
 def test_published_weights_know_their_classes(shared_data, file, accuracy):
     """Accuracy on 8000 images of the test split; 400 of them give it within four standard errors."""
     parquet = pytest.importorskip("pyarrow.parquet")
-    extractor = cifar_resnet_features(shared_data / "weights" / "cifar10_resnet" / file)
+    loaded = cifar_resnet_features(shared_data / "weights" / "cifar10_resnet" / file)
     table = parquet.read_table(shared_data / "cifar10" / "test-00000-of-00001.parquet").to_pydict()
     chosen = range(0, 8000, 20)
-    levels = [np.asarray(Image.open(io.BytesIO(table["image"][k]["bytes"])).convert("RGB")) for k in chosen]
-    logits = extractor(torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2))["logits"]
+    images_uint8 = [np.asarray(Image.open(io.BytesIO(table["image"][k]["bytes"])).convert("RGB")) for k in chosen]
+    logits = loaded(torch.from_numpy(np.stack(images_uint8)).permute(0, 3, 1, 2))["logits"]
     right = logits.argmax(1) == torch.tensor([table["label"][k] for k in chosen])
     assert right.double().mean().item() == pytest.approx(accuracy, abs=4 * 0.4 / 20)

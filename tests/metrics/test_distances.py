@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffusers_eqvae.metrics.distances import (
     FeatureStatistics,
@@ -154,24 +156,25 @@ def test_precision_and_recall_equal_the_naive_ones(block):
     assert precision_recall(a, a + 1e4) == (0, 0)
 
 
-def test_precision_and_recall_are_computed_in_blocks(monkeypatch):
-    from diffusers_eqvae.metrics import distances as frechet
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that any operation gives."""
 
-    largest = 0
-    real = frechet._squared_distances
+    numel = 0
 
-    def watch(a, b):
-        nonlocal largest
-        distances = real(a, b)
-        largest = max(largest, distances.numel())
-        return distances
-
-    monkeypatch.setattr(frechet, "_squared_distances", watch)
-    precision_recall(rows(300, 4), rows(500, 4, seed=1), block_size=10)
-    assert largest == 10 * 500
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        found = [each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        self.numel = max(self.numel, *found, 0)
+        return result
 
 
-def test_metrics_equal_torch_fidelitys():
+def test_precision_and_recall_hold_one_block_of_distances_at_a_time():
+    with LargestTensor() as largest:
+        precision_recall(rows(300, 4), rows(500, 4, seed=1), block_size=10)
+    assert largest.numel == 10 * 500
+
+
+def test_distances_equal_torch_fidelitys():
     pytest.importorskip("torch_fidelity")
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -191,10 +194,8 @@ def test_metrics_equal_torch_fidelitys():
     assert ours == pytest.approx(tuple(theirs.values()), rel=1e-12)
 
 
-def test_bad_features_are_named():
+def test_undefined_statistics_are_named():
     measured = FeatureStatistics(3)
-    with pytest.raises(ValueError, match=r"shape \(B, 3\); got \(2, 4\)"):
-        measured.update(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="finite"):
         measured.update(torch.full((1, 3), float("nan")))
     with pytest.raises(ValueError, match="no features"):
@@ -202,13 +203,3 @@ def test_bad_features_are_named():
     measured.update(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="at least two"):
         _ = measured.covariance
-    with pytest.raises(ValueError, match="3 and 4"):
-        measured.merge(FeatureStatistics(4))
-    with pytest.raises(ValueError, match="one D"):
-        frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
-    with pytest.raises(ValueError, match="At least 4"):
-        precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
-    with pytest.raises(ValueError, match="one D"):
-        kernel_distance(torch.zeros(3, 2), torch.zeros(9, 3), generator=torch.Generator())
-    with pytest.raises(ValueError, match="N > 0"):
-        inception_score(torch.zeros(0, 3))

@@ -17,6 +17,12 @@ def load(tmp_path):
     return lambda name: evaluate.load(module_path(name), cache_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["equivariance_error", "latent_health"])
+def test_a_module_describes_itself(name, load):
+    metric = load(name)
+    assert metric.description and metric.inputs_description.startswith("Args:\n    predictions: ")
+
+
 def latents(count: int, side: int, seed: int) -> torch.Tensor:
     return torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(seed)) + 0.5
 
@@ -52,6 +58,6 @@ def test_latent_health(load):
 
 
 def test_the_names_are_listed():
-    assert "latent_health" in NAMES
-    with pytest.raises(ValueError, match="equivariance_error, latent_health"):
+    assert set(NAMES) == {"equivariance_error", "gfid", "latent_health", "rfid"}
+    with pytest.raises(ValueError, match="equivariance_error, gfid, latent_health"):
         module_path("fid")

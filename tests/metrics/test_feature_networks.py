@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-from typing import get_args
 
 import pytest
 import torch
@@ -13,13 +12,10 @@ from torch import nn
 
 from diffusers_eqvae.metrics import feature_networks as features
 from diffusers_eqvae.metrics.feature_networks import (
-    EVALUATORS,
-    EvaluatorName,
-    FeatureExtractor,
     InceptionFID,
     ModuleFeatures,
     dinov2_features,
-    load_extractor,
+    load_feature_network,
     squeezenet_features,
 )
 from diffusers_eqvae.provenance import hash_file, weights_hash
@@ -91,24 +87,33 @@ def test_a_weights_file_cannot_run_code(inception, tmp_path):
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
 
 
-@pytest.mark.parametrize("evaluator", ["inception", "squeezenet", "cifar_resnet"])
-def test_what_is_no_file_of_these_weights_is_named(evaluator, tmp_path):
+@pytest.mark.parametrize("name", ["inception", "squeezenet", "cifar_resnet"])
+def test_files_of_other_weights_are_named(name, tmp_path):
     """One line each, whatever torch and safetensors make of them."""
-    pytest.importorskip("torch_fidelity" if evaluator == "inception" else "torchvision")
+    pytest.importorskip("torch_fidelity" if name == "inception" else "torchvision")
     module = nn.Conv2d(3, 4, 1)
     torch.save(module.state_dict(), tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"epoch": 3, "state_dict": 7}, tmp_path / "numbers.pth")
     torch.save(module.weight.data, tmp_path / "tensor.pth")
-    for name in ("garbage.pth", "garbage.safetensors"):
-        (tmp_path / name).write_bytes(b"<html>not found</html>")
+    for file in ("garbage.pth", "garbage.safetensors"):
+        (tmp_path / file).write_bytes(b"<html>not found</html>")
     (tmp_path / "short.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:300])
     (tmp_path / "empty.pth").write_bytes(b"")
     save_file(module.state_dict(), tmp_path / "other.safetensors")
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(ValueError, match=path.name) as refused:
-            load_extractor(evaluator, path)
+            load_feature_network(name, path)
         assert "\n" not in str(refused.value), path.name
+
+
+def test_a_name_may_carry_its_weights(tmp_path):
+    """As in --feature_networks NAME=WEIGHTS."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "a=b.pth")
+    assert load_feature_network(f"squeezenet={tmp_path / 'a=b.pth'}").weights_hash == hash_file(tmp_path / "a=b.pth")
+    with pytest.raises(ValueError, match="are inception, dinov2, squeezenet, cifar_resnet; got 'resnet'"):
+        load_feature_network("resnet=x.pth")
 
 
 def test_torch_fidelity_missing_is_named(monkeypatch):
@@ -125,21 +130,21 @@ def test_a_users_network_needs_a_name_of_its_own(name):
 
 
 def test_a_users_network_leaves_its_name_everywhere():
-    extractor = ModuleFeatures(nn.Conv2d(3, 4, 1), name="My Net/v2", image_size=16)
-    names = [extractor.metric_name(metric) for metric in ("fid", "sfid", "kid", "precision", "recall")]
+    network = ModuleFeatures(nn.Conv2d(3, 4, 1), name="My Net/v2", image_size=16)
+    names = [network.metric_name(metric) for metric in ("fid", "sfid", "kid", "precision", "recall")]
     assert names == ["fd_my_net_v2", "sfd_my_net_v2", "kd_my_net_v2", "precision_my_net_v2", "recall_my_net_v2"]
-    assert "16 px" in extractor.input_rule and extractor(images())["features"].shape == (2, 4)
-    assert extractor.weights_hash == weights_hash(extractor.module)
-    assert extractor.train().training is False
+    assert "16 px" in network.input_rule and network(images())["features"].shape == (2, 4)
+    assert network.weights_hash == weights_hash(network.module)
+    assert network.train().training is False
 
 
 def test_normalisation_and_average_of_a_users_network():
     module = nn.Conv2d(3, 3, 1, bias=False)
     module.weight.data = torch.eye(3).view(3, 3, 1, 1)
-    extractor = ModuleFeatures(module, name="mean colour", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    network = ModuleFeatures(module, name="mean colour", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     batch = images()
     expected = (batch.float() / 127.5 - 1).mean((2, 3))
-    torch.testing.assert_close(extractor(batch)["features"], expected)
+    torch.testing.assert_close(network(batch)["features"], expected)
 
 
 def test_the_hash_sees_every_value():
@@ -158,9 +163,9 @@ def test_images_must_be_uint8_nchw(wrong):
 
 
 def test_features_of_a_wrong_shape_are_named():
-    extractor = ModuleFeatures(nn.Conv2d(3, 4, 1), name="x", select=lambda output: output.mean(0))
+    network = ModuleFeatures(nn.Conv2d(3, 4, 1), name="x", select=lambda output: output.mean(0))
     with pytest.raises(ValueError, match=r"must give \(B, D\)"):
-        extractor(images())
+        network(images())
 
 
 def test_dinov2_gives_its_global_feature(tmp_path):
@@ -169,14 +174,14 @@ def test_dinov2_gives_its_global_feature(tmp_path):
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=28)
     model = Dinov2Model(config).eval()
     model.save_pretrained(tmp_path / "dinov2-tiny")
-    extractor = dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
-    assert extractor.metric_name("fid") == "fd_dinov2_tiny"
+    network = dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
+    assert network.metric_name("fid") == "fd_dinov2_tiny"
     batch = images(2, 28)
     normalized = (batch.float() / 255 - torch.tensor(features.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
         features.IMAGENET_STD
     ).view(3, 1, 1)
     expected = model(pixel_values=normalized).pooler_output
-    torch.testing.assert_close(extractor(batch)["features"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network(batch)["features"], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="multiple of the patch size 14"):
         dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=30)
     weights = tmp_path / "dinov2-tiny" / "model.safetensors"
@@ -184,7 +189,7 @@ def test_dinov2_gives_its_global_feature(tmp_path):
     with pytest.raises(ValueError, match=r"dinov2-tiny must hold all weights of dinov2; it lacks \d+ tensors"):
         dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
     weights.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="dinov2-tiny is no whole file"):
+    with pytest.raises(ValueError, match="dinov2-tiny is not a whole file"):
         dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
 
 
@@ -198,30 +203,21 @@ def test_squeezenet_from_a_file(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     network = torchvision.models.squeezenet1_1(weights=None)
     torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
-    extractor = squeezenet_features(tmp_path / "squeezenet.pth")
-    outputs = extractor(images(1))
-    assert outputs["features"].shape == (1, 512) and extractor.metric_name("fid") == "fd_squeezenet1_1"
+    network = squeezenet_features(tmp_path / "squeezenet.pth")
+    outputs = network(images(1))
+    assert outputs["features"].shape == (1, 512) and network.metric_name("fid") == "fd_squeezenet1_1"
     # torchvision's own size for these weights, reached without leaving [0, 1].
     seen = []
-    extractor.module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    network.module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     edges = (torch.rand(1, 3, 40, 40) > 0.5).byte() * 255
-    extractor(edges)
+    network(edges)
     assert seen[0].shape == (1, 3, 224, 224)
-    levels = seen[0] * extractor.std + extractor.mean
+    levels = seen[0] * network.std + network.mean
     assert levels.min() > -1e-6 and levels.max() < 1 + 1e-6
     with pytest.raises(FileNotFoundError, match=r"curl .*squeezenet1_1"):
         squeezenet_features(tmp_path / "absent.pth")
 
 
-def test_the_interface_is_abstract():
-    with pytest.raises(TypeError, match="abstract"):
-        FeatureExtractor()
-
-
-def test_the_choices_of_the_flag_are_the_networks():
-    assert get_args(EvaluatorName) == tuple(EVALUATORS)
-
-
 def test_a_network_without_parameters_serves_too():
-    extractor = ModuleFeatures(nn.AdaptiveAvgPool2d(2), name="means")
-    assert extractor(images(2))["features"].shape == (2, 3)
+    network = ModuleFeatures(nn.AdaptiveAvgPool2d(2), name="means")
+    assert network(images(2))["features"].shape == (2, 3)

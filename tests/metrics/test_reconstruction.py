@@ -47,7 +47,7 @@ def test_ssim_of_equal_images_is_one_and_ignores_the_batch():
 
 
 def test_ssim_refuses_what_it_cannot_compare():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="equal shapes"):
         ssim(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match="at least 11 px"):
         ssim(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))

@@ -10,14 +10,15 @@ import pytest
 from diffusers_eqvae import cli
 from diffusers_eqvae.metrics.result_card import (
     CONCERNS,
-    PROTOCOL,
-    RECONSTRUCTION_PROTOCOL,
+    PROTOCOLS,
     SETTINGS,
     ResultCard,
     compare_cards,
-    sampling_facts,
+    sampling_settings,
 )
 from diffusers_eqvae.provenance import hardware
+
+PROTOCOL, RECONSTRUCTION_PROTOCOL = PROTOCOLS["generation"], PROTOCOLS["reconstruction"]
 
 
 def card(**changes) -> ResultCard:
@@ -25,11 +26,11 @@ def card(**changes) -> ResultCard:
         key: value for key, value in changes.items() if key in PROTOCOL
     }
     settings = {key: value for key, value in changes.items() if key in SETTINGS}
-    return ResultCard(changes.get("metrics", {"fid": 2.5}), protocol, settings, changes.get("marks", {}), hardware())
+    return ResultCard(changes.get("metrics", {"fid": 2.5}), protocol, settings, changes.get("caveats", {}), hardware())
 
 
 def test_a_card_survives_its_file(tmp_path):
-    original = card(seed=3, guidance_interval=[0.0, 0.75], marks={"fid": "too few images"})
+    original = card(seed=3, guidance_interval=[0.0, 0.75], caveats={"fid": "too few images"})
     original.save(tmp_path / "deep" / "card.json")
     assert ResultCard.load(tmp_path / "deep" / "card.json") == original
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["card.json"]
@@ -37,32 +38,41 @@ def test_a_card_survives_its_file(tmp_path):
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    """NaN is no word of JSON, and most readers refuse it."""
+    """NaN is not a word of JSON, and most readers refuse it."""
     details = {"list": [1.0, math.nan, {"deep": math.inf}], "pair": (2, -math.inf)}
     ResultCard({"psnr": 1.0}, {}, task="reconstruction", details=details).save(tmp_path / "card.json")
     loaded = ResultCard.load(tmp_path / "card.json")
     assert loaded.details == {"list": [1.0, None, {"deep": None}], "pair": [2, None]}
 
 
-def test_files_that_are_no_cards_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "card.json"
-    for text, complaint in (("{", "no result card"), ("[]", "metrics and protocol"), ("{}", "metrics and protocol")):
+    for text, complaint in (
+        ("{", "not a result card"),
+        ("[]", "metrics and protocol"),
+        ("{}", "metrics and protocol"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=complaint):
             ResultCard.load(path)
-    path.write_text(json.dumps({"format": 99, "metrics": {}, "protocol": {}}))
-    with pytest.raises(ValueError, match="another format"):
-        ResultCard.load(path)
+    for version, complaint in (
+        ({"format_version": 99}, "format version 99, which a newer diffusers_eqvae wrote; this one reads 2"),
+        ({"format": 1}, "format version 1 and is older than version 2.* Measure again"),
+        ({}, "no format version and is older"),
+    ):
+        path.write_text(json.dumps({**version, "metrics": {}, "protocol": {}}))
+        with pytest.raises(ValueError, match=complaint):
+            ResultCard.load(path)
     for part, value, complaint in (
         ("metrics", [1], "its metrics is a list"),
         ("metrics", {"fid": "low"}, "names to numbers"),
         ("task", ["generation"], "its task is a list"),
         ("settings", None, "its settings is a NoneType"),
     ):
-        path.write_text(json.dumps({"format": 1, "metrics": {}, "protocol": {}, part: value}))
+        path.write_text(json.dumps({"format_version": 2, "metrics": {}, "protocol": {}, part: value}))
         with pytest.raises(ValueError, match=complaint):
             ResultCard.load(path)
-    path.write_text(json.dumps({"format": 1, "metrics": {}, "protocol": {}, "colour": 1}))
+    path.write_text(json.dumps({"format_version": 2, "metrics": {}, "protocol": {}, "colour": 1}))
     with pytest.raises(ValueError, match="holds colour"):
         ResultCard.load(path)
     with pytest.raises(ValueError, match="got colour"):
@@ -102,14 +112,29 @@ def test_every_part_of_a_reconstructions_protocol_forbids_to_compare(key):
     assert bool(compare_cards(["a", "b"], psnr).incomparable) == (key not in CONCERNS["reconstruction"])
 
 
+def test_protocol_of_a_metric_of_ones_own_forbids_where_both_have_it():
+    cards = [reconstruction(metrics=("sharpness",), **{"sharpness.scale": scale}) for scale in (1, 2)]
+    (sentence,) = compare_cards(["a", "b"], cards).incomparable
+    assert sentence.startswith("sharpness.scale differs (1, 2): ")
+    others = [reconstruction(metrics=("psnr",), **{"sharpness.scale": scale}) for scale in (1, 2)]
+    assert not compare_cards(["a", "b"], others).incomparable
+    with pytest.raises(ValueError, match="got sharpness_scale"):
+        reconstruction(sharpness_scale=1)
+
+
+def test_a_summary_shows_errors_and_caveats():
+    shown = ResultCard({"psnr": 20.0, "fid": 3.0}, {}, caveats={"fid": "too few"}, errors={"psnr": 0.123}).summary()
+    assert shown.splitlines() == ["psnr = 20 +- 0.12", "fid = 3 (too few)"]
+
+
 def test_a_reconstruction_is_not_compared_with_a_sample():
     found = compare_cards(["a", "b"], [reconstruction(metrics=("fid",)), card()])
     (sentence,) = found.incomparable
     assert sentence.startswith("task differs (reconstruction, generation): ")
 
 
-def test_marks_and_missing_numbers_are_shown():
-    cards = [card(marks={"fid": "too few images"}), card(metrics={"fid": 3.0, "kid": 0.1})]
+def test_caveats_and_missing_numbers_are_shown():
+    cards = [card(caveats={"fid": "too few images"}), card(metrics={"fid": 3.0, "kid": 0.1})]
     table = compare_cards(["a", "b"], cards).table
     assert table[1].split() == ["fid", "2.5*", "3"] and table[2].split() == ["kid", "-", "0.1"]
     assert table[3] == "* fid of a: too few images"
@@ -137,22 +162,22 @@ def test_what_sampling_json_says(tmp_path):
         "model": str(tmp_path / "model"),
     }
     (tmp_path / "png").mkdir()
-    record |= {"uint8_rule": "truncated", "vae_revision": "commit 1", "transformer_revision": "weights 2"}
+    record |= {"uint8_rule": "truncated", "autoencoder": {"encoder": "1"}, "transformer": "2"}
     (tmp_path / "sampling.json").write_text(json.dumps(record))
-    facts, rules = sampling_facts(tmp_path / "samples.npz")
+    settings, rules = sampling_settings(tmp_path / "samples.npz")
     assert rules == {"label_policy": "balanced", "uint8_rule": "truncated"}
-    assert (facts["vae_revision"], facts["transformer_revision"]) == ("commit 1", "weights 2")
-    assert facts["scheduler"] == {"solver": "heun"}
-    assert facts["seed"] == 7 and facts["nfe"] == 87.0 and facts["weights"] == "abc" and "ema" not in facts
+    assert (settings["autoencoder"], settings["transformer"]) == ({"encoder": "1"}, "2")
+    assert settings["scheduler"] == {"solver": "heun"}
+    assert settings["seed"] == 7 and settings["nfe"] == 87.0 and not {"ema", "weights"} & set(settings)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "resolved_arguments.json").write_text('{"use_ema": true}')
-    assert sampling_facts(tmp_path / "png")[0]["ema"] is True
-    card(**facts)
+    assert sampling_settings(tmp_path / "png")[0]["ema"] is True
+    card(**settings)
     # Nothing is known of files that sampling.json does not describe, even beside it.
     (tmp_path / "images").mkdir()
     nothing = ({}, {"label_policy": None, "uint8_rule": None})
     for stranger in ("others.npz", "images", "model/samples.npz"):
-        assert sampling_facts(tmp_path / stranger) == nothing
+        assert sampling_settings(tmp_path / stranger) == nothing
 
 
 def test_the_command_prints_and_judges(tmp_path, capsys):

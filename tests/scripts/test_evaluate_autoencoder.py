@@ -1,4 +1,4 @@
-"""training/evaluate_autoencoder.py: exactly N images, noise of their own, the same figures from any batches."""
+"""training/evaluate_autoencoder.py: exactly N images, noise of their own, the same metrics from any batches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from PIL import Image
 
 from diffusers_eqvae import cli
 from diffusers_eqvae.autoencoders import decode, encode
-from diffusers_eqvae.images import adm_center_crop, to_pixels
+from diffusers_eqvae.images import adm_center_crop, to_pixels, to_uint8
 from diffusers_eqvae.metrics.autoencoder import measure_autoencoder
 from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
 from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, cifar_resnet_features
 from diffusers_eqvae.metrics.generation import evaluate_reconstruction
-from diffusers_eqvae.metrics.image_sets import collect, to_levels
-from diffusers_eqvae.metrics.result_card import PROTOCOL, ResultCard
+from diffusers_eqvae.metrics.image_sets import extract
+from diffusers_eqvae.metrics.result_card import PROTOCOLS, ResultCard
+from diffusers_eqvae.provenance import autoencoder_identity
 
 COUNT = 13
 
@@ -31,8 +32,8 @@ def images(tmp_path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(COUNT):
-        levels = np.random.default_rng(index).integers(0, 256, (36, 48, 3), dtype=np.uint8)
-        Image.fromarray(levels).save(folder / f"{index:02d}.png")
+        array = np.random.default_rng(index).integers(0, 256, (36, 48, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{index:02d}.png")
     return folder
 
 
@@ -47,7 +48,7 @@ def script(repository: Path) -> Path:
 
 
 def run(repository: Path, vae: Path, images: Path, output: Path, *more: str) -> dict:
-    flags = ["--vae", str(vae), "--train_data_dir", str(images), "--output", str(output), "--resolution", "32"]
+    flags = ["--vae", str(vae), "--data_dir", str(images), "--output", str(output), "--resolution", "32"]
     runpy.run_path(str(script(repository)))["main"]([*flags, *more])
     return json.loads(output.read_text())
 
@@ -57,15 +58,16 @@ def test_figures_are_those_of_the_library(repository, vae, images, tmp_path, tin
     images = [Image.open(path).convert("RGB") for path in sorted(images.iterdir())]
     pixels = torch.stack([to_pixels(adm_center_crop(image, 32)) for image in images])
     expected = measure_autoencoder(tiny_autoencoder_kl, [pixels])
-    measured = content["metrics"] | content["details"]
-    assert set(measured) == set(expected) and measured["num_images"] == COUNT
-    for name, value in expected.items():
-        if isinstance(value, float):
-            assert measured[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    assert len(measured["channels"]["mean"]) == 4 and measured["spectrum"]["power"]
+    assert content["metrics"] == pytest.approx(expected.values(), rel=1e-4, abs=1e-5)
+    errors = {name: figure.error for name, figure in expected.figures.items() if figure.error is not None}
+    assert content["errors"] == pytest.approx(errors, rel=1e-3, abs=1e-5) and "psnr" in errors
+    details = content["details"]
+    assert set(details) == {"num_images", *expected.details} and details["num_images"] == COUNT
+    assert len(details["channels"]["mean"]) == 4 and details["spectrum"]["power"]
     protocol = content["protocol"]
     assert protocol["posterior"] == "mean" and protocol["num_images"] == COUNT and "lpips_net" not in protocol
     assert content["provenance"]["data"] == "images" and content["settings"]["model_class"] == "AutoencoderKL"
+    assert content["settings"]["autoencoder"] == autoencoder_identity(tiny_autoencoder_kl)
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(repository, vae, images, tmp_path):
@@ -98,14 +100,79 @@ def test_what_cannot_be_measured_is_refused(repository, vae, images, tmp_path, t
 
 
 def test_flags_without_effect_are_named(repository, vae, images, tmp_path, caplog):
-    flags = ["--evaluator", "cifar_resnet", "--weights", "x.pth", "--lpips_net", "alex", "--seed", "3"]
-    run(repository, vae, images, tmp_path / "x.json", "--num_images", "2", *flags, "--lpips_linear_weights", "y.pth")
-    assert "since --rfid is not given: --evaluator, --weights." in caplog.text
+    flags = ["--lpips_net", "alex", "--seed", "3", "--lpips_linear_weights", "y.pth"]
+    run(repository, vae, images, tmp_path / "x.json", "--num_images", "2", *flags)
     assert "--lpips_backbone_weights is not given: --lpips_net, --lpips_linear_weights." in caplog.text
     assert "mean is reconstructed: --seed." in caplog.text
     caplog.clear()
     run(repository, vae, images, tmp_path / "x.json", "--num_images", "2", "--sample_posterior", "--seed", "3")
     assert "Without effect" not in caplog.text
+
+
+def test_metrics_are_chosen_by_name(repository, vae, images, tmp_path):
+    chosen = run(repository, vae, images, tmp_path / "some.json", "--metrics", "ssim", "psnr")
+    everything = run(repository, vae, images, tmp_path / "all.json")
+    assert list(chosen["metrics"]) == ["ssim", "psnr"] and set(chosen["details"]) == {"num_images"}
+    assert chosen["metrics"]["psnr"] == everything["metrics"]["psnr"]
+    for names, message in (
+        (["blur"], "There is no metric 'blur'"),
+        (["rfid"], "RFID needs a feature network"),
+        (["fid"], "'fid' needs reference; what is measured here gives autoencoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(repository, vae, images, tmp_path / "x.json", "--metrics", *names)
+    with pytest.raises(ValueError, match=r"one feature network; .* Got --feature_networks squeezenet dinov2"):
+        run(repository, vae, images, tmp_path / "x.json", "--feature_networks", "squeezenet", "dinov2")
+
+
+EXTENSION = """
+from dataclasses import dataclass, field
+
+from diffusers_eqvae.metrics.base import PerImageMetric, register_metric
+
+
+@register_metric("clipped")
+class Clipped(PerImageMetric):
+    needs = frozenset({"images", "reconstructions"})
+    better = "lower"
+
+    @dataclass
+    class Arguments:
+        clipped_above: float = field(default=0.99, metadata={"help": "From where on a value counts as clipped."})
+
+    def __init__(self, above):
+        super().__init__()
+        self.above = above
+
+    @classmethod
+    def from_arguments(cls, arguments=None, **others):
+        return cls(arguments.clipped_above)
+
+    def rows(self, batch):
+        return {"clipped": (batch["images"].abs() > self.above).float().mean((1, 2, 3))}
+
+    def protocol(self):
+        return {"clipped.above": self.above}
+"""
+
+
+def test_a_metric_from_a_file_of_ones_own(repository, vae, images, tmp_path, capsys):
+    """Its option, its numbers, its protocol and its hash go through the command line onto the card."""
+    file = tmp_path / "clipped_metric.py"
+    file.write_text(EXTENSION)
+    flags = ["--extension", str(file), "--metrics", "psnr", "clipped", "--clipped_above", "0.5"]
+    content = run(repository, vae, images, tmp_path / "half.json", *flags)
+    pixels = [to_pixels(adm_center_crop(Image.open(path).convert("RGB"), 32)) for path in sorted(images.iterdir())]
+    expected = (torch.stack(pixels).abs() > 0.5).float().mean().item()
+    assert content["metrics"]["clipped"] == pytest.approx(expected, rel=1e-6) and "clipped" in content["errors"]
+    assert content["protocol"]["clipped.above"] == 0.5
+    assert list(content["provenance"]["extensions"]) == ["diffusers_eqvae.extensions.clipped_metric"]
+    run(repository, vae, images, tmp_path / "most.json", *flags[:-1], "0.9")
+    assert cli.main(["compare", str(tmp_path / "half.json"), str(tmp_path / "most.json")]) == 1
+    assert "clipped.above differs (0.5, 0.9)" in capsys.readouterr().out
+    (tmp_path / "preset.yaml").write_text(f"extension: {file}\n")
+    with pytest.raises(ValueError, match="Unknown key 'extension'"):
+        runpy.run_path(str(script(repository)))["main"]([str(tmp_path / "preset.yaml"), "--vae", str(vae)])
 
 
 @pytest.fixture(scope="module")
@@ -129,43 +196,45 @@ def test_rfid_comes_from_the_same_pass(repository, vae, images, resnet, tmp_path
         monkeypatch.setattr(owner, name, counted)
     plain = run(repository, vae, images, tmp_path / "plain.json", "--batch_size", "5")
     without, calls_without = plain["metrics"], calls.copy()
-    flags = ["--rfid", "--evaluator", "cifar_resnet", "--weights", str(resnet), "--batch_size", "5"]
+    flags = ["--feature_networks", f"cifar_resnet={resnet}", "--batch_size", "5"]
     content = run(repository, vae, images, tmp_path / "rfid.json", *flags)
     assert calls["extract"] == 2 * 3 and calls_without["extract"] == 0
     assert all(calls[name] == 2 * calls_without[name] for name in ("encode", "decode"))
     measured = content["metrics"].pop("rfd_cifar10_resnet8")
     assert content["metrics"] == without
-    extractor = cifar_resnet_features(resnet)
+    network = cifar_resnet_features(resnet)
     images = [adm_center_crop(Image.open(path).convert("RGB"), 32) for path in sorted(images.iterdir())]
-    levels = np.stack([np.asarray(image) for image in images])
+    images_uint8 = np.stack([np.asarray(image) for image in images])
     model = AutoencoderKL.from_pretrained(vae).eval()
     with torch.no_grad():
         decoded = decode(model, encode(model, torch.stack([to_pixels(image) for image in images])).mode())
-    parts = [collect(extractor, [each]) for each in (to_levels(decoded), levels)]
-    expected = evaluate_reconstruction(*parts, extractor=extractor)
-    assert measured == pytest.approx(expected.metrics["rfd_cifar10_resnet8"], rel=1e-3) and measured > 0
-    assert "13 samples for 64 dimensions" in content["marks"]["rfd_cifar10_resnet8"]
-    assert content["protocol"]["data_hash"] == parts[1].hash and content["protocol"]["evaluator"] == "cifar10_resnet8"
+    decoded = to_uint8(decoded).permute(0, 2, 3, 1).numpy()
+    parts = [extract(network, [each]) for each in (decoded, images_uint8)]
+    expected = evaluate_reconstruction(*parts, network)
+    assert measured == pytest.approx(expected.values()["rfd_cifar10_resnet8"], rel=1e-3) and measured > 0
+    assert "13 samples for 64 dimensions" in content["caveats"]["rfd_cifar10_resnet8"]
+    protocol = content["protocol"]
+    assert protocol["data_hash"] == parts[1].hash and protocol["feature_network"] == "cifar10_resnet8"
 
 
 def test_cards_are_compared_by_what_they_share(repository, vae, images, resnet, tmp_path, capsys):
     """rFID's network matters only where both have an rFID; another posterior or data set always does."""
     a, b, c = (tmp_path / f"{name}.json" for name in "abc")
     run(repository, vae, images, a)
-    run(repository, vae, images, b, "--rfid", "--evaluator", "cifar_resnet", "--weights", str(resnet))
+    run(repository, vae, images, b, "--feature_networks", f"cifar_resnet={resnet}")
     assert cli.main(["compare", str(a), str(b)]) == 0
     assert "psnr" in capsys.readouterr().out
     run(repository, vae, images, c, "--sample_posterior", "--num_images", "12")
     assert cli.main(["compare", str(a), str(c)]) == 1
     text = capsys.readouterr().out
-    assert "posterior differs (mean, sample)" in text and "data_hash differs" in text and "evaluator" not in text
-    generation = ResultCard({"psnr": 1.0}, dict.fromkeys(PROTOCOL, "x"))
+    assert "posterior differs (mean, sample)" in text and "data_hash differs" in text and "feature_network" not in text
+    generation = ResultCard({"psnr": 1.0}, dict.fromkeys(PROTOCOLS["generation"], "x"))
     generation.save(c)
     assert cli.main(["compare", str(a), str(c)]) == 1
     assert "task differs (reconstruction, generation)" in capsys.readouterr().out
 
 
-def test_nan_is_no_image(repository, vae, images, tmp_path):
+def test_nan_is_refused(repository, vae, images, tmp_path):
     model = AutoencoderKL.from_pretrained(vae)
     model.decoder.conv_out.bias.data[0] = float("nan")
     model.save_pretrained(vae)

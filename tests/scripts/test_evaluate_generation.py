@@ -12,14 +12,17 @@ from PIL import Image
 
 from diffusers_eqvae import cli
 from diffusers_eqvae.images import UINT8_RULE
-from diffusers_eqvae.metrics.result_card import PROTOCOL, SETTINGS, ResultCard
+from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
+from diffusers_eqvae.metrics.image_sets import ImageSet
+from diffusers_eqvae.metrics.result_card import PROTOCOLS, SETTINGS, ResultCard
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.provenance import autoencoder_identity, weights_hash
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 NUMBERS = {f"{name}_squeezenet1_1" for name in ("fd", "kd", "kd_std", "precision", "recall")}
 
 
-def levels(count, seed):
+def images_uint8(count, seed):
     low = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
     return low.repeat(8, 1).repeat(8, 2)
 
@@ -31,9 +34,9 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "squeezenet.pth")
-    np.savez(folder / "samples.npz", levels(9, 0))
+    np.savez(folder / "samples.npz", images_uint8(9, 0))
     (folder / "images").mkdir()
-    for index, each in enumerate(levels(8, 1)):
+    for index, each in enumerate(images_uint8(8, 1)):
         Image.fromarray(each).save(folder / "images" / f"{index}.png")
     return folder
 
@@ -53,8 +56,7 @@ def words(material, **changes):
     flags = {
         "samples": material / "samples.npz",
         "reference": material / "images",
-        "evaluator": "squeezenet",
-        "weights": material / "squeezenet.pth",
+        "feature_networks": f"squeezenet={material / 'squeezenet.pth'}",
         **changes,
     }
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
@@ -70,14 +72,14 @@ def test_npz_against_a_folder_and_saved_statistics(script, material, tmp_path, c
             }
         )
     )
-    np.savez(tmp_path / "samples.npz", levels(9, 0))
+    np.savez(tmp_path / "samples.npz", images_uint8(9, 0))
     options = {"samples": tmp_path / "samples.npz", "save_reference": tmp_path / "statistics.npz"}
     card = script.main(words(material, batch_size=4, **options))
     path = tmp_path / "samples.squeezenet.json"
     assert ResultCard.load(path) == card and set(card.metrics) == NUMBERS
-    assert set(card.protocol) == set(PROTOCOL) and None not in card.protocol.values()
+    assert set(card.protocol) == set(PROTOCOLS["generation"]) and None not in card.protocol.values()
     assert set(card.settings) <= set(SETTINGS) and card.settings["guidance_scale"] == 1.8
-    assert card.protocol["num_samples"] == 9 and "9 samples for 512" in card.marks["fd_squeezenet1_1"]
+    assert card.protocol["num_samples"] == 9 and "9 samples for 512" in card.caveats["fd_squeezenet1_1"]
     assert card.provenance["reference"] == "images"
 
     again = words(
@@ -103,15 +105,15 @@ def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoen
     card = script.main(words(material, batch_size=2, label_policy="balanced", guided_channels=3, **options))
     assert (tmp_path / "model.squeezenet.json").is_file() and set(card.metrics) == NUMBERS
     assert card.protocol["label_policy"] == "balanced" and card.protocol["num_samples"] == 5
-    assert card.settings["nfe"] == 4 and card.settings["weights"] and card.settings["dtype"] == "float32"
+    assert card.settings["nfe"] == 4 and card.settings["dtype"] == "float32"
     assert (
         card.settings["guided_channels"] == 3
         and card.settings["ema"] is True
         and card.protocol["uint8_rule"] == UINT8_RULE
     )
-    for part in ("vae", "transformer"):
-        assert card.settings[f"{part}_revision"].startswith("weights ")
-    assert not any("unique" in mark for mark in card.marks.values())
+    assert card.settings["autoencoder"] == autoencoder_identity(tiny_autoencoder_kl)
+    assert card.settings["transformer"] == weights_hash(tiny_sit)
+    assert not any("unique" in caveat for caveat in card.caveats.values())
     everywhere = script.main(words(material, batch_size=2, label_policy="balanced", **options))
     assert everywhere.provenance["samples_hash"] != card.provenance["samples_hash"]
     next(pipeline.transformer.parameters()).data.fill_(float("nan"))
@@ -134,7 +136,7 @@ def test_a_foreign_pipeline_is_refused(script, material, tmp_path):
 def test_outputs_are_tried_before_anything_is_computed(script, material, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as patch:
-        patch.setattr(script, "load_extractor", None)
+        patch.setattr(script, "load_feature_network", None)
         for flag in ("output", "save_reference"):
             options = {"output": tmp_path / "card.json", flag: tmp_path / "file" / "deep" / "written"}
             with pytest.raises(ValueError, match="written cannot be written"):
@@ -155,7 +157,7 @@ def test_flags_without_effect_are_named(script, material, tmp_path, caplog):
 
 
 def test_of_a_foreign_npz_no_rule_is_claimed(script, material, tmp_path):
-    np.savez(tmp_path / "theirs.npz", levels(9, 0))
+    np.savez(tmp_path / "theirs.npz", images_uint8(9, 0))
     card = script.main(words(material, samples=tmp_path / "theirs.npz"))
     assert card.protocol["uint8_rule"] is None and card.protocol["label_policy"] is None and not card.settings
 
@@ -171,11 +173,69 @@ def test_a_dataset_as_reference_needs_a_size(script, material, tmp_path):
 
 
 def test_a_reference_that_does_not_exist_is_named(script, material):
-    with pytest.raises(ValueError, match=r"owner/images is no file or folder; a dataset needs --reference_split"):
+    with pytest.raises(
+        ValueError, match=r"owner/images is neither a file nor a folder; a dataset needs --reference_split"
+    ):
         script.main(words(material, reference="owner/images"))
 
 
-@pytest.mark.parametrize("evaluator", ["inception", "squeezenet", "cifar_resnet", "dinov2"])
-def test_missing_weights_are_named(script, material, evaluator, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"(?s)not found at .*absent\.pth.*(curl -LO|hf download).*--weights"):
-        script.main(words(material, evaluator=evaluator, weights=tmp_path / "absent.pth"))
+@pytest.mark.parametrize("name", ["inception", "squeezenet", "cifar_resnet", "dinov2"])
+def test_missing_weights_are_named(script, material, name, tmp_path):
+    message = r"(?s)not found at .*absent\.pth.*(curl -LO|hf download).*NAME=FILE|dinov2=dinov2-large"
+    with pytest.raises(FileNotFoundError, match=message):
+        script.main(words(material, feature_networks=f"{name}={tmp_path / 'absent.pth'}"))
+
+
+def test_several_networks_measure_in_one_pass(script, material, tmp_path, monkeypatch):
+    """A card for each, equal to that of a run of its own; the images are read once."""
+    torch.manual_seed(0)
+    state = {key.removeprefix("features."): value for key, value in CifarResNet(1).state_dict().items()}
+    torch.save(state, tmp_path / "resnet.pth")
+    np.savez(tmp_path / "samples.npz", images_uint8(9, 0))
+    read, real = [], ImageSet.read
+
+    def counted(self, index):
+        read.append((self.name, index))
+        return real(self, index)
+
+    monkeypatch.setattr(ImageSet, "read", counted)
+    networks = [f"squeezenet={material / 'squeezenet.pth'}", f"cifar_resnet={tmp_path / 'resnet.pth'}"]
+    common = ["--samples", str(tmp_path / "samples.npz"), "--reference", str(material / "images")]
+    first, second = script.main([*common, "--feature_networks", *networks])
+    assert [name for name, _ in read].count("samples.npz") == 1
+    for card, network, name in ((first, networks[0], "squeezenet"), (second, networks[1], "cifar_resnet")):
+        assert ResultCard.load(tmp_path / f"samples.{name}.json") == card
+        alone = script.main([*common, "--feature_networks", network, "--output", str(tmp_path / "alone.json")])
+        assert (alone.metrics, alone.protocol, alone.caveats) == (card.metrics, card.protocol, card.caveats)
+    with pytest.raises(ValueError, match="leave --output and --save_reference out"):
+        script.main([*common, "--feature_networks", *networks, "--output", str(tmp_path / "card.json")])
+
+
+def test_metrics_are_chosen_by_name(script, material, tmp_path):
+    card = script.main(words(material, metrics="kid", output=tmp_path / "card.json"))
+    assert set(card.metrics) == {"kd_squeezenet1_1", "kd_std_squeezenet1_1"}
+    with pytest.raises(ValueError, match="'psnr' needs reconstructions"):
+        script.main(words(material, metrics="psnr", output=tmp_path / "card.json"))
+    with pytest.raises(ValueError, match="--reference is missing"):
+        script.main(["--samples", str(material / "samples.npz")])
+
+
+def test_a_metric_from_a_file_of_ones_own_needs_no_network(script, material, tmp_path):
+    file = tmp_path / "brightness_metric.py"
+    file.write_text(
+        "from diffusers_eqvae.metrics.base import PerImageMetric, register_metric\n\n\n"
+        '@register_metric("brightness")\n'
+        "class Brightness(PerImageMetric):\n"
+        '    needs = frozenset({"images"})\n\n'
+        "    def rows(self, batch):\n"
+        '        return {"brightness": batch["images"].mean((1, 2, 3))}\n'
+    )
+    np.savez(tmp_path / "samples.npz", images_uint8(9, 0))
+    card = script.main(
+        ["--samples", str(tmp_path / "samples.npz"), "--extension", str(file), "--metrics", "brightness"]
+    )
+    expected = images_uint8(9, 0) / 127.5 - 1
+    assert card.metrics == {"brightness": pytest.approx(expected.mean(), abs=1e-6)}
+    assert card.errors["brightness"] == pytest.approx(expected.mean((1, 2, 3)).std(ddof=1) / 3, rel=1e-5)
+    assert ResultCard.load(tmp_path / "samples.metrics.json") == card
+    assert card.provenance["extensions"]["diffusers_eqvae.extensions.brightness_metric"]

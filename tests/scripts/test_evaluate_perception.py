@@ -19,11 +19,11 @@ from diffusers_eqvae.autoencoders import encode
 from diffusers_eqvae.images import to_uint8
 from diffusers_eqvae.metrics.image_sets import hash_digests, image_digests
 from diffusers_eqvae.metrics.perception import SegmentationConfusion
-from diffusers_eqvae.metrics.result_card import PERCEPTION_PROTOCOL, ResultCard, compare_cards
+from diffusers_eqvae.metrics.result_card import PROTOCOLS, ResultCard, compare_cards
 from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
 from diffusers_eqvae.perception.annotated_images import split_figures
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
-from diffusers_eqvae.provenance import hash_file, weights_hash
+from diffusers_eqvae.provenance import autoencoder_identity, hash_file, weights_hash
 from diffusers_eqvae.training_utils.command_line import parse
 
 COUNT, SIDE, VOID = 7, 32, 9
@@ -209,9 +209,8 @@ def test_figures_say_what_they_were_measured_on(repository, folders, network, ti
         return run(repository, folders, "masks", *words)
 
     card = measured()
-    assert set(card.protocol) == set(PERCEPTION_PROTOCOL)
-    assert card.settings["weights"] == weights_hash(tiny_autoencoder_kl)
-    assert card.settings["vae_revision"] == f"weights {weights_hash(tiny_autoencoder_kl)}"
+    assert set(card.protocol) == set(PROTOCOLS["perception"])
+    assert card.settings["autoencoder"] == autoencoder_identity(tiny_autoencoder_kl)
     assert set(card.provenance["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"}
     assert card.provenance["date"] and (card.provenance["data"], card.provenance["targets"]) == ("images", "masks")
     pixels = read_pixels([folders / "images" / f"{index}.png" for index in range(COUNT)], SIDE)

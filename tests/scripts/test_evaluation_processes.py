@@ -32,23 +32,23 @@ def material(tmp_path_factory) -> Path:
     widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
     AutoencoderTiny(**blocks, **widths).save_pretrained(folder / "vae")
     (folder / "images").mkdir()
-    levels = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
-    for index, each in enumerate(levels):
+    arrays = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
+    for index, each in enumerate(arrays):
         Image.fromarray(each).save(folder / "images" / f"{index:02d}.png")
-    np.savez(folder / "samples.npz", levels[::-1] // 2)
+    np.savez(folder / "samples.npz", arrays[::-1] // 2)
     return folder
 
 
 def plan(repository: Path, material: Path, output: Path) -> list[tuple[str, list[str]]]:
     output.mkdir(exist_ok=True)
-    network = ["--evaluator", "cifar_resnet", "--weights", str(material / "resnet.pth")]
+    network = ["--feature_networks", f"cifar_resnet={material / 'resnet.pth'}"]
     runs = []
     for batch_size in BATCH_SIZES:
         ending = ["--batch_size", str(batch_size), "--output"]
         samples = ["--samples", str(material / "samples.npz"), "--reference", str(material / "images")]
         runs.append(("generation", [*samples, *network, *ending, str(output / f"generation-{batch_size}.json")]))
-        vae = ["--vae", str(material / "vae"), "--train_data_dir", str(material / "images"), "--resolution", "32"]
-        words = [*vae, "--rfid", *network, *ending, str(output / f"autoencoder-{batch_size}.json")]
+        vae = ["--vae", str(material / "vae"), "--data_dir", str(material / "images"), "--resolution", "32"]
+        words = [*vae, *network, *ending, str(output / f"autoencoder-{batch_size}.json")]
         runs.append(("autoencoder", words))
     return [(str(repository / "training" / f"evaluate_{name}.py"), words) for name, words in runs]
 
@@ -90,14 +90,14 @@ def alone(repository, material, tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_not_one_bit_depends_on_the_processes(processes, alone, repository, material, tmp_path):
+def test_the_number_of_processes_changes_no_bit(processes, alone, repository, material, tmp_path):
     """40 images in batches of 32 are two, so that the third process has nothing to do."""
     launch(repository, plan(repository, material, tmp_path / "cards"), tmp_path, processes)
     assert numbers(tmp_path / "cards") == alone
 
 
 def test_the_batch_size_moves_last_digits_only(alone):
-    """Kernels add in another order for another batch; a reconstruction on the border of two levels may cross it."""
+    """Kernels add in another order for another batch; a pixel on the border of two uint8 values may cross it."""
     for name in ("generation", "autoencoder"):
         one, other = (alone[f"{name}-{batch_size}"] for batch_size in BATCH_SIZES)
         assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4, abs=1e-6)

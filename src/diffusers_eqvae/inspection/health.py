@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor, is_deterministic, latent_channels, require_fitting
-from ..metrics.autoencoder import DEFINITIONS, measure_autoencoder, split_summary
+from ..metrics.autoencoder import OFFERS, RECONSTRUCTION_METRICS, measure_autoencoder, reconstruction_card
+from ..metrics.base import Measurement, build_metrics
+from ..metrics.members.lpips import PerceptualDistance
 from ..metrics.result_card import ResultCard
-from ..provenance import autoencoder_identity, model_revision, weights_hash
+from ..provenance import autoencoder_identity, model_revision
 
 # EQ-VAE (arXiv 2502.09509, v3), equivariance errors of SD-VAE on ImageNet 256 before and after EQ fine-tuning.
 PUBLISHED = {
@@ -54,12 +56,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One autoencoder: how it is called, what it is, its figures (`metrics.autoencoder.summarize`) and the verdict."""
+    """One autoencoder: its name, what it is, what was measured (`figures`: numbers and details) and the verdict."""
 
     name: str
     description: dict[str, Any]
     figures: dict[str, Any]
     verdict: Verdict
+    measurement: Measurement | None = None
 
 
 def inspect_autoencoder(
@@ -74,7 +77,10 @@ def inspect_autoencoder(
     factor = downsampling_factor(vae)
     require_fitting(images.shape[-1], factor, smallest=4 * factor)  # encoded at half and a quarter of it too
     start = time.perf_counter()
-    figures = measure_autoencoder(vae, images.split(batch_size), perceptual=perceptual)
+    names = [name for name in RECONSTRUCTION_METRICS if name not in ("lpips", "rfid")]
+    metrics = build_metrics(names, offers=OFFERS) + ([] if perceptual is None else [PerceptualDistance(perceptual)])
+    measured = measure_autoencoder(vae, images.split(batch_size), metrics=metrics)
+    figures = {"num_images": len(images), **measured.values(), **measured.details}
     description = {
         "class": type(vae).__name__,
         "latent_channels": latent_channels(vae),
@@ -82,11 +88,10 @@ def inspect_autoencoder(
         "posterior": "point" if is_deterministic(vae) else "Gaussian, measured at its mean",
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "revision": model_revision(vae),
-        "weights": weights_hash(vae),
         "autoencoder": autoencoder_identity(vae),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return Inspection(name, description, figures, judge(figures))
+    return Inspection(name, description, figures, judge(figures), measured)
 
 
 def result_card(
@@ -96,20 +101,22 @@ def result_card(
 
     Args:
         model: its directory or Hub name.
-        protocol: `data_hash`, `resize_rule` and, where LPIPS was measured, `lpips_net` and `lpips_weights_hash`.
+        protocol: `data_hash` and `resize_rule`.
         provenance: where and when, as `provenance.hardware` says it.
 
     Example:
         >>> result_card(inspection, "madebyollin/taesd", protocol=protocol, provenance=hardware()).save("card.json")
     """
-    metrics, marks, details = split_summary(inspection.figures)
-    points = details["intrinsic_dimension_points"]
-    protocol = {"num_images": details["num_images"], "intrinsic_dimension_points": points, **protocol}
-    protocol |= {"posterior": "mean", "definitions": DEFINITIONS}
-    described = inspection.description
-    settings = {"model": model, "model_class": described["class"], "weights": described["weights"]}
-    settings |= {"vae_revision": described["revision"], "dtype": "float32"}
-    return ResultCard(metrics, protocol, settings, marks, provenance, "reconstruction", details)
+    measured, described = inspection.measurement, inspection.description
+    assert measured is not None
+    settings = {"model": model, "model_class": described["class"], "autoencoder": described["autoencoder"]}
+    return reconstruction_card(
+        measured,
+        num_images=inspection.figures["num_images"],
+        settings={**settings, "dtype": "float32"},
+        provenance={**provenance, "revision": described["revision"]},
+        **protocol,
+    )
 
 
 def judge(figures: dict[str, Any]) -> Verdict:

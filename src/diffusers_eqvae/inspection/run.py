@@ -15,10 +15,10 @@ from torch import Tensor
 from ..autoencoders import downsampling_factor, load_autoencoder, require_fitting
 from ..data.image_datasets import load_image_dataset
 from ..files import require_writable
-from ..images import adm_center_crop, evenly_spaced, to_pixels
+from ..images import adm_center_crop, evenly_spaced, to_pixels, to_uint8
 from ..losses.perceptual import LPIPS
-from ..metrics.image_sets import hash_digests, image_digests, to_levels
-from ..provenance import hardware, weights_hash
+from ..metrics.image_sets import hash_digests, image_digests
+from ..provenance import hardware
 from ..training_utils.command_line import parse
 from .card import SHOWN_IMAGES, pyplot, strips, write_html, write_png
 from .health import Inspection, inspect_autoencoder, result_card
@@ -108,7 +108,8 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         raise ValueError(f"The device {arguments.device} cannot be used: {error}") from error
     provenance = {"data": Path(arguments.data_dir).name}
     provenance |= hardware(device)
-    protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(to_levels(images)))}
+    images_uint8 = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(images_uint8))}
     protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
     perceptual = None
     if arguments.lpips_backbone_weights is not None:
@@ -117,7 +118,6 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
             backbone_weights=arguments.lpips_backbone_weights,
             linear_weights=arguments.lpips_linear_weights,
         ).to(device)
-        protocol |= {"lpips_net": arguments.lpips_net, "lpips_weights_hash": weights_hash(perceptual)}
     locations = [(arguments.vae, arguments.subfolder)]
     if arguments.compare is not None:
         locations.append((arguments.compare, arguments.compare_subfolder))

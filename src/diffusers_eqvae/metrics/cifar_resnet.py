@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections import OrderedDict
-from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +12,7 @@ NUM_CLASSES = 10
 
 
 class CifarBlock(nn.Module):
-    """Two 3x3 convolutions around an identity; where the size changes it is every other pixel, padded by zeros.
+    """Two 3x3 convolutions around an identity: where the size changes every other pixel, padded by zero channels.
 
     The padding is on both sides of the channels (the paper's option A without parameters).
     """
@@ -27,12 +23,10 @@ class CifarBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.stride = stride
-        self.pad_channels = (out_channels - in_channels) // 2
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        shortcut = hidden_states[:, :, :: self.stride, :: self.stride]
-        shortcut = F.pad(shortcut, (0, 0, 0, 0, self.pad_channels, self.pad_channels))
+        stride, padding = self.conv1.stride[0], (self.conv1.out_channels - self.conv1.in_channels) // 2
+        shortcut = F.pad(hidden_states[:, :, ::stride, ::stride], (0, 0, 0, 0, padding, padding))
         hidden_states = self.bn1(self.conv1(hidden_states)).relu()
         return (self.bn2(self.conv2(hidden_states)) + shortcut).relu()
 
@@ -42,6 +36,10 @@ class CifarResNet(nn.Module):
 
     Args:
         blocks: n per stage: 3 is ResNet-20, 9 is ResNet-56.
+
+    Example:
+        >>> CifarResNet(9).features(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 64, 8, 8])
     """
 
     def __init__(self, blocks: int = 3) -> None:
@@ -49,45 +47,12 @@ class CifarResNet(nn.Module):
         layers: OrderedDict[str, nn.Module] = OrderedDict(
             conv1=nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False), bn1=nn.BatchNorm2d(WIDTHS[0]), relu=nn.ReLU()
         )
-        channels = WIDTHS[0]
-        for stage, width in enumerate(WIDTHS, start=1):
-            inputs = [channels] + [width] * (blocks - 1)
-            strides = [1 if stage == 1 else 2] + [1] * (blocks - 1)
-            stack = [CifarBlock(each, width, stride) for each, stride in zip(inputs, strides, strict=True)]
-            layers[f"layer{stage}"], channels = nn.Sequential(*stack), width
+        for stage, (before, width) in enumerate(zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False), start=1):
+            rest = [CifarBlock(width, width, 1) for _ in range(blocks - 1)]
+            layers[f"layer{stage}"] = nn.Sequential(CifarBlock(before, width, 1 if stage == 1 else 2), *rest)
         self.features = nn.Sequential(layers)
-        self.linear = nn.Linear(channels, NUM_CLASSES)
-        self.blocks = blocks
-
-    @property
-    def depth(self) -> int:
-        return 6 * self.blocks + 2
+        self.linear = nn.Linear(WIDTHS[-1], NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 3, H, W), normalised by ImageNet's mean and standard deviation."""
         return self.linear(self.features(images).mean((2, 3)))
-
-
-def cifar_resnet_from_state(state: Mapping[str, Tensor], *, source: str | os.PathLike[str]) -> CifarResNet:
-    """The network of a state dict with keys `[module.]conv1.weight ... linear.bias`; its depth is read from them.
-
-    Raises:
-        ValueError: tensors of another network.
-    """
-    bare = {key.removeprefix("module."): value for key, value in state.items()}
-    numbers = [int(found[1]) for key in bare if (found := re.match(r"layer3\.(\d+)\.", key))]
-    network = CifarResNet(max(numbers, default=0) + 1)
-    named = {key if key.startswith("linear.") else f"features.{key}": value for key, value in bare.items()}
-    own = network.state_dict()
-    # Weights older than the counter of batches do not have it.
-    named = {**{key: value for key, value in own.items() if key.endswith("num_batches_tracked")}, **named}
-    wrong = [
-        key for key in {**own, **named} if key not in own or getattr(named.get(key), "shape", None) != own[key].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{source} must hold a ResNet for CIFAR-10 (conv1, layer1 .. layer3, linear), but {len(wrong)} tensors "
-            f"are missing, unknown or have another shape (first: {wrong[0]}). Was the file of another network given?"
-        )
-    network.load_state_dict({key: torch.as_tensor(value) for key, value in named.items()})
-    return network.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -20,41 +19,48 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
     Returns:
         - `psnr`: plain reconstruction, dB;
         - `equivariance_rotation`, `equivariance_scale`: |tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2, averaged over
-          quarter turns {90, 180, 270} degrees and over scales {.25, .5, .75}; with suffix `_centred` both sides are
+          rotations {90, 180, 270} degrees and over scales {.25, .5, .75}; with suffix `_centred` both sides are
           taken relative to the channel means, which a constant offset of the latents cannot flatter;
         - `psnr_rotated_latent`, `psnr_halved_latent`: decoding tau(E(x)) against tau(x), for a quarter turn and for
           half the size, dB; `psnr_rotated_pixels`, `psnr_halved_pixels`: decoding E(tau(x)), the bound;
         - `latent_std`: standard deviation of the latents, which tells a collapse.
 
-    Raises:
-        ValueError: no images.
+    Example:
+        >>> measure_equivariance(vae, pixels.split(16))["equivariance_rotation"]
     """
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, float] = {}
     count = 0
     with evaluating(vae):
         for pixels in batches:
+            raw_latents = encode(vae, pixels).mode()
+            rows = {"psnr": psnr(decode(vae, raw_latents), pixels), "latent_std": raw_latents.flatten(1).std(1)}
+            rows |= equivariance_per_image(vae, pixels, raw_latents)
             count += len(pixels)
-            for name, values in _measure_batch(vae, pixels).items():
-                sums[name] += values.double().sum().item()
+            for name, values in rows.items():
+                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
     if count == 0:
         raise ValueError("Equivariance needs at least one image to be measured on; got none.")
     return {name: total / count for name, total in sums.items()}
 
 
-def equivariance_figures(vae: nn.Module, pixels: Tensor, latents: Tensor) -> dict[str, Tensor]:
-    """The figures of `measure_equivariance` that compare with a transform, per image: name -> (B,).
+@torch.no_grad()
+def equivariance_per_image(vae: nn.Module, pixels: Tensor, raw_latents: Tensor) -> dict[str, Tensor]:
+    """What `measure_equivariance` compares with a transform, per image: name -> (B,).
 
     Args:
         pixels: (B, 3, H, W) in [-1, 1].
-        latents: E(x), their posterior mean.
+        raw_latents: E(x), their posterior mean.
+
+    Example:
+        >>> equivariance_per_image(vae, pixels, encode(vae, pixels).mode())["psnr_rotated_latent"]
     """
     factor = downsampling_factor(vae)
-    size = (latents.shape[-2], latents.shape[-1])
+    size = (raw_latents.shape[-2], raw_latents.shape[-1])
     results: dict[str, Tensor] = {}
 
     def errors(taus: list[Tau], name: str) -> None:
         encoded = [encode(vae, tau.apply_to_pixels(pixels, factor)).mode() for tau in taus]
-        transformed = [tau.apply_to_latents(latents) for tau in taus]
+        transformed = [tau.apply_to_latents(raw_latents) for tau in taus]
         for suffix, centred in (("", False), ("_centred", True)):
             pairs = zip(encoded, transformed, strict=True)
             each = [_defined_error(e, t, centred=centred) for e, t in pairs]
@@ -65,18 +71,12 @@ def equivariance_figures(vae: nn.Module, pixels: Tensor, latents: Tensor) -> dic
 
     for name, tau in (("rotated", rotation(size, 1)), ("halved", scaling(size, 0.5))):
         target = tau.apply_to_pixels(pixels, factor)
-        results[f"psnr_{name}_latent"] = psnr(decode(vae, tau.apply_to_latents(latents)), target)
+        results[f"psnr_{name}_latent"] = psnr(decode(vae, tau.apply_to_latents(raw_latents)), target)
         results[f"psnr_{name}_pixels"] = psnr(decode(vae, encode(vae, target).mode()), target)
     return results
 
 
 def _defined_error(encoded: Tensor, transformed: Tensor, *, centred: bool) -> Tensor:
-    """NaN where one cell is left, whose deviation from its own mean is 0."""
+    """NaN where one latent position is left, whose deviation from its own mean is 0."""
     error = equivariance_error(encoded, transformed, centred=centred)
     return torch.full_like(error, torch.nan) if centred and encoded.shape[-2:].numel() == 1 else error
-
-
-def _measure_batch(vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-    latents = encode(vae, pixels).mode()
-    results = {"psnr": psnr(decode(vae, latents), pixels), "latent_std": latents.flatten(1).std(1)}
-    return results | equivariance_figures(vae, pixels, latents)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .. import provenance
 from ..files import read_weights
-from .cifar_resnet import cifar_resnet_from_state
+from ..images import UINT8_RULE
+from .cifar_resnet import CifarResNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,14 +39,19 @@ INCEPTION_SHA256 = "6726825d"
 SPATIAL_CHANNELS = 7
 
 
-class FeatureExtractor(nn.Module, ABC):
+class FeatureNetwork(nn.Module, ABC):
     """uint8 images (B, 3, H, W) -> {"features": (B, D)} and, of Inception, "spatial" and "logits"; float32.
 
     Attributes:
-        name: the evaluator, as a result states it.
+        name: as a result states it.
         suffix: what its numbers' names end with; None for the one network that FID is defined by.
         weights_hash: of the weights, first 16 hex digits.
-        input_rule: how a image is brought to the network's size and range.
+        input_rule: how an image is brought to the network's size and range.
+
+    Example:
+        >>> network = load_feature_network("inception", "weights-inception-2015-12-05-6726825d.pth")
+        >>> network(images_uint8)["features"].shape
+        torch.Size([2, 2048])
     """
 
     name: str
@@ -59,16 +65,15 @@ class FeatureExtractor(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Raises ValueError unless images are uint8 (B, 3, H, W)."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"Features are taken of uint8 images (B, 3, H, W); got {images.dtype} {tuple(images.shape)}. "
-                "Samples are uint8 by clamp(127.5 x + 128), truncated."
+                f"Samples become uint8 by {UINT8_RULE}."
             )
         device = next(itertools.chain(self.parameters(), self.buffers())).device
         return {name: value.float() for name, value in self.extract(images.to(device)).items()}
 
-    def train(self, mode: bool = True) -> FeatureExtractor:
+    def train(self, mode: bool = True) -> FeatureNetwork:
         """Stays in eval mode whatever its parent does."""
         return super().train(False)
 
@@ -80,7 +85,7 @@ class FeatureExtractor(nn.Module, ABC):
         return f"{plain}_{self.suffix}"
 
 
-class InceptionFID(FeatureExtractor):
+class InceptionFID(FeatureNetwork):
     """FID's Inception as torch-fidelity transcribed it from TensorFlow, with everything the ADM protocol reads.
 
     "features" is pool_3 (2048); "spatial" the first 7 channels of mixed_6/conv (`Mixed_6d.branch1x1`), flattened
@@ -90,9 +95,6 @@ class InceptionFID(FeatureExtractor):
     Args:
         state: weights; None draws them at random from `seed`, for tests without the file.
         weights_hash: of the file they came from.
-
-    Raises:
-        ModuleNotFoundError: torch-fidelity is not installed.
     """
 
     input_rule = "TensorFlow 1 bilinear to 299 px, (x - 128) / 128"
@@ -166,20 +168,17 @@ def _randomize(network: nn.Module, seed: int) -> None:
             module.weight.data.normal_(0, std, generator=generator)
 
 
-class ModuleFeatures(FeatureExtractor):
+class ModuleFeatures(FeatureNetwork):
     """Features of any network, always under its own name.
 
     Args:
         module: takes (B, 3, H, W) floats and gives (B, D), or (B, D, h, w) that is averaged over space.
-        name: of the evaluator; becomes part of the name of every number.
+        name: of the network; becomes part of the name of every number.
         image_size: side in pixels that images are resized to (bicubic with antialiasing); None leaves them.
         mean, std: of the normalisation of [0, 1].
         weights_hash: default: a hash of the module's tensors.
         select: takes the features out of what the module returns.
         classifier: gives logits (B, K) of the features.
-
-    Raises:
-        ValueError: a name that could be taken for FID's own network.
     """
 
     mean: Tensor
@@ -235,11 +234,6 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
     """DINOv2's global feature through transformers: FD-DINOv2 (Stein et al., arXiv 2306.04675) with the large model.
 
     Differs from the reference: images are resized as floats, without rounding to 8 bits in between.
-
-    Raises:
-        ValueError: another kind of model, weights that are damaged or not its own, or an `image_size` its patches do
-            not tile.
-        FileNotFoundError: the model is neither there, nor cached, nor to be had from the Hub; says how to get it.
     """
     from safetensors import SafetensorError
     from transformers import AutoModel
@@ -247,12 +241,12 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
     try:
         model, found = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
     except SafetensorError as error:
-        raise ValueError(f"The model.safetensors of {name_or_path} is no whole file of weights: {error}") from error
+        raise ValueError(f"The model.safetensors of {name_or_path} is not a whole file of weights: {error}") from error
     except OSError as error:
         raise FileNotFoundError(
             f"DINOv2's weights were not found at {name_or_path}, which must be a directory with config.json and "
             "model.safetensors or a Hub name. Fetch them with `hf download facebook/dinov2-large --local-dir "
-            "dinov2-large` and give that directory (--weights dinov2-large)."
+            "dinov2-large` and name that directory beside the network (dinov2=dinov2-large)."
         ) from error
     config: Any = model.config
     if config.model_type not in ("dinov2", "dinov2_with_registers"):
@@ -276,10 +270,6 @@ def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
 
     Args:
         path: torchvision's weights file (squeezenet1_1-*.pth), or its tensors as .safetensors.
-
-    Raises:
-        FileNotFoundError: no such file; says how to get it.
-        ValueError: weights of another network, or no file of weights.
     """
     path = _existing(path, "SqueezeNet's weights", SQUEEZENET_URL)
     from torchvision.models import squeezenet1_1
@@ -301,23 +291,24 @@ def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures
     Args:
         path: weights as in akamaster/pytorch_resnet_cifar10 (BSD-2), their keys with or without `module.`; a file
             that holds them under `state_dict`, or .safetensors.
-
-    Raises:
-        FileNotFoundError: no such file; says how to get it.
-        ValueError: weights of another network.
     """
     path = _existing(path, "A CIFAR-10 ResNet's weights", CIFAR_RESNET_URL)
     state: Any = read_weights(path)
     with _weights_of("a ResNet for CIFAR-10", path):
-        network = cifar_resnet_from_state(state.get("state_dict", state), source=path)
-    name = f"cifar10_resnet{network.depth}"
+        bare = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+        blocks = 1 + max((int(found[1]) for key in bare if (found := re.match(r"layer3\.(\d+)\.", key))), default=0)
+        network = CifarResNet(blocks).eval()
+        network.load_state_dict({k if k.startswith("linear.") else f"features.{k}": v for k, v in bare.items()})
     return ModuleFeatures(
-        network.features, name=name, image_size=32, weights_hash=provenance.hash_file(path), classifier=network.linear
+        network.features,
+        name=f"cifar10_resnet{6 * blocks + 2}",
+        image_size=32,
+        weights_hash=provenance.hash_file(path),
+        classifier=network.linear,
     )
 
 
-EvaluatorName: TypeAlias = Literal["inception", "dinov2", "squeezenet", "cifar_resnet"]
-EVALUATORS: dict[str, Callable[..., FeatureExtractor]] = {
+FEATURE_NETWORKS: dict[str, Callable[..., FeatureNetwork]] = {
     "inception": InceptionFID.from_file,
     "dinov2": dinov2_features,
     "squeezenet": squeezenet_features,
@@ -325,25 +316,30 @@ EVALUATORS: dict[str, Callable[..., FeatureExtractor]] = {
 }
 
 
-def load_extractor(evaluator: str, weights: str | os.PathLike[str] | None = None) -> FeatureExtractor:
-    """One of `EVALUATORS` with the weights of a file; for dinov2 a directory or Hub name, facebook/dinov2-large unset.
+def load_feature_network(name: str, weights: str | os.PathLike[str] | None = None) -> FeatureNetwork:
+    """One of `FEATURE_NETWORKS` with the weights of a file; for dinov2 a directory or Hub name.
 
-    Raises:
-        ValueError: an unknown name, or a file of another network.
-        FileNotFoundError: no such weights; names the file and how to get it.
+    Args:
+        name: "inception", or with its weights "inception=FILE", as the scripts take it.
+
+    Example:
+        >>> load_feature_network("cifar_resnet=resnet56-4bfd9763.th").name
+        'cifar10_resnet56'
     """
-    if evaluator not in EVALUATORS:
-        raise ValueError(f"The feature networks are {', '.join(EVALUATORS)}; got {evaluator!r}.")
-    default = evaluator == "dinov2" and weights is None
-    return EVALUATORS[evaluator](*([] if default else [weights]))
+    name, _, given = name.partition("=")
+    weights = given or weights
+    if name not in FEATURE_NETWORKS:
+        raise ValueError(f"The feature networks are {', '.join(FEATURE_NETWORKS)}; got {name!r}.")
+    default = name == "dinov2" and weights is None
+    return FEATURE_NETWORKS[name](*([] if default else [weights]))
 
 
 def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
     if path is None or not Path(path).is_file():
         missing = "were not given" if path is None else f"were not found at {path}"
         raise FileNotFoundError(
-            f"{what} {missing}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO {url}` and give "
-            "its path (--weights; in training --evaluator_weights)."
+            f"{what} {missing}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO {url}` and name "
+            "it beside the network (NAME=FILE)."
         )
     return Path(path)
 
@@ -356,5 +352,5 @@ def _weights_of(network: str, path: str | os.PathLike[str]) -> Iterator[None]:
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} must hold the weights of {network}, and its tensors are others. Was the file of another network "
-            "given (--weights, --evaluator)?"
+            "given?"
         ) from error

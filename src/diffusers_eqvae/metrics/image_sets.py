@@ -1,183 +1,260 @@
-"""One pass of a feature network over uint8 images, by one or several processes: what every metric is computed from.
+"""Sets of uint8 images to measure, exactly N of one size, and what a feature network gives of them.
 
-Images are cut into blocks of one batch each, and a process takes a stretch of whole blocks: each forward is the same
-whoever runs it, so the number of processes changes no bit. Another batch size changes the order of sums inside the
-networks, and with it figures in their last digits.
+A set is cut into batches, and a process takes a stretch of whole ones: each forward is the same whoever runs it, so
+the number of processes changes no bit. Another batch size changes the order of sums inside the networks, and with it
+figures in their last digits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ..images import to_uint8
-from .feature_networks import FeatureExtractor
-from .inputs import ImageSet, check_array
+from ..data.hf_datasets import image_files
+from ..data.image_datasets import DECODE_ERRORS, ImageSource, model_files
+from ..files import npz_keys, open_npz_array
+from ..images import UINT8_RULE, adm_center_crop, to_rgb
+from .base import gather
+from .feature_networks import FeatureNetwork
 
-# Floats beyond it are no pixels in [-1, 1], which decoders overshoot a little, but levels.
-LARGEST_PIXEL = 3.0
+
+class ImageSet:
+    """N images of one size, read in batches.
+
+    Args:
+        images: uint8 (N, H, W, 3), paths of files, or an `ImageSource`.
+        name: of the set, as a result states it.
+        resolution: side in pixels that files and datasets are cropped to (ADM centre crop); None takes files as they
+            are, which must then be equally large.
+        limit: measure the first `limit` images only.
+
+    Example:
+        >>> images = ImageSet(np.zeros((5, 32, 32, 3), dtype=np.uint8), name="black")
+        >>> [(len(index), batch.shape) for index, batch in images.batches(4)]
+        [(4, (4, 32, 32, 3)), (1, (1, 32, 32, 3))]
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray | list[Path] | ImageSource,
+        *,
+        name: str,
+        resolution: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if isinstance(images, np.ndarray):
+            _require_uint8(images, name)
+            if resolution is not None and images.shape[1:3] != (resolution, resolution):
+                raise ValueError(
+                    f"{name} holds images of {images.shape[2]}x{images.shape[1]} px and is never resized; "
+                    f"got resolution {resolution}."
+                )
+        elif isinstance(images, ImageSource) and resolution is None:
+            raise ValueError(f"The dataset {name} needs a resolution that its images are cropped to.")
+        if len(images) == 0 or (limit is not None and not 1 <= limit <= len(images)):
+            raise ValueError(f"{name} holds {len(images)} images; {limit or 'at least one'} are to be measured.")
+        self.images = images
+        self.name = name
+        self.resolution = resolution
+        self.count = len(images) if limit is None else limit
+        self._size: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def resize_rule(self) -> str:
+        """How images were brought to their size, as a result card states it."""
+        if isinstance(self.images, np.ndarray) or self.resolution is None:
+            return "none"
+        return f"ADM centre crop to {self.resolution} px"
+
+    def batches(self, batch_size: int, processes: Any = None) -> Batches:
+        """(places in the set, uint8 (B, H, W, 3)) of this process's batches.
+
+        All processes in turn give the set in order, in the same batches whatever their number; where there are fewer
+        batches than processes, some have none.
+        """
+        if batch_size < 1:
+            raise ValueError(f"Batches must hold at least one image; got batch_size {batch_size}.")
+        rank, world_size = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+        starts = range(0, self.count, batch_size)
+        mine = starts[rank * len(starts) // world_size : (rank + 1) * len(starts) // world_size]
+        return Batches(self, [range(start, min(start + batch_size, self.count)) for start in mine])
+
+    def read(self, index: range) -> np.ndarray:
+        """The images at consecutive places, uint8 (B, H, W, 3)."""
+        if isinstance(self.images, np.ndarray):
+            return np.asarray(self.images[index.start : index.stop])
+        return np.stack([self._read(place) for place in index])
+
+    def _read(self, index: int) -> np.ndarray:
+        if isinstance(self.images, ImageSource):
+            image, _, used = self.images.read(index)
+            name = self.images.name(index)
+            if used != index:
+                raise ValueError(f"{name} of {self.name} cannot be read, and no other image may stand for it.")
+        else:
+            name = str(self.images[index])
+            try:
+                with Image.open(self.images[index]) as opened:
+                    image = to_rgb(opened)
+            except DECODE_ERRORS as error:
+                raise ValueError(f"{name} cannot be read: {error}. Repair or remove it.") from error
+        if self.resolution is not None:
+            image = adm_center_crop(image, self.resolution)
+        array = np.asarray(image)
+        self._size = self._size or array.shape
+        if array.shape != self._size:
+            raise ValueError(
+                f"All images of {self.name} must have one size: {name} has {array.shape[1]}x{array.shape[0]} px, "
+                f"others {self._size[1]}x{self._size[0]} px. Give a resolution to crop them to."
+            )
+        return array
+
+
+@dataclass(frozen=True)
+class Batches:
+    """One process's share of an `ImageSet`; its length is the number of batches."""
+
+    images: ImageSet
+    index: list[range]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[tuple[range, np.ndarray]]:
+        return ((index, self.images.read(index)) for index in self.index)
+
+
+def _require_uint8(array: np.ndarray, name: str) -> None:
+    if array.ndim != 4 or array.shape[-1] != 3:
+        raise ValueError(f"arr_0 of {name} must have shape (N, H, W, 3); got {array.shape}.")
+    if array.dtype != np.uint8:
+        raise ValueError(
+            f"arr_0 of {name} must be uint8; got {array.dtype}. Turn pixels in [-1, 1] into uint8 by {UINT8_RULE}."
+        )
+
+
+def open_images(path: str | os.PathLike[str], *, resolution: int | None = None, limit: int | None = None) -> ImageSet:
+    """The images of an .npz (arr_0, ADM's format) or of a folder and its subfolders by name, hidden ones left out.
+
+    Example:
+        >>> images = open_images("samples.npz", limit=5000)
+    """
+    path = Path(path)
+    if path.is_dir():
+        if found := model_files(path):
+            raise ValueError(
+                f"{path} holds {', '.join(found)}: it is a model's directory, and images in it are not a set to "
+                "measure. Give an .npz with arr_0, a folder of images or, as samples, a pipeline."
+            )
+        files = sorted(image_files(path))
+        return ImageSet(files, name=path.name, resolution=resolution, limit=limit)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is neither an .npz nor a folder of images.")
+    if "arr_0" not in archive_keys(path):
+        raise ValueError(f"{path} must hold the images as arr_0; it holds {', '.join(archive_keys(path))}.")
+    return ImageSet(open_npz_array(path, "arr_0"), name=path.name, resolution=resolution, limit=limit)
+
+
+def archive_keys(path: Path) -> list[str]:
+    """Names of the arrays of an .npz; raises ValueError where the file is not one."""
+    try:
+        return npz_keys(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a whole .npz archive: {error}. Write it with np.savez.") from error
 
 
 @dataclass
-class Collected:
-    """What one pass over images leaves, in the order of the images.
+class Features:
+    """What a feature network gives of N images, in their order.
 
     Attributes:
-        features: (N, D) float32.
-        logits: (N, K), or None where the network has none.
-        spatial: (N, S), or None.
-        digests: one hash per image.
+        outputs: "features" (N, D) float32 and, where the network has them, "spatial" (N, S) and "logits" (N, K).
+        digests: (N, 32) uint8, a hash of each image.
     """
 
-    features: Tensor
-    logits: Tensor | None
-    spatial: Tensor | None
-    digests: list[bytes]
+    outputs: dict[str, Tensor]
+    digests: Tensor
+
+    def __len__(self) -> int:
+        return len(self.digests)
 
     @property
     def hash(self) -> str:
         """Of all images, pixel by pixel, in order; no batch size or process count enters."""
         return hash_digests(self.digests)
 
-    @property
-    def unique(self) -> int:
-        """Images that differ from all others."""
-        return len(set(self.digests))
-
     @staticmethod
-    def join(parts: Sequence[Collected]) -> Collected:
-        """The parts of several processes, in the order of their ranks."""
-        logits = [part.logits for part in parts if part.logits is not None]
-        spatial = [part.spatial for part in parts if part.spatial is not None]
-        return Collected(
-            torch.cat([part.features for part in parts]),
-            torch.cat(logits) if logits else None,
-            torch.cat(spatial) if spatial else None,
-            [digest for part in parts for digest in part.digests],
-        )
+    def join(parts: Sequence[Features]) -> Features:
+        """Those of one set, cut into parts, in order."""
+        if not parts:
+            raise ValueError("Features need at least one image; got none.")
+        outputs = {name: torch.cat([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+        return Features(outputs, torch.cat([part.digests for part in parts]))
 
 
-class Collector:
-    """Runs images through a network batch by batch, one forward each, and keeps everything that the metrics need."""
+def extract(
+    network: FeatureNetwork,
+    images: ImageSet | Iterable[np.ndarray],
+    *,
+    batch_size: int = 64,
+    processes: Any = None,
+) -> Features:
+    """One pass of a feature network over all images, by all processes; the same result on each of them.
 
-    def __init__(self, extractor: FeatureExtractor) -> None:
-        self.extractor = extractor
-        self._parts: list[Collected] = []
-        self._size: tuple[int, ...] | None = None
+    Args:
+        images: a set, or this process's batches of uint8 (B, H, W, 3).
+        processes: accelerate's `PartialState` or `Accelerator`, where several share the set.
 
-    def add(self, levels: np.ndarray) -> None:
-        """Adds images uint8 (B, H, W, 3); raises ValueError for another dtype, shape or size than those before."""
-        check_array(levels, "a batch")
-        self._size = one_size(levels, self._size)
-        images = torch.from_numpy(np.array(levels, order="C")).permute(0, 3, 1, 2)
-        outputs = {name: value.cpu() for name, value in self.extractor(images).items()}
-        self._parts.append(
-            Collected(outputs["features"], outputs.get("logits"), outputs.get("spatial"), image_digests(levels))
-        )
-
-    def collected(self) -> Collected:
-        """Everything so far; raises ValueError where there was nothing."""
-        if not self._parts:
-            raise ValueError("At least one image is needed; got none.")
-        self._parts = [Collected.join(self._parts)]
-        return self._parts[0]
-
-
-def collect(extractor: FeatureExtractor, batches: Iterable[np.ndarray]) -> Collected:
-    """`Collector` over all batches of uint8 images (B, H, W, 3).
-
-    Raises:
-        ValueError: no images, or batches of another shape or dtype.
+    Example:
+        >>> samples = extract(network, open_images("samples.npz"))
+        >>> samples.outputs["features"].shape
     """
-    collector = Collector(extractor)
-    for batch in batches:
-        collector.add(batch)
-    return collector.collected()
+    mine = (batch for _, batch in images.batches(batch_size, processes)) if isinstance(images, ImageSet) else images
+    parts, size = [], None
+    for batch in mine:
+        size = require_one_size(batch, size)
+        outputs = {name: value.cpu() for name, value in network(to_tensor(batch)).items()}
+        parts.append(Features(outputs, image_digests(batch)))
+    shares = gather([Features.join(parts)] if parts else [], processes)
+    return Features.join([part for share in shares for part in share])
 
 
-@dataclass(frozen=True)
-class Processes:
-    """Who shares the work: this rank measures its stretch, `gather` joins everybody's lists in the order of ranks."""
-
-    rank: int = 0
-    world_size: int = 1
-    gather: Callable[[list[Any]], list[Any]] = list
-
-    def measure(self, extractor: FeatureExtractor, images: ImageSet, *, batch_size: int) -> Collected:
-        """One pass over all images, by all processes; the same result on each of them."""
-        collector = Collector(extractor)
-        mine = images.blocks(batch_size, rank=self.rank, world_size=self.world_size)
-        for block in mine:
-            collector.add(images.read(block))
-        return Collected.join(self.gather([collector.collected()] if mine else []))
+def to_tensor(images_uint8: np.ndarray) -> Tensor:
+    """(B, 3, H, W) of (B, H, W, 3), as a copy."""
+    return torch.from_numpy(np.array(images_uint8, order="C")).permute(0, 3, 1, 2)
 
 
-ALONE = Processes()
-
-
-def to_levels(pixels: Tensor) -> np.ndarray:
-    """uint8 (B, H, W, 3) of pixels (B, 3, H, W), nominally in [-1, 1]: clamp(127.5 x + 128), truncated.
-
-    Raises:
-        ValueError: NaN or infinity.
-    """
-    require_finite(pixels)
-    return to_uint8(pixels.detach()).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def as_levels(images: Any, name: str) -> np.ndarray:
-    """uint8 (B, H, W, 3) of a batch that may also be floats (B, 3, H, W), nominally in [-1, 1]; arrays or tensors.
-
-    Raises:
-        ValueError: another shape or dtype, NaN or infinity, or floats that are levels (0 .. 255).
-    """
-    batch = images.detach() if isinstance(images, Tensor) else torch.from_numpy(np.asarray(images))
-    if batch.is_floating_point() and batch.ndim == 4 and batch.shape[1] == 3:
-        if len(batch) and batch.abs().max() > LARGEST_PIXEL:
-            raise ValueError(
-                f"Float {name} are in [-1, 1] and levels are uint8; got floats up to {batch.abs().max().item():.4g}."
-            )
-        return to_levels(batch)
-    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
-        raise ValueError(
-            f"{name} must be uint8 (B, H, W, 3) or floats (B, 3, H, W) in [-1, 1]; got {batch.dtype} "
-            f"{tuple(batch.shape)}."
-        )
-    return batch.cpu().numpy()
-
-
-def one_size(levels: np.ndarray, size: tuple[int, ...] | None) -> tuple[int, ...]:
+def require_one_size(images_uint8: np.ndarray, size: tuple[int, ...] | None) -> tuple[int, ...]:
     """Height and width of (B, H, W, 3); raises ValueError where they are not the `size` of those before."""
-    if size is not None and levels.shape[1:3] != size:
-        (height, width), (other_height, other_width) = size, levels.shape[1:3]
+    if size is not None and images_uint8.shape[1:3] != size:
+        (height, width), (other_height, other_width) = size, images_uint8.shape[1:3]
         raise ValueError(
             f"All images of a set must have one size; got {width}x{height} and {other_width}x{other_height} px."
         )
-    return levels.shape[1:3]
+    return images_uint8.shape[1:3]
 
 
-def require_finite(pixels: Tensor) -> None:
-    """Raises ValueError for NaN and infinity, which 8 bits would turn into levels like any other."""
-    if not pixels.isfinite().all():
-        raise ValueError(
-            "Images must be finite; got NaN or infinity. Check the model and its dtype: float16 overflows in some "
-            "autoencoders, float32 and bfloat16 do not."
-        )
-
-
-def image_digests(levels: np.ndarray) -> list[bytes]:
-    """A sha256 per image of (B, H, W, 3), of its shape and pixels."""
-    return [
-        hashlib.sha256(f"{each.shape}".encode() + np.ascontiguousarray(each).tobytes()).digest() for each in levels
+def image_digests(arrays: np.ndarray) -> Tensor:
+    """A sha256 of each of B equally large arrays, of its shape and values: (B, 32) uint8."""
+    digests = [
+        hashlib.sha256(f"{each.shape}".encode() + np.ascontiguousarray(each).tobytes()).digest() for each in arrays
     ]
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, hashlib.sha256().digest_size)
 
 
-def hash_digests(digests: Sequence[bytes]) -> str:
-    """16 hex digits of a set of images in its order."""
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+def hash_digests(digests: Tensor) -> str:
+    """16 hex digits of a set of images in its order, of `image_digests`."""
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]

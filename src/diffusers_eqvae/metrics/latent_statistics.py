@@ -1,4 +1,7 @@
-"""Which spatial frequencies latents are made of: generators learn the high ones last, and tau destroys them first."""
+"""What latents look like to a generator: spatial frequencies, channel statistics, intrinsic dimension.
+
+Generators learn high frequencies last, and tau destroys them first.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,25 @@ import logging
 import torch
 from torch import Tensor
 
-# In cycles per latent cell; the finest pattern, cells of alternating sign, has .5.
+logger = logging.getLogger(__name__)
+
+# In cycles per latent position; the finest pattern, positions of alternating sign, has .5.
 HIGH_FREQUENCY = 0.25
+KEPT_SHARE = 0.9  # of the ratios of distances, the lowest, that the intrinsic dimension is fitted to
+MIN_POINTS = 10
+BLOCK_POINTS = 1024
 
 
 def radial_power_spectrum(latents: Tensor) -> Tensor:
     """Power of (B, C, h, w) by distance from zero frequency, the mean over channels and directions: (B, K).
 
     Entry k is the mean of |FFT(z - mean z)|^2 / (h w) over the frequencies (f_y, f_x) whose length, times
-    s = min(h, w), rounds to k = 0 .. s // 2; so k / s is in cycles per cell. White noise of variance v is flat at v
-    (entry 0 holds the mean, which is taken out, and is 0). Frequencies in the corners beyond .5 are left out.
+    s = min(h, w), rounds to k = 0 .. s // 2; so k / s is in cycles per position. White noise of variance v is flat
+    at v (entry 0 holds the mean, which is taken out, and is 0). Frequencies in the corners beyond .5 are left out.
+
+    Example:
+        >>> radial_power_spectrum(torch.randn(8, 4, 32, 32)).shape
+        torch.Size([8, 17])
     """
     power = _power(latents).mean(1).flatten(1)
     side = min(latents.shape[-2:])
@@ -28,10 +40,14 @@ def radial_power_spectrum(latents: Tensor) -> Tensor:
 
 
 def high_frequency_share(latents: Tensor) -> Tensor:
-    """Share of the variance of (B, C, h, w) above a quarter cycle per cell, half of the finest frequency: (B,).
+    """Share of the variance of (B, C, h, w) above a quarter cycle per position, half of the finest frequency: (B,).
 
     All frequencies count, corners included: white noise has 1 - pi/16 = .80, smooth latents have close to 0. Constant
     latents have 0.
+
+    Example:
+        >>> high_frequency_share(torch.ones(1, 4, 32, 32))
+        tensor([0.])
     """
     power = _power(latents).mean(1)
     high = (power * (_radius(latents) > HIGH_FREQUENCY)).flatten(1).sum(1)
@@ -40,10 +56,8 @@ def high_frequency_share(latents: Tensor) -> Tensor:
 
 def _power(latents: Tensor) -> Tensor:
     """|FFT|^2 / (h w) of every channel around its mean, (B, C, h, w) in float32 or better."""
-    if latents.ndim != 4 or min(latents.shape[-2:]) < 2:
-        raise ValueError(
-            f"A spectrum needs latents (B, C, h, w) of at least 2 cells a side; got {tuple(latents.shape)}."
-        )
+    if min(latents.shape[-2:]) < 2:
+        raise ValueError(f"A spectrum needs latents of at least 2 positions a side; got {tuple(latents.shape)}.")
     values = latents.detach().to(torch.promote_types(latents.dtype, torch.float32))
     values = values - values.mean((-2, -1), keepdim=True)
     power = torch.fft.fft2(values).abs().square() / (values.shape[-2] * values.shape[-1])
@@ -52,7 +66,7 @@ def _power(latents: Tensor) -> Tensor:
 
 
 def _radius(latents: Tensor) -> Tensor:
-    """Length of each frequency in cycles per cell, (h, w)."""
+    """Length of each frequency in cycles per position, (h, w)."""
     rows, columns = (torch.fft.fftfreq(side, device=latents.device) for side in latents.shape[-2:])
     return torch.hypot(rows[:, None], columns)
 
@@ -63,11 +77,9 @@ def channel_statistics(latents: Tensor) -> dict[str, list[float]]:
     Excess kurtosis is E[(z - m)^4] / s^4 - 3: 0 for a Gaussian, which is what a generator starts from; -1.2 for a
     uniform distribution; large for rare outliers. A constant channel has kurtosis 0.
 
-    Raises:
-        ValueError: other than four axes, or no values.
+    Example:
+        >>> channel_statistics(torch.randn(100, 4, 32, 32))["std"]
     """
-    if latents.ndim != 4 or latents.numel() == 0:
-        raise ValueError(f"Channel statistics need latents (B, C, h, w); got {tuple(latents.shape)}.")
     values = latents.detach().double().transpose(0, 1).flatten(1)
     mean = values.mean(1)
     centred = values - mean[:, None]
@@ -75,13 +87,6 @@ def channel_statistics(latents: Tensor) -> dict[str, list[float]]:
     fourth = centred.pow(4).mean(1)
     excess = torch.where(variance > 0, fourth / variance.square() - 3.0, torch.zeros_like(variance))
     return {"mean": mean.tolist(), "std": variance.sqrt().tolist(), "kurtosis": excess.tolist()}
-
-
-logger = logging.getLogger(__name__)
-
-KEPT_SHARE = 0.9
-MIN_POINTS = 10
-BLOCK_POINTS = 1024
 
 
 def intrinsic_dimension(points: Tensor) -> float:
@@ -97,8 +102,8 @@ def intrinsic_dimension(points: Tensor) -> float:
     Computed in float64 in blocks of rows; memory grows with N, not with N^2. Equal points, which have no r2 / r1,
     count once, and a warning says how many there were.
 
-    Raises:
-        ValueError: other than two axes, values that are not finite, or fewer than 10 different points.
+    Example:
+        >>> intrinsic_dimension(raw_latents.flatten(1))
     """
     dimension = intrinsic_dimension_if_defined(points)
     if dimension is None:

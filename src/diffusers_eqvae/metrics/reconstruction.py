@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses._checks import require_equal_shapes
+
 # Wang et al. 2004: an 11 x 11 Gaussian window of sigma 1.5, K1 = .01, K2 = .03, and the range L of [-1, 1].
 SSIM_WINDOW_PX = 11
 SSIM_SIGMA_PX = 1.5
@@ -21,8 +23,11 @@ def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
 
     The data range is the constant 2 of [-1, 1]. Differs from evaluators that estimate the range from each image,
     which flatters images of low contrast.
+
+    Example:
+        >>> psnr(vae(pixels).sample, pixels).mean()
     """
-    _require_one_shape(reconstruction, target)
+    require_equal_shapes(reconstruction, target, ("A reconstruction", "its target"))
     error = (reconstruction.float().clamp(-1, 1) - target.float()).square().flatten(1).mean(1)
     return 10.0 * torch.log10(DATA_RANGE**2 / error.clamp_min(1e-12))
 
@@ -39,13 +44,13 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
         reconstruction: (B, C, H, W), clamped to [-1, 1] here, as a saved image would be.
         target: (B, C, H, W) in [-1, 1].
 
-    Differs from the reference: the EQ-VAE release lets its library estimate L from each batch, so that its figure of a
-    image depends on the images beside it.
+    Differs from the reference: the EQ-VAE release lets its library estimate L from each batch, so that the
+    figure of an image depends on the images beside it.
 
-    Raises:
-        ValueError: unequal shapes, or sides below the window's 11 px.
+    Example:
+        >>> ssim(vae(pixels).sample, pixels).mean()
     """
-    _require_one_shape(reconstruction, target)
+    require_equal_shapes(reconstruction, target, ("A reconstruction", "its target"))
     if target.ndim != 4 or min(target.shape[-2:]) < SSIM_WINDOW_PX:
         raise ValueError(
             f"SSIM compares images (B, C, H, W) of at least {SSIM_WINDOW_PX} px a side; got {tuple(target.shape)}."
@@ -68,11 +73,3 @@ def _windowed(values: Tensor) -> Tensor:
     weights = (weights / weights.sum()).expand(values.shape[1], 1, 1, -1)
     rows = F.conv2d(values, weights, groups=values.shape[1])
     return F.conv2d(rows, weights.transpose(-2, -1), groups=values.shape[1])
-
-
-def _require_one_shape(reconstruction: Tensor, target: Tensor) -> None:
-    if reconstruction.shape != target.shape:
-        raise ValueError(
-            f"A reconstruction and its target must have one shape; got {tuple(reconstruction.shape)} and "
-            f"{tuple(target.shape)}."
-        )

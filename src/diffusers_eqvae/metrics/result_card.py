@@ -9,66 +9,72 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import require_format_version, write_json
 
-FORMAT = 1
-# Cards that differ in one of these measure different things, for the reason given; `compare_cards` says so.
-PROTOCOL = {
-    "evaluator": "distances by different networks have different units",
-    "evaluator_version": "another transcription or protocol may give other features",
-    "weights_hash": "distances by different weights have different units",
+FORMAT_VERSION = 2
+_NETWORK = {
+    "feature_network": "distances by different networks have different units",
+    "feature_network_version": "another transcription or protocol may give other features",
+    "feature_network_weights": "distances by different weights have different units",
     "input_rule": "resizing to the network's size changes features",
-    "reference_hash": "distances to different references are different distances",
-    "num_samples": "FID falls with the number of samples, and precision and recall move",
-    "label_policy": "random and class-balanced labels give different distributions",
-    "uint8_rule": "another rounding shifts all levels",
-    "resize_rule": "resized and cropped images have other spectra",
 }
-# The same for figures of an autoencoder, which compare a reconstruction with its own image.
-RECONSTRUCTION_PROTOCOL = {
-    "data_hash": "figures of other images are other figures",
-    "num_images": "figures of other images are other figures",
-    "resize_rule": "resized and cropped images have other spectra",
-    "posterior": "a sample of the posterior reconstructs worse than its mean",
-    "definitions": "another definition of a figure gives other numbers",
-    "intrinsic_dimension_points": "the intrinsic dimension grows with the number of points",
-    "lpips_net": "distances by different networks have different units",
-    "lpips_weights_hash": "distances by different weights have different units",
-    **{key: PROTOCOL[key] for key in ("evaluator", "evaluator_version", "weights_hash", "input_rule", "uint8_rule")},
+_UINT8 = {"uint8_rule": "another rounding shifts all values"}
+_RESIZE = {"resize_rule": "resized and cropped images have other spectra"}
+# Cards of a task that differ in one of these measure different things, for the reason given; `compare_cards` says so.
+PROTOCOLS: dict[str, dict[str, str]] = {
+    "generation": {
+        **_NETWORK,
+        "reference_hash": "distances to different references are different distances",
+        "num_samples": "FID falls with the number of samples, and precision and recall move",
+        "label_policy": "random and class-balanced labels give different distributions",
+        **_UINT8,
+        **_RESIZE,
+    },
+    # They compare a reconstruction with its own image.
+    "reconstruction": {
+        "data_hash": "metrics of other images are other metrics",
+        "num_images": "metrics of other images are other metrics",
+        **_RESIZE,
+        "posterior": "a sample of the posterior reconstructs worse than its mean",
+        "definitions": "another definition of a metric gives other numbers",
+        "intrinsic_dimension_points": "the intrinsic dimension grows with the number of points",
+        "lpips_net": "distances by different networks have different units",
+        "lpips_weights_hash": "distances by different weights have different units",
+        **_NETWORK,
+        **_UINT8,
+    },
+    # What latents know of annotated images.
+    "perception": {
+        "annotation": "classes and depths, and what of them counts, have different metrics",
+        "images_hash": "metrics of other images are other metrics",
+        "targets_hash": "other annotations are another truth",
+        "num_annotated": "more annotated images teach more",
+        "num_tested": "metrics of other images are other metrics",
+        **_RESIZE,
+    },
 }
-# The same for what latents know of annotated images.
-PERCEPTION_PROTOCOL = {
-    "annotation": "classes and depths, and what of them counts, have different figures",
-    "images_hash": "figures of other images are other figures",
-    "targets_hash": "other annotations are another truth",
-    "num_annotated": "more annotated images teach more",
-    "num_tested": "figures of other images are other figures",
-    "resize_rule": "resized and cropped images have other spectra",
-}
-PROTOCOLS = {
-    "generation": PROTOCOL,
-    "reconstruction": RECONSTRUCTION_PROTOCOL,
-    "perception": PERCEPTION_PROTOCOL,
-}
-# Facts that matter only where all cards have a number whose name begins like this.
-_RFID = ("rfid", "rfd_", "rsfid", "rsfd_")
+# What matters only where all cards have a number whose name begins like this.
+_DISTANCES = ("fid", "fd_", "sfid", "sfd_", "precision", "recall", "kid", "kd_")
 CONCERNS: dict[str, dict[str, tuple[str, ...]]] = {
-    "generation": {},
+    "generation": {
+        **dict.fromkeys(_NETWORK, (*_DISTANCES, "inception_score")),
+        "reference_hash": _DISTANCES,
+    },
     "reconstruction": {
         "intrinsic_dimension_points": ("intrinsic_dimension",),
         "lpips_net": ("lpips",),
         "lpips_weights_hash": ("lpips",),
-        **dict.fromkeys(("evaluator", "evaluator_version", "weights_hash", "input_rule", "uint8_rule"), _RFID),
+        **dict.fromkeys((*_NETWORK, *_UINT8), ("rfid", "rfd_", "rsfid", "rsfd_")),
     },
     "perception": {},
 }
+OTHER_PROTOCOL = "another setting of this metric gives other numbers"
 # What an experiment varies; compared numbers may differ in these, and the table shows where.
 SETTINGS = (
     "model",
     "model_class",
-    "weights",
-    "vae_revision",
-    "transformer_revision",
+    "autoencoder",
+    "transformer",
     "alignment_network",
     "head",
     "window",
@@ -91,67 +97,74 @@ class ResultCard:
 
     Attributes:
         metrics: number by name.
-        marks: reason by name, for numbers not to be trusted.
-        protocol: the facts in `PROTOCOLS[task]`; what is not stated is unknown.
-        settings: the facts in `SETTINGS`, of the model and its sampler.
-        provenance: name of the reference, hash of the samples, hardware, versions, date.
+        caveats: reason by name, for numbers not to be trusted.
+        protocol: what `PROTOCOLS[task]` lists, and "METRIC.KEY" of further metrics; what is not stated is unknown.
+        settings: what `SETTINGS` lists; `autoencoder` and `transformer` identify weights.
+        provenance: name of the reference, hash of the samples, hardware, versions, extensions, date.
         task: "generation", "reconstruction" or "perception".
         details: what is measured beside numbers, such as spectra.
+        errors: standard error by name, as far as it is known.
+
+    Example:
+        >>> card = ResultCard({"psnr": 25.8}, {"num_images": 5000}, task="reconstruction", errors={"psnr": 0.05})
+        >>> card.summary()
+        'psnr = 25.8 +- 0.05'
     """
 
     metrics: dict[str, float]
     protocol: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    marks: dict[str, str] = field(default_factory=dict)
+    caveats: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     task: str = "generation"
     details: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task not in PROTOCOLS:
             raise ValueError(f"A card's task is one of {', '.join(PROTOCOLS)}; got {self.task!r}.")
         for name, given, known in (
-            ("protocol", self.protocol, tuple(PROTOCOLS[self.task])),
-            ("settings", self.settings, SETTINGS),
+            ("protocol", {key for key in self.protocol if "." not in key}, tuple(PROTOCOLS[self.task])),
+            ("settings", set(self.settings), SETTINGS),
         ):
-            unknown = sorted(set(given) - set(known))
-            if unknown:
+            if unknown := sorted(given - set(known)):
                 raise ValueError(f"A card's {name} holds {', '.join(known)}; got {', '.join(unknown)}.")
 
     def summary(self) -> str:
-        """A line per number, with the reason where it is marked."""
+        """A line per number, with its standard error and its caveat."""
         return "\n".join(
-            f"{name} = {value:.6g}" + (f" ({self.marks[name]})" if name in self.marks else "")
+            f"{name} = {value:.6g}"
+            + (f" +- {self.errors[name]:.2g}" if name in self.errors else "")
+            + (f" ({self.caveats[name]})" if name in self.caveats else "")
             for name, value in self.metrics.items()
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """JSON that is either whole or absent."""
-        write_json(path, {"format": FORMAT, **asdict(self)})
+        write_json(path, {"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ResultCard:
-        """Raises ValueError where the file is no result card, or of another format."""
+        """What `save` wrote; refused where the file is not a result card, or of an older or a newer format."""
         try:
             content = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no result card: {error}.") from error
+            raise ValueError(f"{path} is not a result card: {error}.") from error
         if not isinstance(content, dict) or not {"metrics", "protocol"} <= content.keys():
-            raise ValueError(f"{path} is no result card: it must hold metrics and protocol.")
-        if content.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is a card of another format than {FORMAT}; read it with the version it names.")
-        unknown = sorted(set(content) - {entry.name for entry in fields(cls)})
-        if unknown:
-            raise ValueError(f"{path} holds {', '.join(unknown)}, which no card of format {FORMAT} has.")
+            raise ValueError(f"{path} is not a result card: it must hold metrics and protocol.")
+        found = content.pop("format_version", content.pop("format", None))
+        require_format_version(found, FORMAT_VERSION, path=path, remedy="measure again")
+        if unknown := sorted(set(content) - {entry.name for entry in fields(cls)}):
+            raise ValueError(f"{path} holds {', '.join(unknown)}, which a card does not have.")
         for key, value in content.items():
             if not isinstance(value, str if key == "task" else dict):
-                raise ValueError(f"{path} is no result card: its {key} is a {type(value).__name__}.")
+                raise ValueError(f"{path} is not a result card: its {key} is a {type(value).__name__}.")
         if not all(isinstance(value, int | float | None) for value in content["metrics"].values()):
-            raise ValueError(f"{path} is no result card: its metrics map names to numbers.")
+            raise ValueError(f"{path} is not a result card: its metrics must map names to numbers.")
         return cls(**content)
 
 
-def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `pipelines/sample.py` wrote down beside its samples: settings of a card, and label policy and uint8 rule.
 
     It is read for the set it describes, which is samples.npz in the folder of sampling.json, its folder png/ or that
@@ -164,14 +177,14 @@ def sampling_facts(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     described = samples.is_dir() or samples.name == "samples.npz"
     content = json.loads(record.read_text()) if described and record.is_file() else {}
     known = content.get("settings", {}) | {key: value for key, value in content.items() if key != "settings"}
-    facts = {key: known[key] for key in SETTINGS if key in known}
+    settings = {key: known[key] for key in SETTINGS if key in known}
     if "scheduler_config" in known:  # what the flag's word meant
-        facts["scheduler"] = known["scheduler_config"]
-    facts |= run_facts(str(facts.get("model")))
-    return facts, {key: known.get(key) for key in ("label_policy", "uint8_rule")}
+        settings["scheduler"] = known["scheduler_config"]
+    settings |= run_settings(str(settings.get("model")))
+    return settings, {key: known.get(key) for key in ("label_policy", "uint8_rule")}
 
 
-def run_facts(model: str | os.PathLike[str]) -> dict[str, Any]:
+def run_settings(model: str | os.PathLike[str]) -> dict[str, Any]:
     """`ema`, whether the weights are an average, where `model` is the directory of a training run; else nothing."""
     resolved = Path(model) / "resolved_arguments.json"
     return {"ema": json.loads(resolved.read_text()).get("use_ema")} if resolved.is_file() else {}
@@ -182,7 +195,7 @@ class Comparison:
     """What `compare_cards` found.
 
     Attributes:
-        table: lines to print: numbers first, then the facts in which the cards differ.
+        table: lines to print: numbers first, then the protocol and settings in which the cards differ.
         incomparable: one sentence per difference that forbids to compare; empty where the cards are comparable.
     """
 
@@ -193,34 +206,35 @@ class Comparison:
 def compare_cards(names: Sequence[str], cards: Sequence[ResultCard]) -> Comparison:
     """Lines up two or more cards.
 
-    Cards of different tasks, differences in their `PROTOCOLS`, and facts of it that a card does not state forbid to
-    compare; of a network's facts that is said only where all cards have a number by it. A marked number has an
+    Cards of different tasks, differences in their `PROTOCOLS`, and parts of it that a card does not state forbid to
+    compare; of a network that is said only where all cards have a number by it. A number with a caveat has an
     asterisk. Differences in settings are what an experiment is about; they are listed and forbid nothing.
 
-    Raises:
-        ValueError: fewer than two cards, or another number of names.
+    Example:
+        >>> compare_cards(["a", "b"], [ResultCard.load("a.json"), ResultCard.load("b.json")]).incomparable
+        []
     """
     if len(cards) < 2 or len(names) != len(cards):
         raise ValueError(f"Two or more cards are compared, each by a name; got {len(cards)} with {len(names)} names.")
     rows = [["", *names]]
     for metric in dict.fromkeys(metric for card in cards for metric in card.metrics):
         values = [card.metrics.get(metric) for card in cards]
-        starred = ["*" if metric in card.marks else "" for card in cards]
+        starred = ["*" if metric in card.caveats else "" for card in cards]
         rows.append([metric, *("-" if v is None else f"{v:.6g}{s}" for v, s in zip(values, starred, strict=True))])
     for key, values in _differences(cards):
         rows.append([key, *map(_shown, values)])
-    marks = [
+    caveats = [
         f"* {metric} of {name}: {reason}"
         for name, card in zip(names, cards, strict=True)
-        for metric, reason in card.marks.items()
+        for metric, reason in card.caveats.items()
     ]
-    return Comparison([*_aligned(rows), *marks], _incomparable(names, cards))
+    return Comparison([*_aligned(rows), *caveats], _incomparable(names, cards))
 
 
 def _differences(cards: Sequence[ResultCard]) -> list[tuple[str, list[Any]]]:
-    facts: list[Mapping[str, Any]] = [{**card.protocol, **card.settings, "task": card.task} for card in cards]
-    keys = dict.fromkeys(["task", *(key for card in cards for key in PROTOCOLS[card.task]), *SETTINGS])
-    columns = [(key, [each.get(key) for each in facts]) for key in keys]
+    stated: list[Mapping[str, Any]] = [{**card.protocol, **card.settings, "task": card.task} for card in cards]
+    protocol = (key for card in cards for key in (*PROTOCOLS[card.task], *card.protocol))
+    columns = [(key, [each.get(key) for each in stated]) for key in dict.fromkeys(["task", *protocol, *SETTINGS])]
     return [(key, values) for key, values in columns if any(value != values[0] for value in values)]
 
 
@@ -234,8 +248,9 @@ def _incomparable(names: Sequence[str], cards: Sequence[ResultCard]) -> list[str
         return [f"task differs ({', '.join(tasks)}): {reason}"]
     sentences = []
     shared = set.intersection(*(set(card.metrics) for card in cards))
-    for key, reason in PROTOCOLS[tasks[0]].items():
-        concerns = CONCERNS[tasks[0]].get(key)
+    further = {key: OTHER_PROTOCOL for card in cards for key in card.protocol if "." in key}
+    for key, reason in (PROTOCOLS[tasks[0]] | further).items():
+        concerns = (key.split(".")[0],) if key in further else CONCERNS[tasks[0]].get(key)
         if concerns is not None and not any(metric.startswith(concerns) for metric in shared):
             continue
         values = [card.protocol.get(key) for card in cards]

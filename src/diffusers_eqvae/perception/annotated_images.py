@@ -45,12 +45,12 @@ class AnnotatedReader:
         self.window = window
         self.resolution = resolution
         self.batch_size = batch_size
-        self._digests: dict[str, list[bytes]] = {"images_hash": [], "targets_hash": []}
+        self._digests: dict[str, list[Tensor]] = {"images_hash": [], "targets_hash": []}
 
     @property
     def hashes(self) -> dict[str, str]:
         """Of the crops of all images read so far, pixel by pixel and in order, and of those of their annotations."""
-        return {name: hash_digests(digests) for name, digests in self._digests.items()}
+        return {name: hash_digests(torch.cat(digests)) for name, digests in self._digests.items()}
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -75,8 +75,8 @@ class AnnotatedReader:
         for start in range(0, len(pairs), self.batch_size):
             images, targets = zip(*pairs[start : start + self.batch_size], strict=True)
             pixels, truth = read_pixels(images, self.resolution), self.task.read(targets, self.resolution)
-            self._digests["images_hash"] += image_digests(to_uint8(pixels).permute(0, 2, 3, 1).numpy())
-            self._digests["targets_hash"] += image_digests(truth.numpy())
+            self._digests["images_hash"].append(image_digests(to_uint8(pixels).permute(0, 2, 3, 1).numpy()))
+            self._digests["targets_hash"].append(image_digests(truth.numpy()))
             latents = encode(self.vae, pixels.to(self.vae.device)).mode()
             _require_finite(latents, "latents", "autoencoder", images)
             seen = latent_features(latents, self.network, window=self.window)
@@ -95,9 +95,9 @@ class AnnotatedReader:
 
 
 def split_figures(figures: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, str]]:
-    """`figures` of a task as `metrics` and `marks` of a result card, FIGURE_METHOD each; lists are left out.
+    """`figures` of a task as `metrics` and `caveats` of a result card, FIGURE_METHOD each; lists are left out.
 
-    A figure that is not finite is no number and leaves a mark in its place.
+    A figure that is not finite is a caveat and not a number.
     """
     values = {
         f"{name}_{method}": value

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..images import UINT8_RULE
-from ..provenance import weights_hash
-from .sampling import plan_blocks, revisions, sample_block, scheduler_settings
+from .sampling import identities, plan_blocks, sample_block, scheduler_settings
 
 
 class GeneratedImages:
@@ -57,8 +56,7 @@ class GeneratedImages:
             **options,
             "seed": seed,
             "scheduler": scheduler_settings(pipeline.scheduler),
-            "weights": weights_hash(pipeline.transformer, pipeline.vae),
-            **revisions(pipeline),
+            **identities(pipeline),
             "dtype": str(next(pipeline.transformer.parameters()).dtype).removeprefix("torch."),
         }
 

@@ -32,7 +32,7 @@ from ..files import (
     write_npz,
 )
 from ..images import UINT8_RULE
-from ..provenance import model_revision
+from ..provenance import autoencoder_identity, weights_hash
 from ..randomness import numpy_generator, torch_generator
 from .pipeline_class_conditional import ClassConditionalPipeline
 
@@ -257,7 +257,6 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     return {"class": type(scheduler).__name__, **options}
 
 
-def revisions(pipeline: Any) -> dict[str, str]:
-    """Commit or weights' hash of the two models of a pipeline: {"vae_revision": ..., "transformer_revision": ...}."""
-    parts = ("vae", "transformer")
-    return {f"{part}_revision": model_revision(getattr(pipeline, part)) for part in parts}
+def identities(pipeline: Any) -> dict[str, Any]:
+    """Which weights the two models of a pipeline have, under the names of a result card."""
+    return {"autoencoder": autoencoder_identity(pipeline.vae), "transformer": weights_hash(pipeline.transformer)}

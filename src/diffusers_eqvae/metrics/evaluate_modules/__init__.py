@@ -1,10 +1,10 @@
-"""Metric modules for Hugging Face `evaluate`, loaded by path and offline."""
+"""Metric modules for Hugging Face `evaluate`, loaded by path and offline; `modules` holds their classes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-NAMES = ("equivariance_error", "latent_health", "rfid", "gfid")
+NAMES = ("equivariance_error", "gfid", "latent_health", "rfid")
 
 
 def module_path(name: str) -> str:
@@ -13,10 +13,7 @@ def module_path(name: str) -> str:
     Example:
         >>> import evaluate
         >>> metric = evaluate.load(module_path("equivariance_error"))
-
-    Raises:
-        ValueError: a name that is not among them.
     """
     if name not in NAMES:
         raise ValueError(f"The metric modules are {', '.join(NAMES)}; got {name!r}.")
-    return str(Path(__file__).parent / name)
+    return str(Path(__file__).with_name(f"{name}.py"))

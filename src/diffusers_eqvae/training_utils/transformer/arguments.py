@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...guidance import validate_interval
-from ...metrics.feature_networks import EvaluatorName
 from ...objectives.base import OBJECTIVES
 from ...regularizers.base import GeneratorRegularizer
 from ..arguments import warn_without_effect
@@ -121,11 +120,12 @@ class GenerationEvaluationArguments:
     num_evaluation_samples: int = field(
         default=1000, metadata={"help": "Samples per measurement. Curves of few compare with each other alone."}
     )
-    evaluator: EvaluatorName = field(
-        default="inception", metadata={"help": "inception gives FID; the others name themselves in every number."}
-    )
-    evaluator_weights: str | None = field(
-        default=None, metadata={"help": "File of its weights; for dinov2 a directory or Hub name."}
+    feature_networks: list[str] = field(
+        default_factory=lambda: ["inception"],
+        metadata={
+            "help": "NAME[=WEIGHTS] ... of what samples are measured by: inception (the one that gives FID), dinov2, "
+            "squeezenet, cifar_resnet; the others name themselves in every number."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from accelerate.utils import gather_object
-
 from ...data.latent_data import LatentData
-from ...metrics.feature_networks import load_extractor
-from ...metrics.generation import evaluate_generation, load_reference
-from ...metrics.image_sets import Collected, Processes, collect
+from ...metrics.base import build_metrics, measure
+from ...metrics.feature_networks import load_feature_network
+from ...metrics.generation import GENERATION_METRICS, OFFERS, load_reference, sample_batches
 from ...pipelines.generated import GeneratedImages
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..run import TrainingRun
@@ -15,7 +13,7 @@ from .arguments import GenerationEvaluationArguments, SamplingArguments
 
 
 class GenerationEvaluation:
-    """Fréchet distance and its company of samples to a reference, written to metrics.jsonl and the tracker.
+    """Fréchet distances, KID, precision and recall of samples, written to metrics.jsonl and the tracker.
 
     Samples are 0 .. N-1 of the run's seed, as `training/evaluate_generation.py` draws them from the finished pipeline,
     and shared by the processes: neither their number nor measuring itself changes anything.
@@ -26,9 +24,6 @@ class GenerationEvaluation:
         run: whose seed, processes and trackers are used.
         pipeline: around the averaged transformer.
         latents: whose size decides how reference images are cropped.
-
-    Raises:
-        ValueError: fewer samples than processes.
     """
 
     def __init__(
@@ -42,23 +37,21 @@ class GenerationEvaluation:
         self.arguments, self.sampling, self.run, self.pipeline = arguments, sampling, run, pipeline
         if not arguments.evaluation_steps:
             return
-        self.extractor = load_extractor(arguments.evaluator, arguments.evaluator_weights)
-        run.add_frozen(self.extractor)
-        ranks = (run.accelerator.process_index, run.accelerator.num_processes)
-        if arguments.num_evaluation_samples < ranks[1]:
+        networks = [load_feature_network(name) for name in arguments.feature_networks]
+        for network in networks:
+            run.add_frozen(network)
+        num_processes = run.accelerator.num_processes
+        if arguments.num_evaluation_samples < num_processes:
             raise ValueError(
-                f"--num_evaluation_samples must be at least the number of processes, {ranks[1]}; got "
+                f"--num_evaluation_samples must be at least the number of processes, {num_processes}; got "
                 f"{arguments.num_evaluation_samples}."
             )
         # Every process takes part in at least one call of the pipeline.
-        self.batch_size = min(run.arguments.train_batch_size, arguments.num_evaluation_samples // ranks[1])
-        self.reference = load_reference(
-            str(arguments.evaluation_reference),
-            self.extractor,
-            batch_size=self.batch_size,
-            resolution=latents.resolution_px,
-            processes=Processes(*ranks, gather_object),
-        )
+        self.batch_size = min(run.arguments.train_batch_size, arguments.num_evaluation_samples // num_processes)
+        options = {"batch_size": self.batch_size, "resolution": latents.resolution_px, "processes": run.accelerator}
+        self.references = {
+            network: load_reference(str(arguments.evaluation_reference), network, **options) for network in networks
+        }
 
     def measure(self) -> None:
         """Samples and measures; every process must call it."""
@@ -76,7 +69,12 @@ class GenerationEvaluation:
                 guidance_interval=self.sampling.guidance_interval,
                 num_inference_steps=self.sampling.num_inference_steps,
             )
-            samples = Collected.join(gather_object([collect(self.extractor, images)]))
+            metrics = [
+                metric
+                for network, reference in self.references.items()
+                for metric in build_metrics(GENERATION_METRICS, offers=OFFERS, network=network, reference=reference)
+            ]
+            batches = sample_batches(zip(images.blocks, images, strict=True), self.references)
+            measured = measure(metrics, batches, self.run.accelerator)
             if self.run.is_main:
-                result = evaluate_generation(samples, self.reference, extractor=self.extractor)
-                self.run.log_figures({f"evaluation/{name}": value for name, value in result.metrics.items()})
+                self.run.log_figures({f"evaluation/{name}": value for name, value in measured.values().items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,26 +13,26 @@ from PIL import Image
 from diffusers_eqvae.data.image_datasets import load_image_dataset
 from diffusers_eqvae.files import map_npz_array, open_npz_array
 from diffusers_eqvae.images import adm_center_crop
-from diffusers_eqvae.metrics.inputs import ImageSet, open_images
+from diffusers_eqvae.metrics.image_sets import ImageSet, open_images
 
 
-def levels(count: int = 7, height: int = 12, width: int = 10) -> np.ndarray:
+def images_uint8(count: int = 7, height: int = 12, width: int = 10) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3)).astype(np.uint8)
 
 
-def read(images: ImageSet, **how) -> np.ndarray:
-    return np.concatenate(list(images.batches(how.pop("batch_size", 3), **how)))
+def read(images: ImageSet) -> np.ndarray:
+    return np.concatenate([batch for _, batch in images.batches(3)])
 
 
 def test_one_set_from_everywhere(tmp_path):
-    array = levels()
+    array = images_uint8()
     np.savez(tmp_path / "plain.npz", arr_0=array, arr_1=np.arange(7))
     np.savez_compressed(tmp_path / "compressed.npz", array)
     (tmp_path / "folder" / "b").mkdir(parents=True)
     for index, each in enumerate(array):
         folder = tmp_path / "folder" / "b" if index == 6 else tmp_path / "folder"
         Image.fromarray(each).save(folder / f"a{index}.png")
-    (tmp_path / "folder" / "notes.txt").write_text("not a image")
+    (tmp_path / "folder" / "notes.txt").write_text("not an image")
     for source in ("plain.npz", "compressed.npz", "folder"):
         images = open_images(tmp_path / source)
         assert len(images) == 7 and np.array_equal(read(images), array)
@@ -41,7 +42,7 @@ def test_one_set_from_everywhere(tmp_path):
 
 
 def test_an_array_in_fortran_order_is_read_as_it_was(tmp_path):
-    array = np.asfortranarray(levels())
+    array = np.asfortranarray(images_uint8())
     np.savez(tmp_path / "set.npz", array)
     assert np.array_equal(read(open_images(tmp_path / "set.npz")), array)
     np.savez(tmp_path / "empty.npz", array[:0])
@@ -58,9 +59,9 @@ def test_python_objects_are_neither_mapped_nor_unpickled(save, tmp_path):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
-def test_an_array_shorter_than_its_header_is_not_read_on_into_its_neighbour(compression, version, tmp_path):
+def test_an_array_cut_short_is_refused(compression, version, tmp_path):
     """numpy says EOF; a map would give the bytes of arr_1 as images."""
-    array = levels(5)
+    array = images_uint8(5)
     stored = io.BytesIO()
     np.lib.format.write_array(stored, array, version=version)
     with zipfile.ZipFile(tmp_path / "short.npz", "w", compression) as archive:
@@ -78,17 +79,20 @@ def test_an_array_shorter_than_its_header_is_not_read_on_into_its_neighbour(comp
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_processes_share_a_set_in_order(world_size):
     """The same batches whoever reads them; of seven processes three find none left."""
-    images = ImageSet(levels(), name="x")
-    shares = [batch for r in range(world_size) for batch in images.batches(2, rank=r, world_size=world_size)]
-    assert np.array_equal(np.concatenate(shares), levels()) and [len(batch) for batch in shares] == [2, 2, 2, 1]
+    images = ImageSet(images_uint8(), name="x")
+    ranks = [SimpleNamespace(process_index=rank, num_processes=world_size) for rank in range(world_size)]
+    index, shares = zip(*(pair for rank in ranks for pair in images.batches(2, rank)), strict=True)
+    assert np.array_equal(np.concatenate(shares), images_uint8()) and [len(batch) for batch in shares] == [2, 2, 2, 1]
+    assert [place for places in index for place in places] == list(range(7))
+    assert sum(len(images.batches(2, rank)) for rank in ranks) == 4
     with pytest.raises(ValueError, match="got batch_size 0"):
-        images.blocks(0)
+        images.batches(0)
 
 
 def test_folders_and_datasets_are_cropped(tmp_path):
-    for index, each in enumerate(levels(2, 40, 30)):
+    for index, each in enumerate(images_uint8(2, 40, 30)):
         Image.fromarray(each).save(tmp_path / f"{index}.png")
-    expected = np.stack([np.asarray(adm_center_crop(Image.fromarray(each), 16)) for each in levels(2, 40, 30)])
+    expected = np.stack([np.asarray(adm_center_crop(Image.fromarray(each), 16)) for each in images_uint8(2, 40, 30)])
     folder = open_images(tmp_path, resolution=16)
     dataset = ImageSet(load_image_dataset(train_data_dir=tmp_path), name="dataset", resolution=16)
     assert np.array_equal(read(folder), expected) and np.array_equal(read(dataset), expected)
@@ -99,22 +103,22 @@ def test_folders_and_datasets_are_cropped(tmp_path):
 
 def test_bad_archives_are_named(tmp_path):
     cases = {
-        "key": ({"samples": levels()}, "as arr_0; it holds samples"),
-        "shape": ({"arr_0": levels().transpose(0, 3, 1, 2)}, r"shape \(N, H, W, 3\); got \(7, 3, 12, 10\)"),
-        "dtype": ({"arr_0": levels() / 255}, "must be uint8; got float64"),
-        "empty": ({"arr_0": levels(0)}, "holds 0 images"),
+        "key": ({"samples": images_uint8()}, "as arr_0; it holds samples"),
+        "shape": ({"arr_0": images_uint8().transpose(0, 3, 1, 2)}, r"shape \(N, H, W, 3\); got \(7, 3, 12, 10\)"),
+        "dtype": ({"arr_0": images_uint8() / 255}, "must be uint8; got float64"),
+        "empty": ({"arr_0": images_uint8(0)}, "holds 0 images"),
     }
     for name, (arrays, complaint) in cases.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
         with pytest.raises(ValueError, match=complaint):
             open_images(tmp_path / f"{name}.npz")
-    np.savez(tmp_path / "few.npz", levels())
+    np.savez(tmp_path / "few.npz", images_uint8())
     with pytest.raises(ValueError, match="holds 7 images; 50 are to be measured"):
         open_images(tmp_path / "few.npz", limit=50)
     with pytest.raises(ValueError, match="never resized"):
         open_images(tmp_path / "few.npz", resolution=16)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "few.npz").read_bytes()[:200])
-    with pytest.raises(ValueError, match="no whole"):
+    with pytest.raises(ValueError, match="not a whole"):
         open_images(tmp_path / "cut.npz")
     with pytest.raises(FileNotFoundError, match="neither"):
         open_images(tmp_path / "absent.npz")
@@ -123,8 +127,8 @@ def test_bad_archives_are_named(tmp_path):
 def test_bad_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds 0 images"):
         open_images(tmp_path)
-    Image.fromarray(levels(1, 12, 10)[0]).save(tmp_path / "a.png")
-    Image.fromarray(levels(1, 9, 9)[0]).save(tmp_path / "b.png")
+    Image.fromarray(images_uint8(1, 12, 10)[0]).save(tmp_path / "a.png")
+    Image.fromarray(images_uint8(1, 9, 9)[0]).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"b\.png has 9x9 px, others 10x12 px"):
         read(open_images(tmp_path))
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:80])
@@ -136,7 +140,7 @@ def test_bad_folders_are_named(tmp_path):
 def test_the_directory_of_a_model_is_no_set_of_images(file, tmp_path):
     """A run keeps comparison strips of its validation images there."""
     (tmp_path / "run" / "validation").mkdir(parents=True)
-    Image.fromarray(levels(1)[0]).save(tmp_path / "run" / "validation" / "strip.png")
+    Image.fromarray(images_uint8(1)[0]).save(tmp_path / "run" / "validation" / "strip.png")
     (tmp_path / "run" / file).write_text("{}")
     with pytest.raises(ValueError, match=rf"run holds {file}: it is a model's directory.*\.npz .* folder .*pipeline"):
         open_images(tmp_path / "run", resolution=8)

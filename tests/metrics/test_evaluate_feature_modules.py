@@ -13,10 +13,10 @@ from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
 from diffusers_eqvae.metrics.evaluate_modules import module_path
 from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, cifar_resnet_features
 from diffusers_eqvae.metrics.generation import evaluate_generation, evaluate_reconstruction, load_reference
-from diffusers_eqvae.metrics.image_sets import collect
+from diffusers_eqvae.metrics.image_sets import extract
 
 evaluate = pytest.importorskip("evaluate")
-ADDED = {"num_samples", "evaluator", "weights_hash", "marks"}
+ADDED = {"num_samples", "feature_network", "feature_network_weights", "caveats"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def load(tmp_path, weights):
     return load_module
 
 
-def levels(count: int, seed: int = 0) -> np.ndarray:
+def images_uint8(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
 
 
@@ -44,17 +44,17 @@ def blurred(array: np.ndarray) -> np.ndarray:
     return array // 2 + 64
 
 
-def test_rfid_in_batches_of_levels_or_of_pixels(load, weights):
-    images, metric = levels(70), load("rfid")
-    extractor = cifar_resnet_features(weights)
-    collected = [collect(extractor, np.split(each, [30, 50])) for each in (blurred(images), images)]
-    expected = evaluate_reconstruction(*collected, extractor=extractor)
+def test_rfid_in_batches_of_uint8_or_of_pixels(load, weights):
+    images, metric = images_uint8(70), load("rfid")
+    network = cifar_resnet_features(weights)
+    collected = [extract(network, np.split(each, [30, 50])) for each in (blurred(images), images)]
+    expected = evaluate_reconstruction(*collected, network).values()
     for part in np.split(images, [30, 50]):
         metric.add_batch(predictions=blurred(part), references=part)
     result = metric.compute()
-    assert {name: result[name] for name in expected.metrics} == expected.metrics
-    assert set(result) == {"rfd_cifar10_resnet8"} | ADDED and not result["marks"]
-    assert result["num_samples"] == 70 and result["evaluator"] == "cifar10_resnet8"
+    assert {name: result[name] for name in expected} == expected
+    assert set(result) == {"rfd_cifar10_resnet8"} | ADDED and not result["caveats"]
+    assert result["num_samples"] == 70 and result["feature_network"] == "cifar10_resnet8"
     # A training loop has pixels, and asks again after the next epoch.
     pixels = [torch.from_numpy(each).permute(0, 3, 1, 2) / 127.5 - 1 for each in (blurred(images), images)]
     for reconstruction, target in zip(pixels[0].split([30, 20, 20]), pixels[1].split([30, 20, 20]), strict=True):
@@ -65,7 +65,7 @@ def test_rfid_in_batches_of_levels_or_of_pixels(load, weights):
 
 def test_processes_join_their_images(load):
     """`evaluate` lets processes wait for each other through locked files, so two threads stand for them."""
-    images, alone = levels(70), load("rfid")
+    images, alone = images_uint8(70), load("rfid")
     parts = np.split(images, [40])
     for part in parts:
         alone.add_batch(predictions=blurred(part), references=part)
@@ -80,24 +80,24 @@ def test_processes_join_their_images(load):
 
 
 def test_gfid_gives_all_that_the_network_and_the_reference_allow(load, weights, tmp_path):
-    np.savez(tmp_path / "reference.npz", levels(80, 1))
+    np.savez(tmp_path / "reference.npz", images_uint8(80, 1))
     metric = load("gfid", reference=str(tmp_path / "reference.npz"))
-    for part in np.split(levels(70), [30, 50]):
+    for part in np.split(images_uint8(70), [30, 50]):
         metric.add_batch(predictions=part)
     result = metric.compute()
-    extractor = cifar_resnet_features(weights)
-    samples, reference = collect(extractor, np.split(levels(70), [30, 50])), tmp_path / "reference.npz"
-    expected = evaluate_generation(samples, load_reference(reference, extractor), extractor=extractor)
-    assert {name: result[name] for name in expected.metrics} == expected.metrics
-    assert set(result) == set(expected.metrics) | ADDED | {"reference", "reference_hash"}
-    assert result["reference"] == "reference.npz" and len(result["marks"]) == 0
-    few = metric.compute(predictions=np.concatenate([levels(20), levels(20)]))
-    assert "only 20 of 40" in few["marks"]["kd_cifar10_resnet8"] and few["num_samples"] == 40
+    network = cifar_resnet_features(weights)
+    samples, reference = extract(network, np.split(images_uint8(70), [30, 50])), tmp_path / "reference.npz"
+    expected = evaluate_generation(samples, load_reference(reference, network), network).values()
+    assert {name: result[name] for name in expected} == expected
+    assert set(result) == set(expected) | ADDED | {"reference", "reference_hash"}
+    assert result["reference"] == "reference.npz" and len(result["caveats"]) == 0
+    few = metric.compute(predictions=np.concatenate([images_uint8(20), images_uint8(20)]))
+    assert "only 20 of 40" in few["caveats"]["kd_cifar10_resnet8"] and few["num_samples"] == 40
 
 
 def test_images_one_by_one(load):
-    """`add` is a batch of one, of levels or pixels."""
-    metric, images = load("rfid"), levels(5)
+    """`add` is a batch of one, of uint8 or pixels."""
+    metric, images = load("rfid"), images_uint8(5)
     for image in images:
         metric.add_batch(predictions=blurred(image)[None], references=image[None])
     expected = metric.compute()
@@ -113,7 +113,7 @@ def test_images_one_by_one(load):
 
 
 def test_all_images_have_one_size(load):
-    metric, small, large = load("rfid"), levels(4), levels(4).repeat(2, 1).repeat(2, 2)
+    metric, small, large = load("rfid"), images_uint8(4), images_uint8(4).repeat(2, 1).repeat(2, 2)
     metric.add_batch(predictions=blurred(small), references=small)
     with pytest.raises(ValueError, match="must have one size; got 8x8 and 16x16 px"):
         metric.add_batch(predictions=blurred(large), references=large)
@@ -129,21 +129,21 @@ def test_gfid_crops_its_reference_and_takes_the_network_by_name(load, weights, t
     for index, each in enumerate(np.random.default_rng(1).integers(0, 256, (9, 20, 24, 3)).astype(np.uint8)):
         Image.fromarray(each).save(tmp_path / "images" / f"{index}.png")
     options = {"reference": str(tmp_path / "images"), "resolution": 8}
-    result = load("gfid", **options).compute(predictions=levels(9))
+    result = load("gfid", **options).compute(predictions=images_uint8(9))
     expected = load_reference(tmp_path / "images", cifar_resnet_features(weights), resolution=8)
-    assert result["reference_hash"] == expected.hash and result["evaluator"] == "cifar10_resnet8"
+    assert result["reference_hash"] == expected.hash and result["feature_network"] == "cifar10_resnet8"
     named = load("rfid", config="squeezenet", weights=str(tmp_path / "squeezenet.pth"))
-    assert named.compute(predictions=levels(2), references=levels(2))["evaluator"] == "squeezenet1_1"
+    assert named.compute(predictions=images_uint8(2), references=images_uint8(2))["feature_network"] == "squeezenet1_1"
 
 
 def test_a_network_of_ones_own(load):
     network = ModuleFeatures(torch.nn.Conv2d(3, 4, 1), name="colours")
-    metric = load("rfid", weights=None, extractor=network)
-    assert metric.compute(predictions=blurred(levels(9)), references=levels(9))["rfd_colours"] > 0
+    metric = load("rfid", weights=None, network=network)
+    assert metric.compute(predictions=blurred(images_uint8(9)), references=images_uint8(9))["rfd_colours"] > 0
 
 
 def test_what_is_no_batch_of_images_is_refused(load, tmp_path):
-    metric, good = load("rfid"), levels(4)
+    metric, good = load("rfid"), images_uint8(4)
     pixels = torch.zeros(4, 3, 8, 8)
     for wrong, complaint in (
         (pixels * float("nan"), "must be finite"),
@@ -160,7 +160,7 @@ def test_what_is_no_batch_of_images_is_refused(load, tmp_path):
         metric.add_batch(predictions=good)
     with pytest.raises(ValueError, match="call add_batch first"):
         metric.compute()
-    np.savez(tmp_path / "reference.npz", levels(8, 1))
+    np.savez(tmp_path / "reference.npz", images_uint8(8, 1))
     with pytest.raises(ValueError, match="takes predictions; got predictions, references"):
         load("gfid", reference=str(tmp_path / "reference.npz")).add_batch(predictions=good, references=good)
     with pytest.raises(FileNotFoundError, match="curl -LO"):

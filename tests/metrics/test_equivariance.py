@@ -35,18 +35,18 @@ def images(count: int = 3, side: int = 32) -> torch.Tensor:
 
 
 def test_equivariant_map_has_no_rotation_error():
-    figures = measure_equivariance(AveragingAutoencoder(), [images()])
-    assert figures["equivariance_rotation"] == pytest.approx(0, abs=1e-10)
-    assert figures["equivariance_scale"] > 0.01  # averaging then resizing is not resizing then averaging
-    assert figures["psnr_rotated_latent"] == pytest.approx(figures["psnr"], abs=1e-4)
+    measured = measure_equivariance(AveragingAutoencoder(), [images()])
+    assert measured["equivariance_rotation"] == pytest.approx(0, abs=1e-10)
+    assert measured["equivariance_scale"] > 0.01  # averaging then resizing is not resizing then averaging
+    assert measured["psnr_rotated_latent"] == pytest.approx(measured["psnr"], abs=1e-4)
 
 
 def test_rolled_latents_have_the_error_of_uncorrelated_ones():
     """Rolling by half a image makes tau(E(x)) and E(tau(x)) independent cells of one variance: ratio 2."""
     pixels = images(8, 128)
-    figures = measure_equivariance(AveragingAutoencoder(shift=13), [pixels])
+    measured = measure_equivariance(AveragingAutoencoder(shift=13), [pixels])
     # A half turn maps a roll to its opposite; with independent cells every rotation gives |a - b|^2 / |b|^2 = 2.
-    assert figures["equivariance_rotation"] == pytest.approx(2.0, rel=0.1)
+    assert measured["equivariance_rotation"] == pytest.approx(2.0, rel=0.1)
 
 
 def test_an_offset_flatters_the_plain_error_only():
@@ -122,33 +122,33 @@ class ByHand:
     def psnr(self, latents, target):
         return 10 * np.log10(4 / np.mean((self.decode(latents).clip(-1, 1) - target) ** 2))
 
-    def figures(self):
-        figures = {"psnr": self.psnr(self.latents, self.image)}
+    def means(self):
+        numbers = {"psnr": self.psnr(self.latents, self.image)}
         for name, transform, values in (
             ("rotation", self.turn, (1, 2, 3)),
             ("scale", self.scale, (0.25, 0.5, 0.75)),
         ):
-            figures[f"equivariance_{name}"] = self.error(transform, values)
-            figures[f"equivariance_{name}_centred"] = self.error(transform, values, centred=True)
+            numbers[f"equivariance_{name}"] = self.error(transform, values)
+            numbers[f"equivariance_{name}_centred"] = self.error(transform, values, centred=True)
         for name, transform, value in (("rotated", self.turn, 1), ("halved", self.scale, 0.5)):
             target = transform(self.image, value)
-            figures[f"psnr_{name}_latent"] = self.psnr(transform(self.latents, value), target)
-            figures[f"psnr_{name}_pixels"] = self.psnr(self.encode(target), target)
-        return figures
+            numbers[f"psnr_{name}_latent"] = self.psnr(transform(self.latents, value), target)
+            numbers[f"psnr_{name}_pixels"] = self.psnr(self.encode(target), target)
+        return numbers
 
 
 def test_figures_of_a_map_that_is_not_equivariant_are_those_worked_out_by_hand():
     """R over {90, 180, 270} degrees, S over {.25, .5, .75}, one quarter turn, half the size: EQ-VAE, table 1."""
     pixels = F.interpolate(images(2, 8), size=(32, 32), mode="bilinear") + 0.1
     measured = measure_equivariance(WeightedAutoencoder(), [pixels])
-    by_hand = [ByHand(image).figures() for image in pixels.double().numpy()]
-    expected = {name: np.mean([figures[name] for figures in by_hand]) for name in by_hand[0]}
+    by_hand = [ByHand(image).means() for image in pixels.double().numpy()]
+    expected = {name: np.mean([numbers[name] for numbers in by_hand]) for name in by_hand[0]}
     assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert set(measured) == {*expected, "latent_std"}
 
 
 class PixelwiseAutoencoder(nn.Module):
-    """One linear map at every pixel, which commutes with resizing and turning."""
+    """One linear map at every pixel, which commutes with resizing and rotating."""
 
     config = SimpleNamespace(block_out_channels=(1,), encoder_block_out_channels=None)
     matrix = torch.tensor([[1.0, 0.5, -0.25], [0.0, 2.0, 0.5], [0.25, 0.0, 1.0]])
@@ -161,10 +161,10 @@ class PixelwiseAutoencoder(nn.Module):
 
 
 def test_a_map_of_pixels_has_no_error_at_all():
-    figures = measure_equivariance(PixelwiseAutoencoder(), [images()])
+    measured = measure_equivariance(PixelwiseAutoencoder(), [images()])
     for name in ("rotation", "rotation_centred", "scale", "scale_centred"):
-        assert figures[f"equivariance_{name}"] == pytest.approx(0, abs=1e-12)
-    assert min(figures[f"psnr_{name}_latent"] for name in ("rotated", "halved")) > 100
+        assert measured[f"equivariance_{name}"] == pytest.approx(0, abs=1e-12)
+    assert min(measured[f"psnr_{name}_latent"] for name in ("rotated", "halved")) > 100
 
 
 def test_figures_do_not_depend_on_the_batches():
@@ -174,7 +174,7 @@ def test_figures_do_not_depend_on_the_batches():
     assert together == pytest.approx(apart, rel=1e-6)
 
 
-def test_mode_is_restored_and_nothing_is_refused():
+def test_mode_is_restored_and_no_images_are_refused():
     vae = AveragingAutoencoder().train()
     measure_equivariance(vae, [images(1)])
     assert vae.training
@@ -187,5 +187,5 @@ def test_psnr_of_a_known_error():
     reconstruction = torch.stack([target[0] + 0.2, target[0] + 3.0])  # the second is clamped to an error of 1
     expected = [10 * math.log10(4 / 0.04), 10 * math.log10(4 / 1.0)]
     assert psnr(reconstruction, target).tolist() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="equal shapes"):
         psnr(target, target[:1])
