@@ -21,6 +21,7 @@ from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_setti
 from diffusers_eqvae.data.image_datasets import model_files
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
 from diffusers_eqvae.latents import LatentNormalization
+from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
 from diffusers_eqvae.provenance import vae_fingerprint
 from diffusers_eqvae.training_utils.arguments import DataArguments
 from diffusers_eqvae.training_utils.command_line import parse
@@ -135,6 +136,9 @@ def finish(arguments: EncodeArguments, vae: torch.nn.Module, source, writer: Lat
     measured_on = None if arguments.normalization == "config" else writer.settings.num_examples
     normalization.save_json(writer.path / "mean_std.json", num_samples=measured_on)
     vae.save_pretrained(writer.path / "vae")
+    network = AlignmentNetwork.beside(vae)
+    if network is not None:
+        network.save_pretrained(writer.path / "vae" / ALIGNMENT_FOLDER)
     manifest = writer.finish(fingerprint=vae_fingerprint(vae), id2label=source.id2label)
     if manifest["skipped"]:
         logger.warning("%d unreadable images were replaced, see manifest.json", len(manifest["skipped"]))

@@ -8,7 +8,6 @@ from .equivariance import Tau, TauDistribution
 from .guidance import IntervalGuidance
 from .latents import LatentNormalization
 from .models.alignment_network import AlignmentNetwork
-from .models.autoencoder_kl_aligned import AutoencoderKLAligned
 from .models.autoencoder_kl_eq import AutoencoderKLEQ
 from .models.discriminator import PatchDiscriminator
 from .models.transformer_sit import SiTTransformer2DModel
@@ -21,7 +20,6 @@ __version__ = "0.1.0"
 register(
     [
         AlignmentNetwork,
-        AutoencoderKLAligned,
         AutoencoderKLEQ,
         PatchDiscriminator,
         SiTTransformer2DModel,
@@ -33,7 +31,6 @@ register(
 
 __all__ = [
     "AlignmentNetwork",
-    "AutoencoderKLAligned",
     "AutoencoderKLEQ",
     "ClassConditionalPipeline",
     "ClassConditionalPipelineOutput",

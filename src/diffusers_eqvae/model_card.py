@@ -32,7 +32,7 @@ PURPOSES = {
     "vae/": "its autoencoder",
     "scheduler/": "the sampler's settings",
 }
-_OUR_AUTOENCODERS = ("AutoencoderKLEQ", "AutoencoderKLAligned")
+_OUR_AUTOENCODERS = ("AutoencoderKLEQ",)
 
 
 @dataclass
