@@ -143,7 +143,7 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
             own = self.config[key]
             if key != "teacher" and own != given:
                 raise ValueError(
-                    f"The alignment network predicts features with {key}={own} (of the teacher {self.config.teacher}), "
+                    f"The alignment network predicts features with {key}={own} (teacher {self.config.teacher}), "
                     f"but this teacher ({teacher.metadata['teacher']}) has {key}={given}; give the same teacher and "
                     "image size, or start without the saved network."
                 )
@@ -157,7 +157,7 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
     def normalize(self, features: AlignmentOutput) -> AlignmentOutput:
         """The teacher's last LayerNorm of features before it, predicted or its own; computed in float32.
 
-            n = (f - mean_D(f)) / sqrt(var_D(f) + norm_eps) * norm_weight + norm_bias
+        n = (f - mean_D(f)) / sqrt(var_D(f) + norm_eps) * norm_weight + norm_bias
         """
         return AlignmentOutput(
             self._normalized(features.patch), None if features.cls is None else self._normalized(features.cls)

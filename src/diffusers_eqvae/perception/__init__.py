@@ -1,25 +1,22 @@
 """What latents show without training: features, clusters, label and depth transfer, published linear heads."""
 
-from .clusters import cluster_cells, kmeans
-from .features import Standardization, latent_features, pooled_features, to_size
+from .clusters import cluster_positions
+from .features import LatentFeatures, Standardization, latent_features, to_size
 from .heads import LinearDepthHead, LinearSegmentationHead
-from .probe import LinearProbe
-from .transfer import CellTransfer, cell_labels, cell_values, label_targets
+from .transfer import NearestTransfer, label_targets, position_labels, position_values
 from .visualize import perception_image
 
 __all__ = [
-    "CellTransfer",
+    "LatentFeatures",
     "LinearDepthHead",
-    "LinearProbe",
     "LinearSegmentationHead",
+    "NearestTransfer",
     "Standardization",
-    "cell_labels",
-    "cell_values",
-    "cluster_cells",
-    "kmeans",
+    "cluster_positions",
     "label_targets",
     "latent_features",
     "perception_image",
-    "pooled_features",
+    "position_labels",
+    "position_values",
     "to_size",
 ]

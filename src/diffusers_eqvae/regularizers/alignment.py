@@ -68,7 +68,9 @@ class AlignmentRegularizer(AutoencoderRegularizer):
     ) -> None:
         super().__init__()
         if teacher.final_norm:
-            raise ValueError("Alignment needs the features before the last LayerNorm: a teacher with final_norm=False.")
+            raise ValueError(
+                "Alignment needs the features before the last LayerNorm: a teacher with final_norm=False."
+            )
         network.check_teacher(teacher)
         self.network = network
         self.hold(teacher)
@@ -101,7 +103,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
         predicted = self.network(state.raw_latents)
         ours, theirs = self.network.normalize(predicted), self.network.normalize(features)
         loss = alignment_loss(predicted.patch, features.patch, normalized=(ours.patch, theirs.patch))
-        if predicted.cls is not None:
+        if predicted.cls is not None and ours.cls is not None and theirs.cls is not None:
             loss = loss + alignment_loss(predicted.cls, cls, normalized=(ours.cls, theirs.cls))
         return loss
 
