@@ -128,16 +128,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def finish(arguments: EncodeArguments, vae: torch.nn.Module, source, writer: LatentStoreWriter) -> None:
     """The normalisation from all shards into vae/ and mean_std.json, then the manifest, which completes the store."""
-    normalization = LatentNormalization.from_vae(vae)
+    normalization, measured_on = LatentNormalization.from_vae(vae), None
     if arguments.normalization != "config":
-        scalar = arguments.normalization == "scalar"
+        scalar, measured_on = arguments.normalization == "scalar", writer.settings.num_examples
         normalization = LatentNormalization.from_statistics(writer.statistics(), scalar=scalar)
         normalization.apply_to(vae)
-    measured_on = None if arguments.normalization == "config" else writer.settings.num_examples
     normalization.save_json(writer.path / "mean_std.json", num_samples=measured_on)
     vae.save_pretrained(writer.path / "vae")
-    network = AlignmentNetwork.beside(vae)
-    if network is not None:
+    if network := AlignmentNetwork.beside(vae):
         network.save_pretrained(writer.path / "vae" / ALIGNMENT_FOLDER)
     manifest = writer.finish(fingerprint=vae_fingerprint(vae), id2label=source.id2label)
     if manifest["skipped"]:

@@ -21,7 +21,7 @@ from diffusers_eqvae.images import to_uint8
 from diffusers_eqvae.metrics.image_sets import hash_digests, image_digests
 from diffusers_eqvae.metrics.perception import SegmentationConfusion
 from diffusers_eqvae.metrics.result_card import PERCEPTION_PROTOCOL, ResultCard, compare_cards
-from diffusers_eqvae.perception import CellTransfer, cell_labels, label_targets, latent_features, to_size
+from diffusers_eqvae.perception import NearestTransfer, position_labels, label_targets, latent_features, to_size
 from diffusers_eqvae.perception.annotated_images import split_figures
 from diffusers_eqvae.perception.tasks import read_annotations, read_pixels
 from diffusers_eqvae.provenance import hash_tensors, vae_fingerprint
@@ -89,9 +89,9 @@ def test_classes_are_carried_over_as_the_library_does(repository, folders, tiny_
     with torch.no_grad():
         features = latent_features(encode(tiny_autoencoder_kl, read_pixels(paths[0], SIDE)).mode()).patch
     truth = read_annotations(paths[1], SIDE)
-    targets = label_targets(cell_labels(truth[:3], (8, 8), ignore_index=VOID), 2, ignore_index=VOID)
+    targets = label_targets(position_labels(truth[:3], (8, 8), ignore_index=VOID), 2, ignore_index=VOID)
     confusion = SegmentationConfusion(2, ignore_index=VOID)
-    answer = CellTransfer(features[:3], targets)(features[3:])
+    answer = NearestTransfer(features[:3], targets)(features[3:])
     confusion.update(to_size(answer, (SIDE, SIDE)).argmax(1), truth[3:])
     assert card.metrics["mean_iou_nearest_cells"] == pytest.approx(confusion.mean_iou(), abs=1e-3)
     with Image.open(folders / "out" / "figures.png") as overview:
