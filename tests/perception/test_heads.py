@@ -11,8 +11,8 @@ from diffusers_eqvae import AlignmentNetwork, ClassConditionalPipeline, FlowMatc
 from diffusers_eqvae.autoencoders import decode
 from diffusers_eqvae.images import to_image
 from diffusers_eqvae.models.alignment_network import AlignmentOutput
-from diffusers_eqvae.perception import LatentFeatures
 from diffusers_eqvae.perception import (
+    LatentFeatures,
     LinearDepthHead,
     LinearSegmentationHead,
     cluster_positions,

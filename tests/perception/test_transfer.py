@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_eqvae.images import adm_center_crop
-from diffusers_eqvae.perception import NearestTransfer, position_labels, position_values, label_targets, to_size
+from diffusers_eqvae.perception import NearestTransfer, label_targets, position_labels, position_values, to_size
 from diffusers_eqvae.perception.annotated_images import nearest_center_crop, paired_files, read_annotations
 from diffusers_eqvae.perception.tasks import DepthTask, SegmentationTask
 from diffusers_eqvae.perception.transfer import target_means
