@@ -98,7 +98,7 @@ def test_warnings(model, text):
     [
         (None, "AutoencoderKL", "AutoencoderKLEQ"),
         ("AutoencoderKL", "AutoencoderKL", "AutoencoderKLEQ"),
-        ("AutoencoderKLAligned", "AutoencoderKL", "AutoencoderKLAligned"),
+        ("AutoencoderKLEQ", "AutoencoderKL", "AutoencoderKLEQ"),
         ("AutoencoderTiny", "AutoencoderTiny", None),
     ],
 )

@@ -21,6 +21,7 @@ from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_setti
 from diffusers_eqvae.data.image_datasets import ImageSource, model_files
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
 from diffusers_eqvae.latents import LatentNormalization
+from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments
 from diffusers_eqvae.training_utils.command_line import parse
@@ -129,14 +130,15 @@ def settings_of(
 
 def finish(arguments: EncodeArguments, vae: torch.nn.Module, source: ImageSource, writer: LatentStoreWriter) -> None:
     """The normalisation from all shards into vae/ and mean_std.json, then the manifest, which completes the store."""
-    normalization = LatentNormalization.from_vae(vae)
+    normalization, measured_on = LatentNormalization.from_vae(vae), None
     if arguments.normalization != "config":
-        scalar = arguments.normalization == "scalar"
+        scalar, measured_on = arguments.normalization == "scalar", writer.settings.num_examples
         normalization = LatentNormalization.from_statistics(writer.statistics(), scalar=scalar)
         normalization.apply_to(vae)
-    measured_on = None if arguments.normalization == "config" else writer.settings.num_examples
     normalization.save_json(writer.path / "mean_std.json", num_samples=measured_on)
     vae.save_pretrained(writer.path / "vae")
+    if network := AlignmentNetwork.beside(vae):
+        network.save_pretrained(writer.path / "vae" / ALIGNMENT_FOLDER)
     manifest = writer.finish(autoencoder=autoencoder_identity(vae), id2label=source.id2label)
     if manifest["skipped"]:
         logger.warning("%d unreadable images were replaced, see manifest.json", len(manifest["skipped"]))

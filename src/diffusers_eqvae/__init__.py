@@ -16,7 +16,6 @@ __getattr__, __dir__, __all__ = face(
         "_registration": ["BaseGuidance", "DiffusionPipeline", "ModelMixin", "SchedulerMixin"],
         "models": [
             "AlignmentNetwork",
-            "AutoencoderKLAligned",
             "AutoencoderKLEQ",
             "FeatureTeacher",
             "PatchDiscriminator",

@@ -18,7 +18,7 @@ from .templates import is_hub_id, render_template
 FORMAT_VERSION = 1
 METADATA_FILE = "run_metadata.json"
 COMPATIBILITIES = ("drop-in", "decoder-only", "adapt")
-OUR_AUTOENCODERS = ("AutoencoderKLEQ", "AutoencoderKLAligned")
+OUR_AUTOENCODERS = ("AutoencoderKLEQ",)
 # The entries that templates name; training and data hold whatever a run has to say.
 KEYS = {
     "model": (

@@ -98,7 +98,14 @@ def load_alignment_network_of_pipeline(source):
 
     import diffusers_eqvae  # noqa: F401
 
-    return digest(DiffusionPipeline.from_pretrained(source).vae.alignment_network)
+    return digest(DiffusionPipeline.from_pretrained(source).alignment_network)
+
+
+def find_alignment_network(source):
+    from diffusers_eqvae import AlignmentNetwork
+
+    network = AlignmentNetwork.find(source)
+    return None if network is None else digest(network)
 
 
 def digest(module):

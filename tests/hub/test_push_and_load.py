@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import shutil
 
 import yaml
 from safetensors.torch import load_file, save_file
 
-from diffusers_eqvae import AlignmentNetwork, AutoencoderKLAligned, ClassConditionalPipeline, FlowMatchODEScheduler
+from diffusers_eqvae import AlignmentNetwork, ClassConditionalPipeline, FlowMatchODEScheduler
 from tests.hub import client
 from tests.hub.conftest import OWNER, TOKEN, save_autoencoder_run
 
@@ -100,14 +101,27 @@ def test_a_pipeline_loads_from_the_hub_and_offline(hub, owner, stranger, offline
 def test_a_pipeline_brings_its_alignment_network(
     hub, owner, stranger, offline, tmp_path, tiny_sit, tiny_autoencoder_kl
 ):
-    """diffusers fetches the weights of a folder inside a component's folder, but not their config."""
-    vae = AutoencoderKLAligned.from_config(tiny_autoencoder_kl.config)
-    vae.set_alignment_network(AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6))
-    ClassConditionalPipeline(tiny_sit, vae, FlowMatchODEScheduler()).save_pretrained(tmp_path / "sit")
+    network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6)
+    parts = (tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler())
+    ClassConditionalPipeline(*parts, alignment_network=network).save_pretrained(tmp_path / "sit")
     expected = owner(client.load_alignment_network_of_pipeline, str(tmp_path / "sit"))
     assert owner(client.push, tmp_path / "sit", f"{OWNER}/aligned-sit")
     assert stranger(client.load_alignment_network_of_pipeline, f"{OWNER}/aligned-sit") == expected
     assert offline(client.load_alignment_network_of_pipeline, f"{OWNER}/aligned-sit") == expected
+
+
+def test_an_autoencoder_brings_its_alignment_network(hub, owner, stranger, offline, autoencoder_run):
+    """The autoencoder's weights are at the root, the network's in a folder beside them; each loads on its own."""
+    repo_id, run = f"{OWNER}/aligned-vae", autoencoder_run
+    assert owner(client.find_alignment_network, str(run)) is None
+    AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6).save_pretrained(run / "alignment_network")
+    expected = owner(client.find_alignment_network, str(run))
+    assert expected is not None and owner(client.push, run, repo_id)
+    assert stranger(client.find_alignment_network, repo_id) == expected
+    assert offline(client.find_alignment_network, repo_id) == expected
+    shutil.rmtree(run / "alignment_network")
+    assert owner(client.push, run, f"{OWNER}/plain-vae")
+    assert stranger(client.find_alignment_network, f"{OWNER}/plain-vae") is None
 
 
 def test_push_to_hub_of_a_model_is_diffusers_own(hub, owner, stranger, autoencoder_run):

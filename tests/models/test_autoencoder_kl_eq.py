@@ -1,4 +1,4 @@
-"""AutoencoderKLEQ and AutoencoderKLAligned: normalisation at the surface, padding, and the stock artefact."""
+"""AutoencoderKLEQ: normalisation at the surface, padding, and the stock artefact."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from diffusers_eqvae.autoencoders import encode, load_autoencoder
+from diffusers_eqvae.autoencoders import encode
 from diffusers_eqvae.latents import LatentNormalization
-from diffusers_eqvae.models.alignment_network import AlignmentNetwork
-from diffusers_eqvae.models.autoencoder_kl_aligned import AutoencoderKLAligned
 from diffusers_eqvae.models.autoencoder_kl_eq import PADDING_MODES, AutoencoderKLEQ
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 OPTIONS = {
     "block_out_channels": (8, 8, 16),
@@ -181,78 +181,13 @@ def test_padding_survives_a_fresh_process(tmp_path, pixels):
     assert torch.equal(torch.load(tmp_path / "latents.pt"), expected)
 
 
-@pytest.fixture
-def aligned() -> AutoencoderKLAligned:
-    vae = build(AutoencoderKLAligned, scaling_factor=0.5)
-    vae.set_alignment_network(AlignmentNetwork(latent_channels=4, hidden_size=16, feature_size=6))
-    return vae
-
-
-def test_alignment_network_is_saved_as_a_component_of_its_own(aligned, tmp_path, pixels):
-    aligned.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "alignment_network",
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-    }
-    stock = AutoencoderKL.from_pretrained(tmp_path).eval()
-    assert stock.state_dict().keys() == aligned.state_dict().keys()
-    with torch.no_grad():
-        assert torch.equal(stock(pixels).sample, aligned(pixels).sample)
-
-    loaded = AutoencoderKLAligned.from_pretrained(tmp_path)
-    network = loaded.alignment_network
-    latents = torch.randn(2, 4, 5, 6)
-    assert torch.equal(loaded.predict_features(latents).patch, aligned.predict_features(latents).patch)
-    assert torch.equal(loaded.predict_features(latents).cls, aligned.predict_features(latents).cls)
-    assert torch.equal(
-        AlignmentNetwork.from_pretrained(tmp_path, subfolder="alignment_network")(latents).patch,
-        network(latents).patch,
-    )
-
-
-def test_alignment_network_stays_with_its_autoencoder_from_pipeline_to_pipeline(aligned, tmp_path):
-    aligned.save_pretrained(tmp_path / "vae")
-    (tmp_path / "model_index.json").write_text("{}")
-    load_autoencoder(str(tmp_path)).save_pretrained(tmp_path / "again")
-    again, info = AutoencoderKLAligned.from_pretrained(tmp_path / "again", output_loading_info=True)
-    assert not info["missing_keys"]
-    latents = torch.randn(1, 4, 2, 2)
-    assert torch.equal(again.predict_features(latents).patch, aligned.predict_features(latents).patch)
-
-
-@torch.no_grad()
-def test_features_are_predicted_from_raw_latents(aligned, pixels):
-    raw = aligned.encode(pixels).latent_dist.mean
-    features = aligned.predict_features(aligned.encode_latents(pixels, sample_posterior=False))
-    torch.testing.assert_close(features.patch, aligned.alignment_network(raw).patch)
-
-
-def test_a_damaged_alignment_network_is_no_missing_one(aligned, tmp_path):
-    aligned.save_pretrained(tmp_path)
-    weights = tmp_path / "alignment_network" / "diffusion_pytorch_model.safetensors"
-    weights.unlink()
-    with pytest.raises(OSError, match="alignment_network"):
-        AutoencoderKLAligned.from_pretrained(tmp_path)
-
-
-def test_alignment_network_moves_with_its_autoencoder(aligned):
-    aligned.to(torch.bfloat16)
-    assert aligned.alignment_network.dtype == torch.bfloat16
-    assert aligned.predict_features(torch.zeros(1, 4, 2, 2)).patch.dtype == torch.bfloat16
-    assert not any("alignment" in name for name, _ in aligned.named_parameters())
-
-
-def test_a_missing_or_foreign_alignment_network_is_a_readable_error(tmp_path):
-    vae = build(AutoencoderKLAligned)
-    with pytest.raises(ValueError, match="load_alignment_network"):
-        vae.predict_features(torch.zeros(1, 4, 2, 2))
-    with pytest.raises(ValueError, match="name where to load from"):
-        vae.load_alignment_network()
-    with pytest.raises(ValueError, match="16 latent channels"):
-        vae.set_alignment_network(AlignmentNetwork(latent_channels=16, hidden_size=8, feature_size=6))
-    vae.save_pretrained(tmp_path)
-    loaded = AutoencoderKLAligned.from_pretrained(tmp_path)
-    assert loaded.alignment_network is None
-    with pytest.raises(FileNotFoundError, match="without an alignment network"):
-        loaded.load_alignment_network()
+def test_a_pipelines_options_of_saving_reach_the_autoencoder(tmp_path, tiny_sit):
+    """diffusers passes on what it finds in a component's signature and leaves out the rest in silence."""
+    vae = build(latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 0.5, 3.0])
+    pipeline = ClassConditionalPipeline(tiny_sit, vae, FlowMatchODEScheduler())
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    files = {path.name for path in (tmp_path / "vae").iterdir()}
+    assert {"config.json", "mean_std.json", "diffusion_pytorch_model.safetensors.index.fp16.json"} <= files
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert (tmp_path / "pickled" / "vae" / "diffusion_pytorch_model.bin").is_file()

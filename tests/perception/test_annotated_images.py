@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_eqvae.perception.tasks import DepthTask, paired_files, read_annotations, read_pixels
+from diffusers_eqvae.perception.annotated_images import paired_files, read_annotations, read_pixels
+from diffusers_eqvae.perception.tasks import DepthTask
 
 ORIENTATION = 0x0112
-ON_ITS_SIDE = 6  # shown turned by 90 degrees clockwise
+ON_ITS_SIDE = 6  # shown rotated by 90 degrees clockwise
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def save(folder: Path, name: str, size: tuple[int, int], *, mode: str = "L", ori
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    # Pillow turns TIFF by itself, and garbles it where it is not compressed.
+    # Pillow rotates TIFF by itself, and garbles it where it is not compressed.
     options = {"compression": "tiff_lzw"} if name.endswith(".tif") else {}
     Image.fromarray(noise).convert(mode).save(folder / name, exif=exif, **options)
     return folder / name
@@ -50,7 +51,7 @@ def test_an_annotation_may_have_another_size(folders, size):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_both_are_turned_upright_before_they_are_compared(folders, suffix):
+def test_both_are_rotated_upright_before_they_are_compared(folders, suffix):
     save(folders[0], "a.jpg", (48, 32), mode="RGB", orientation=ON_ITS_SIDE)
     lying = save(folders[1], f"a.{suffix}", (48, 32))
     with pytest.raises(ValueError, match=r"48x32 px, .* 32x48 px"):
@@ -88,6 +89,6 @@ def test_a_depth_map_without_a_valid_pixel_in_its_crop_is_named(tmp_path):
     Image.fromarray(depth).save(tmp_path / "fine.png")
     depth[:, 20], depth[:, 0] = 0, 1500
     Image.fromarray(depth).save(tmp_path / "empty.png")
-    DepthTask().check([tmp_path / "fine.png"], 16)
+    DepthTask().check_files([tmp_path / "fine.png"], 16)
     with pytest.raises(ValueError, match=r"empty\.png has no valid depth"):
-        DepthTask().check([tmp_path / "fine.png", tmp_path / "empty.png"], 16)
+        DepthTask().check_files([tmp_path / "fine.png", tmp_path / "empty.png"], 16)

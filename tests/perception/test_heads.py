@@ -12,13 +12,13 @@ from diffusers_eqvae.autoencoders import decode
 from diffusers_eqvae.images import to_image
 from diffusers_eqvae.models.alignment_network import AlignmentOutput
 from diffusers_eqvae.perception import (
+    LatentFeatures,
     LinearDepthHead,
     LinearSegmentationHead,
-    cluster_cells,
+    cluster_positions,
     perception_image,
     to_size,
 )
-from diffusers_eqvae.perception.tasks import DepthTask
 from diffusers_eqvae.perception.visualize import draw_labels
 
 SIZE, CLASSES, BINS = 6, 5, 256
@@ -86,7 +86,7 @@ def upsampled(maps: np.ndarray) -> np.ndarray:
     return np.einsum("yh,bdhw,xw->bdyx", matrix(maps.shape[2]), maps, matrix(maps.shape[3]))
 
 
-def test_depth_is_the_mean_of_bins_over_cell_and_cls(tmp_path, features):
+def test_depth_is_the_mean_of_bins_over_patch_and_cls(tmp_path, features):
     tensors = depth_tensors()
     head = LinearDepthHead.from_file(saved(tmp_path, tensors))
     weight, bias = (tensor.double().numpy() for tensor in tensors.values())
@@ -110,13 +110,12 @@ def test_equal_logits_give_the_middle_of_the_bins():
         assert torch.allclose(depth, torch.tensor(80.001 / 2), atol=1e-4)
 
 
-def test_a_task_gives_its_head_the_depth_of_the_last_bin(tmp_path, features):
-    path = saved(tmp_path, depth_tensors())
-    for max_depth in (10.0, 80.0):
-        head, method = DepthTask(max_depth=max_depth).head(path)
-        assert head.centres[-1] == max_depth
-        expected = LinearDepthHead.from_file(path, max_depth=max_depth)(*features)
-        assert torch.equal(method(AlignmentOutput(*features)), expected)
+def test_heads_read_their_own_kind_of_features(tmp_path, features):
+    seen = LatentFeatures(*(value + 1 for value in features), before_norm=AlignmentOutput(*features))
+    segmentation = LinearSegmentationHead.from_file(saved(tmp_path, segmentation_tensors()))
+    assert torch.equal(segmentation.read(seen), segmentation(seen.patch))
+    depth = LinearDepthHead.from_file(saved(tmp_path, depth_tensors()), max_depth=80.0)
+    assert torch.equal(depth.read(seen), depth(*features)) and depth.centres[-1] == 80.0
 
 
 def test_a_higher_bin_is_farther_and_the_cls_counts(features):
@@ -134,15 +133,15 @@ def test_a_higher_bin_is_farther_and_the_cls_counts(features):
     assert far.min() > 9.9 and head(features[0], -torch.ones_like(features[1])).max() < 5.1
 
 
-def test_heads_turn_with_the_features(tmp_path, features):
+def test_heads_rotate_with_the_features(tmp_path, features):
     patch, cls = features
-    turned = torch.rot90(patch, 1, (2, 3))
+    rotated = torch.rot90(patch, 1, (2, 3))
     segmentation = LinearSegmentationHead.from_file(saved(tmp_path, segmentation_tensors()))
     depth = LinearDepthHead.from_file(saved(tmp_path, depth_tensors()))
     size = (12, 16)
     classes = to_size(segmentation(patch), size).argmax(1)
-    assert torch.equal(to_size(segmentation(turned), size[::-1]).argmax(1), torch.rot90(classes, 1, (1, 2)))
-    assert torch.allclose(depth(turned, cls), torch.rot90(depth(patch, cls), 1, (2, 3)), atol=1e-5)
+    assert torch.equal(to_size(segmentation(rotated), size[::-1]).argmax(1), torch.rot90(classes, 1, (1, 2)))
+    assert torch.allclose(depth(rotated, cls), torch.rot90(depth(patch, cls), 1, (2, 3)), atol=1e-5)
 
 
 def test_keys_are_read_with_and_without_prefix_from_both_formats(tmp_path, features):
@@ -197,11 +196,25 @@ def test_tensors_without_names_are_no_head(tmp_path, content):
         LinearSegmentationHead.from_file(tmp_path / "head.pth")
 
 
-def test_features_of_another_teacher_are_refused(features):
-    with pytest.raises(ValueError, match="one teacher"):
-        LinearSegmentationHead(SIZE + 1, CLASSES)(features[0])
-    with pytest.raises(ValueError, match="global_feature=True"):
-        LinearDepthHead(SIZE)(features[0], None)
+def test_heads_of_another_teacher_are_refused():
+    def network(**options) -> AlignmentNetwork:
+        return AlignmentNetwork(**{"latent_channels": 4, "hidden_size": 8, "feature_size": SIZE, **options})
+
+    registers = {"teacher": "facebook/dinov2-with-registers-large", "teacher_type": "dinov2_with_registers"}
+    for head in (LinearSegmentationHead(SIZE, CLASSES), LinearDepthHead(SIZE)):
+        head.check_network(network())
+        head.check_network(network(teacher="facebook/dinov2-large", teacher_type="dinov2"))
+        for alien, message in (
+            (None, "give the alignment_network"),
+            (network(feature_size=SIZE + 1), rf"features of size {SIZE}, .* size {SIZE + 1}\)"),
+            (network(**registers), r"type dinov2 .* of facebook/dinov2-with-registers-large \(type dinov2_with_reg"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                head.check_network(alien)
+    LinearDepthHead(SIZE, teacher_type="dinov2_with_registers").check_network(network(**registers))
+    LinearSegmentationHead(SIZE, CLASSES).check_network(network(global_feature=False))
+    with pytest.raises(ValueError, match="global_feature=False"):
+        LinearDepthHead(SIZE).check_network(network(global_feature=False))
     with pytest.raises(ValueError, match="min_depth < max_depth"):
         LinearDepthHead(SIZE, max_depth=0.0)
 
@@ -238,7 +251,8 @@ def test_samples_of_a_pipeline_are_drawn_from_their_latents(tiny_sit, tiny_autoe
     assert np.array_equal(np.asarray(drawn.crop((0, 16, 16, 32))), np.asarray(sample))
 
     network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=SIZE)
-    clusters = cluster_cells(network(LatentNormalization.from_vae(pipe.vae).denormalize(latents)).patch.detach(), 2)
+    raw_latents = LatentNormalization.from_vae(pipe.vae).denormalize(latents)
+    clusters = cluster_positions(network.normalize(network(raw_latents)).patch.detach(), 2)
     drawn = perception_image(pipe.vae, latents, alignment_network=network, num_clusters=2)
     expected = to_image(draw_labels(clusters)[0].repeat_interleave(4, 1).repeat_interleave(4, 2))
     assert np.array_equal(np.asarray(drawn.crop((40, 16, 56, 32))), np.asarray(expected))

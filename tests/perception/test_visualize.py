@@ -10,7 +10,6 @@ import torch
 
 from diffusers_eqvae import (
     AlignmentNetwork,
-    AutoencoderKLAligned,
     ClassConditionalPipeline,
     FlowMatchODEScheduler,
     SiTTransformer2DModel,
@@ -48,16 +47,16 @@ def test_depth_is_drawn_between_the_nearest_and_the_farthest_there_are(tiny_auto
 
 @pytest.mark.parametrize("aligned", [False, True])
 def test_the_page_shows_what_runs(repository, tmp_path, monkeypatch, tiny_autoencoder_kl, aligned):
-    vae = tiny_autoencoder_kl
-    if aligned:
-        vae = AutoencoderKLAligned.from_config(vae.config).eval()
-        vae.set_alignment_network(AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6))
+    network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6) if aligned else None
     transformer = SiTTransformer2DModel(
         sample_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=8, num_classes=361
     )
-    ClassConditionalPipeline(transformer, vae, FlowMatchODEScheduler()).save_pretrained(tmp_path / "runs" / "sit")
+    pipe = ClassConditionalPipeline(
+        transformer, tiny_autoencoder_kl, FlowMatchODEScheduler(), alignment_network=network
+    )
+    pipe.save_pretrained(tmp_path / "runs" / "sit")
     monkeypatch.chdir(tmp_path)
     page = (repository / "docs" / "perception.md").read_text()
     names = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
-    assert (tmp_path / "perception.png").is_file() and (names["network"] is not None) == aligned
+    assert (tmp_path / "perception.png").is_file() and (names["pipe"].alignment_network is not None) == aligned

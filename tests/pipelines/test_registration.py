@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 import diffusers_eqvae
 from diffusers_eqvae import load_autoencoder, load_pipeline
 from diffusers_eqvae._registration import BASE_CLASSES, _classes, register
+from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -26,6 +27,7 @@ GOLDEN_INDEX = {
     "scheduler": ["diffusers_eqvae", "FlowMatchODEScheduler"],
     "transformer": ["diffusers_eqvae", "SiTTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+    "alignment_network": [None, None],
 }
 SAMPLING = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
 FRESH_PROCESS = """
@@ -105,6 +107,22 @@ def test_round_trip_is_bit_equal_for_the_subclass_and_the_base_class(pipeline, t
     loaded.save_pretrained(tmp_path / "twice")
     index = json.loads((tmp_path / "twice" / "model_index.json").read_text())
     assert {key: value for key, value in index.items() if key != "_name_or_path"} == GOLDEN_INDEX
+
+
+def test_an_alignment_network_is_an_optional_component(pipeline, tmp_path):
+    network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6)
+    network.norm_weight.copy_(torch.arange(1.0, 7.0))
+    pipeline.register_modules(alignment_network=network)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index == {**GOLDEN_INDEX, "alignment_network": ["diffusers_eqvae", "AlignmentNetwork"]}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path).alignment_network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
+    alien = AlignmentNetwork(latent_channels=16, hidden_size=8, feature_size=6)
+    with pytest.raises(ValueError, match="reads 16 latent channels, but the AutoencoderKL has 4"):
+        ClassConditionalPipeline(
+            pipeline.transformer, pipeline.vae, pipeline.scheduler, id2label=None, alignment_network=alien
+        )
 
 
 def test_auto_model_loads_components(pipeline, tmp_path):

@@ -24,6 +24,7 @@ from diffusers_eqvae.autoencoders import encode
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.images import adm_center_crop, to_pixels
 from diffusers_eqvae.latents import LatentNormalization
+from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 
 PER_CLASS, CLASSES = 7, ("cat", "dog")
 FLAGS = ["--resolution", "16", "--batch_size", "3", "--shard_size", "5", "--dtype", "fp32", "--flip"]
@@ -76,6 +77,14 @@ def crop(images: Path, index: int) -> torch.Tensor:
     name, number = CLASSES[index // PER_CLASS], index % PER_CLASS
     with Image.open(images / name / f"{number}.png") as image:
         return to_pixels(adm_center_crop(image, 16))
+
+
+def test_the_stores_copy_of_an_aligned_autoencoder_has_its_network(repository, images, vae, tmp_path):
+    network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6)
+    network.save_pretrained(vae / "alignment_network")
+    run(repository, vae, images, tmp_path / "store")
+    copied = AlignmentNetwork.from_pretrained(tmp_path / "store" / "vae", subfolder="alignment_network")
+    assert all(map(torch.equal, copied.state_dict().values(), network.state_dict().values()))
 
 
 def test_store_holds_the_posteriors_of_both_views(repository, vae, images, tmp_path) -> None:

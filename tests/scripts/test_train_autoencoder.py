@@ -89,12 +89,18 @@ def test_both_regularizers_on_one_autoencoder(folder, tiny_autoencoder_kl):
         "checkpointing_steps": 1,
     }
     run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
-    network = AlignmentNetwork.from_pretrained(folder / "run" / "alignment_network")
-    assert network.config.feature_size == 16
-    assert json.loads((folder / "run" / "config.json").read_text())["_class_name"] == "AutoencoderKLAligned"
+    network = AlignmentNetwork.from_pretrained(folder / "run", subfolder="alignment_network")
+    assert (network.config.feature_size, network.config.teacher_image_size) == (16, 56)
+    assert json.loads((folder / "run" / "config.json").read_text())["_class_name"] == "AutoencoderKLEQ"
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["alignment_weight"] > 0
     assert not any("teacher" in name for name in last_checkpoint(folder / "run", "objective")["module"])
+
+    options |= {"output_dir": folder / "again", "learning_rate": 0, "max_train_steps": 1}
+    options |= {"pretrained_model_name_or_path": folder / "run", "alignment_hidden_size": 8}
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
+    continued = AlignmentNetwork.from_pretrained(folder / "again", subfolder="alignment_network")
+    assert all(map(torch.equal, continued.state_dict().values(), network.state_dict().values()))
 
 
 def test_the_discriminator_is_trained(folder, tiny_autoencoder_kl):

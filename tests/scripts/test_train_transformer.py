@@ -18,7 +18,9 @@ from PIL import Image
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler
 from diffusers_eqvae.latents import LatentNormalization
+from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.randomness import StepRandomness
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
@@ -142,6 +144,25 @@ def test_images_on_the_fly(script, tmp_path, tiny_autoencoder_kl):
     script.main([*arguments, "--random_flip", "--compile", "false"])
     config = json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
     assert (config["num_classes"], config["sample_size"], config["in_channels"]) == (3, 4, 4)
+
+
+def saved_network(folder) -> AlignmentNetwork:
+    network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6)
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.mark.parametrize("from_store", [False, True])
+def test_the_pipeline_carries_the_alignment_network_of_its_autoencoder(
+    script, tmp_path, store, tiny_autoencoder_kl, from_store
+):
+    """Beside the autoencoder that is named, or beside the store's copy of it."""
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "aligned")
+    network = saved_network((store / "vae" if from_store else tmp_path / "aligned") / "alignment_network")
+    vae = {} if from_store else {"vae": tmp_path / "aligned"}
+    script.main(flags(tmp_path, latents_dir=store, max_train_steps=1, **vae))
+    carried = ClassConditionalPipeline.from_pretrained(tmp_path / "run").alignment_network
+    assert all(map(torch.equal, carried.state_dict().values(), network.state_dict().values()))
 
 
 def test_continues_from_a_saved_transformer_and_a_deterministic_autoencoder(script, tmp_path, tiny_autoencoder_tiny):

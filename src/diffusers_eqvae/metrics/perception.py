@@ -96,7 +96,7 @@ def depth_errors(
             up to a factor (Zhou et al. 2017, arXiv 1704.07813).
 
     Raises:
-        ValueError: unequal shapes, a image without valid pixels, or a depth among them that is not positive.
+        ValueError: unequal shapes, an image without valid pixels, or a depth among them that is not positive.
     """
     valid = target.isfinite() & (target > 0) if valid is None else valid
     if not prediction.shape == target.shape == valid.shape or target.ndim != 3:

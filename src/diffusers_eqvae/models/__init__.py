@@ -6,7 +6,6 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "alignment_network": ["AlignmentNetwork"],
-        "autoencoder_kl_aligned": ["AutoencoderKLAligned"],
         "autoencoder_kl_eq": ["AutoencoderKLEQ"],
         "backbone": ["Backbone", "BackboneOutput", "backbone_class", "backbones", "register_backbone"],
         "discriminator": ["PatchDiscriminator"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,12 +114,14 @@ class AutoencoderKLEQ(AutoencoderKL):
         """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped, of normalised latents (B, C, h, w)."""
         return decode(self, LatentNormalization.from_vae(self).denormalize(latents))
 
+    # A pipeline passes on only what it finds in the signature (variant, max_shard_size ...): it is the base class's.
+    @wraps(AutoencoderKL.save_pretrained, assigned=())
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As AutoencoderKL's, and mean_std.json where the config has latents_mean; all arguments are passed on."""
+        """As AutoencoderKL's, and mean_std.json where the config has latents_mean."""
         normalization = LatentNormalization.from_vae(self)
         if is_main_process and normalization.mean is not None:
             # Before the rest, whose push_to_hub=True uploads the whole directory.
             normalization.save_json(Path(save_directory) / "mean_std.json")
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..provenance import weights_hash
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -18,7 +22,7 @@ class FeatureTeacher(nn.Module):
     """Patch and global features of DINOv2 (with or without registers) or DINOv3, from transformers.
 
     Images are brought to ImageNet's mean and standard deviation and resized (bicubic, without antialiasing) so that
-    their short side is `image_size`: 448 px and patches of 14 give 32x32 tokens, one per latent cell of a 256 px
+    their short side is `image_size`: 448 px and patches of 14 give 32x32 tokens, one per latent position of a 256 px
     image at f8 (ReaLS). Both happen in float32. Register tokens are dropped. No parameter requires a gradient, no
     graph is kept, and the module never leaves eval mode.
 
@@ -28,23 +32,21 @@ class FeatureTeacher(nn.Module):
         model: the transformers model.
         image_size: short side in pixels of what the model sees; a multiple of its patch size.
         final_norm: give the tokens after the model's last LayerNorm, or (False) before it, as DINOv2's linear depth
-            heads read them.
-
-    Raises:
-        ValueError: on a model of another type, or an `image_size` that its patches do not tile.
+            heads read them and an alignment network predicts them.
 
     Example:
-        >>> teacher = FeatureTeacher.from_pretrained("facebook/dinov2-with-registers-large")
-        >>> teacher(torch.zeros(1, 3, 256, 256))[0].shape
-        torch.Size([1, 1024, 32, 32])
+        >>> teacher = FeatureTeacher.from_pretrained("facebook/dinov2-base", image_size=448)
+        >>> patch, cls = teacher(torch.zeros(1, 3, 256, 256))
+        >>> patch.shape, cls.shape
+        (torch.Size([1, 768, 32, 32]), torch.Size([1, 768]))
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, *, image_size: int = 448, final_norm: bool = True):
+    def __init__(self, model: Any, *, image_size: int = 448, final_norm: bool = True):
         super().__init__()
-        config: Any = model.config
+        config = model.config
         if config.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"A feature teacher must be one of {', '.join(MODEL_TYPES)}; got a model of type "
@@ -55,7 +57,7 @@ class FeatureTeacher(nn.Module):
                 f"The teacher's image size must be a positive multiple of its patch size {config.patch_size}; got "
                 f"{image_size}."
             )
-        self.model = model
+        self.model: Any = model
         self.image_size = image_size
         self.final_norm = final_norm
         self.patch_size = int(config.patch_size)
@@ -76,16 +78,35 @@ class FeatureTeacher(nn.Module):
         final_norm: bool = True,
         revision: str | None = None,
     ) -> FeatureTeacher:
-        """The teacher of a Hub name ("facebook/dinov2-with-registers-large") or a directory, in float32.
-
-        Raises:
-            OSError: where the model is neither there, nor cached, nor to be had from the Hub (transformers' message).
-        """
+        """The teacher of a Hub name ("facebook/dinov2-with-registers-large") or a directory, in float32."""
         from transformers import AutoModel
 
         options = {} if revision is None else {"revision": revision}
         model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, **options)
         return cls(model, image_size=image_size, final_norm=final_norm)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """Which features these are: what an `AlignmentNetwork` notes of them in its config.
+
+        The hash reads all weights once; of a directory only the last part of its path is noted.
+        """
+        name = str(getattr(self.model.config, "_name_or_path", "") or "")
+        return {
+            "feature_size": self.feature_size,
+            "norm_eps": self.last_norm.eps,
+            "teacher": Path(name).name if Path(name).is_dir() else name or None,
+            "teacher_type": self.model.config.model_type,
+            "teacher_hash": weights_hash(self.model),
+            "teacher_layers": [int(self.model.config.num_hidden_layers)],
+            "teacher_image_size": self.image_size,
+        }
+
+    @property
+    def last_norm(self) -> nn.LayerNorm:
+        """The LayerNorm after the last block."""
+        norm: Any = self.model.norm if hasattr(self.model, "norm") else self.model.layernorm
+        return norm
 
     def train(self, mode: bool = True) -> FeatureTeacher:
         """Stays in eval mode whatever its parent does: features are targets, free of dropout and layer drop."""

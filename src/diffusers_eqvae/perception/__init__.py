@@ -5,11 +5,10 @@ from .._lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "clusters": ["cluster_cells", "kmeans"],
-        "features": ["Standardization", "latent_features", "pooled_features", "to_size"],
+        "clusters": ["cluster_positions"],
+        "features": ["LatentFeatures", "Standardization", "latent_features", "to_size"],
         "heads": ["LinearDepthHead", "LinearSegmentationHead"],
-        "probe": ["LinearProbe"],
-        "transfer": ["CellTransfer", "cell_labels", "cell_values", "label_targets"],
+        "transfer": ["NearestTransfer", "label_targets", "position_labels", "position_values"],
         "visualize": ["perception_image"],
     },
 )

@@ -1,119 +1,143 @@
-"""Annotated images as features, batch by batch, and the hash of all that was read."""
+"""Annotated images on disk: which file annotates which image, and the same centre crop of both."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..autoencoders import Autoencoder, encode
-from ..images import to_uint8
-from ..metrics.image_sets import hash_digests, image_digests
-from ..models.alignment_network import AlignmentNetwork, AlignmentOutput
-from .features import latent_features
-from .tasks import DepthTask, SegmentationTask, read_pixels
+from ..data.hf_datasets import is_image
+from ..data.image_datasets import DECODE_ERRORS
+from ..images import adm_center_crop, to_pixels, to_rgb
+
+_ORIENTATION = 0x0112  # the EXIF tag; above 4 the stored image lies on its side
 
 
-class AnnotatedReader:
-    """Reads images with their annotations and turns them into features of an autoencoder's latents (their mean).
+def paired_files(images: str | os.PathLike[str], *annotations: str | os.PathLike[str]) -> list[tuple[Path, ...]]:
+    """Every image, by name, with its annotation of the same name (up to the suffix) from each further folder.
 
-    Args:
-        vae: where it is, images are brought.
-        network: trained with it; None takes the latents themselves.
-        window: of cells, see `latent_features`.
-        resolution: side in pixels of the centre crops.
-        batch_size: images per forward.
+    An annotation may be larger or smaller than its image, but must show the same part of it: sides in the same
+    ratio, up to the rounding of one of them to whole pixels, both turned upright by EXIF. Annotations may be more
+    than images; an image without one is refused.
+
+    Example:
+        >>> paired_files("images", "masks", "depths")[0]
+        (PosixPath('images/0.jpg'), PosixPath('masks/0.png'), PosixPath('depths/0.png'))
     """
-
-    def __init__(
-        self,
-        vae: Autoencoder,
-        task: SegmentationTask | DepthTask,
-        *,
-        network: AlignmentNetwork | None,
-        window: int,
-        resolution: int,
-        batch_size: int,
-    ) -> None:
-        self.vae = vae
-        self.task = task
-        self.network = network
-        self.window = window
-        self.resolution = resolution
-        self.batch_size = batch_size
-        self._digests: dict[str, list[Tensor]] = {"images_hash": [], "targets_hash": []}
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """Of the crops of all images read so far, pixel by pixel and in order, and of those of their annotations."""
-        return {name: hash_digests(torch.cat(digests)) for name, digests in self._digests.items()}
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What a result card of the task "perception" states of all that was read so far."""
-        if isinstance(self.task, DepthTask):
-            annotation = "depth" + (" up to a factor per image" if self.task.median_scaling else " in metres")
-        else:
-            annotation = f"classes, {self.task.ignore_index} is void"
-        return {
-            "annotation": annotation,
-            "resize_rule": f"ADM centre crop to {self.resolution} px",
-            **self.hashes,
-        }
-
-    @torch.no_grad()
-    def batches(self, pairs: Sequence[tuple[Path, Path]]) -> Iterator[tuple[Tensor, AlignmentOutput, Tensor]]:
-        """Pixels (B, 3, S, S), features, and annotations (B, S, S).
-
-        Raises:
-            ValueError: a file that cannot be read; names it. Latents or features with NaN or infinity.
-        """
-        for start in range(0, len(pairs), self.batch_size):
-            images, targets = zip(*pairs[start : start + self.batch_size], strict=True)
-            pixels, truth = read_pixels(images, self.resolution), self.task.read(targets, self.resolution)
-            self._digests["images_hash"].append(image_digests(to_uint8(pixels).permute(0, 2, 3, 1).numpy()))
-            self._digests["targets_hash"].append(image_digests(truth.numpy()))
-            latents = encode(self.vae, pixels.to(self.vae.device)).mode()
-            _require_finite(latents, "latents", "autoencoder", images)
-            seen = latent_features(latents, self.network, window=self.window)
-            for features in (seen.patch, *(() if seen.cls is None else (seen.cls,))):
-                _require_finite(features, "features", "alignment network", images)
-            yield pixels, seen, truth
-
-    def cells(self, pairs: Sequence[tuple[Path, Path]]) -> tuple[Tensor, Tensor]:
-        """Features (N, D, h, w) and targets (N, K, h, w) of every cell of annotated images, on the vae's device."""
-        known = []
-        for _, seen, truth in self.batches(pairs):
-            height, width = seen.patch.shape[-2:]
-            known.append((seen.patch, self.task.cell_targets(truth, (height, width))))
-        features, targets = (torch.cat(parts) for parts in zip(*known, strict=True))
-        return features, targets.to(features)
-
-
-def split_figures(figures: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, str]]:
-    """`figures` of a task as `metrics` and `caveats` of a result card, FIGURE_METHOD each; lists are left out.
-
-    A figure that is not finite is a caveat and not a number.
-    """
-    values = {
-        f"{name}_{method}": value
-        for method, measured in figures.items()
-        for name, value in measured.items()
-        if isinstance(value, float)
-    }
-    numbers = {name: value for name, value in values.items() if math.isfinite(value)}
-    return numbers, {name: f"{value} for these images" for name, value in values.items() if name not in numbers}
-
-
-def _require_finite(values: Tensor, what: str, origin: str, images: Sequence[Path]) -> None:
-    """NaN is nearest to nothing: any cells would be the neighbours, and figures would come out all the same."""
-    for path, finite in zip(images, values.isfinite().flatten(1).all(1).tolist(), strict=True):
-        if not finite:
+    found = [_by_name(Path(folder)) for folder in (images, *annotations)]
+    for folder, files in zip(annotations, found[1:], strict=True):
+        missing = sorted(found[0].keys() - files.keys())
+        if not found[0] or missing:
+            named = f": {', '.join(missing[:5])}" if missing else ""
             raise ValueError(
-                f"The {what} of {path} hold NaN or infinity, and no figure means anything; check the weights of the "
-                f"{origin}."
+                f"{images} must hold images and {folder} an annotation of the same name for each; got "
+                f"{len(found[0])} images, {len(missing)} of them without{named}."
             )
+    rows = [tuple(files[name] for files in found) for name in sorted(found[0])]
+    for image, *targets in rows:
+        width, height = _upright_size(image)
+        for target in targets:
+            own_width, own_height = _upright_size(target)
+            if abs(own_width * height - own_height * width) > max(width, height, own_width, own_height):
+                raise ValueError(
+                    f"An annotation must have its image's proportions; {target} has {own_width}x{own_height} px, "
+                    f"{image} {width}x{height} px. Crop or rotate it as the image was."
+                )
+    return rows
+
+
+def read_pixels(paths: Sequence[Path], resolution: int) -> Tensor:
+    """ADM centre crops (B, 3, S, S) in [-1, 1] of the images in files.
+
+    Example:
+        >>> read_pixels([Path("0.jpg")], 256).shape
+        torch.Size([1, 3, 256, 256])
+    """
+    pixels = []
+    for path in paths:
+        with _opened(path) as image:
+            pixels.append(to_pixels(adm_center_crop(to_rgb(image), resolution)))
+    return torch.stack(pixels)
+
+
+def read_annotations(paths: Sequence[Path], resolution: int) -> Tensor:
+    """Annotations of one channel as integers (B, S, S): labels, palette indices or millimetres, of 8 or 16 bits.
+
+    Example:
+        >>> read_annotations([Path("0.png")], 256).shape
+        torch.Size([1, 256, 256])
+    """
+    crops = [nearest_center_crop(read_integers(path), resolution).astype(np.int64) for path in paths]
+    return torch.from_numpy(np.stack(crops))
+
+
+def read_integers(path: Path) -> np.ndarray:
+    """An annotation as it is stored, upright: (H, W) of integers.
+
+    Example:
+        >>> read_integers(Path("0.png")).dtype
+        dtype('uint8')
+    """
+    with _opened(path) as image:
+        values = np.asarray(ImageOps.exif_transpose(image))
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"Annotations are images of one channel of integers; {path.name} has {values.dtype} {values.shape}. "
+            "Save labels as 8-bit grey, depths as 16-bit grey in millimetres."
+        )
+    return values
+
+
+def nearest_center_crop(values: np.ndarray, size: int) -> np.ndarray:
+    """The square that `adm_center_crop` takes of an image, of its annotation (H, W): nearest, so nothing is mixed.
+
+    Example:
+        >>> nearest_center_crop(np.zeros((48, 64), np.uint8), 32).shape
+        (32, 32)
+    """
+    height, width = values.shape
+    while min(height, width) >= 2 * size:
+        height, width = height // 2, width // 2
+    scale = size / min(height, width)
+    height, width = round(height * scale), round(width * scale)
+    top, left = (height - size) // 2, (width - size) // 2
+    rows = ((np.arange(size) + top + 0.5) * values.shape[0] / height).astype(np.int64)
+    columns = ((np.arange(size) + left + 0.5) * values.shape[1] / width).astype(np.int64)
+    return values[rows[:, None], columns]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image in a file; whatever hinders its decoding is a ValueError that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read: {error}. Repair or remove it.") from error
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Width and height once EXIF has rotated the image; only one that lies on its side is decoded for it."""
+    with _opened(path) as image:
+        lying = image.getexif().get(_ORIENTATION, 1) > 4
+        return ImageOps.exif_transpose(image).size if lying else image.size
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*")):
+        if not is_image(file.name):
+            continue
+        if file.stem in files:
+            raise ValueError(
+                f"{folder} holds {files[file.stem].name} and {file.name}, so that the name {file.stem} does not say "
+                "which one is meant. Keep one of them."
+            )
+        files[file.stem] = file
+    return files

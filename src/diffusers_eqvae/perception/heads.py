@@ -4,94 +4,112 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import read_weights
-from .features import to_size
+from ..metrics.feature_networks import read_weights
+from ..models.alignment_network import AlignmentNetwork
+from .features import LatentFeatures, to_size
 
 PREFIX = "decode_head."
 
 
-class _FrozenHead(nn.Module):
-    """A head without gradients, always in eval mode: its batch norm applies the statistics it was saved with."""
+class LinearHead(nn.Module):
+    """A 1x1 convolution of a teacher's features, without gradients and always in eval mode.
+
+    Attributes:
+        feature_size: D of the teacher.
+        teacher_type: the transformers type of the backbone that it was fitted to; DINOv2's own are "dinov2".
+    """
 
     feature_size: int
+    teacher_type: str
 
     def _freeze(self) -> None:
         self.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: its batch norm applies the statistics that it was saved with."""
         return super().train(False)
 
-    def _check(self, patch: Tensor) -> None:
-        if patch.ndim != 4 or patch.shape[1] != self.feature_size:
+    def read(self, features: LatentFeatures) -> Tensor:
+        """The maps that it makes of what `latent_features` gives with a network."""
+        raise NotImplementedError
+
+    def check_network(self, network: AlignmentNetwork | None) -> None:
+        """Raises ValueError unless the network predicts features of the backbone that this head was fitted to."""
+        if network is None:
             raise ValueError(
-                f"The head reads features (B, {self.feature_size}, h, w); got {tuple(patch.shape)}. Head and "
-                "alignment network must belong to one teacher (DINOv2 S 384, B 768, L 1024, g 1536), and the head to "
-                "its last layer alone: files named *_ms_* and *_linear4_* read four layers."
+                "A segmentation or depth head reads the features of a teacher; give the alignment_network that "
+                "predicts them, or leave the head out."
+            )
+        own = (self.teacher_type, self.feature_size)
+        given = (network.config.teacher_type or self.teacher_type, network.config.feature_size)
+        if own != given:
+            raise ValueError(
+                f"The head was fitted to a teacher of type {own[0]} with features of size {own[1]}, but the alignment "
+                f"network predicts those of {network.config.teacher} (type {given[0]}, size {given[1]}); align with "
+                "the head's teacher, or take the head of this one (a head of your own may name its teacher_type)."
             )
 
 
-class LinearSegmentationHead(_FrozenHead):
-    """Class scores of every cell: a 1x1 convolution of batch-normalised features (DINOv2, arXiv 2304.07193, 7.4).
+class LinearSegmentationHead(LinearHead):
+    """Class scores of every position: a 1x1 convolution of batch-normalised features (DINOv2, arXiv 2304.07193, 7.4).
 
         logits = W ((f - mean) / sqrt(var + 1e-5) * gamma + beta) + b
 
-    `f` are the teacher's patch features of the last layer after its final LayerNorm, which is what `FeatureTeacher`
-    gives and an alignment network learns.
+    `f` are the teacher's patch features of the last layer *after* its final LayerNorm.
 
     Args:
         feature_size: D of the teacher.
         num_classes: 150 for ADE20K, 21 for VOC2012.
+        teacher_type: see `LinearHead`.
+
+    Example:
+        >>> head = LinearSegmentationHead.from_file("dinov2_vitl14_ade20k_linear_head.pth")
+        >>> classes = to_size(head(features.patch), (256, 256)).argmax(1)
     """
 
-    def __init__(self, feature_size: int, num_classes: int) -> None:
+    def __init__(self, feature_size: int, num_classes: int, *, teacher_type: str = "dinov2") -> None:
         super().__init__()
-        self.feature_size = feature_size
+        self.feature_size, self.teacher_type = feature_size, teacher_type
         self.bn = nn.BatchNorm2d(feature_size)
         self.conv_seg = nn.Conv2d(feature_size, num_classes, 1)
         self._freeze()
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> LinearSegmentationHead:
+    def from_file(cls, path: str | os.PathLike[str], *, teacher_type: str = "dinov2") -> LinearSegmentationHead:
         """From dinov2_vit{s,b,l,g}14_{ade20k,voc2012}_linear_head.pth, or the same tensors as .safetensors.
 
         Expected, under "state_dict" or at the top, each with or without the prefix "decode_head.":
         conv_seg.weight (K, D, 1, 1), conv_seg.bias (K,), bn.weight, bn.bias, bn.running_mean and bn.running_var (D,);
         bn.num_batches_tracked may be there. Sizes are read from the shapes.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: other keys or shapes, or a file that holds more than tensors.
         """
         tensors = _read_tensors(path)
         num_classes, channels = _convolution_size(tensors, "conv_seg.weight", path)
-        return _fill(cls(channels, num_classes), tensors, path)
+        head = cls(channels, num_classes, teacher_type=teacher_type)
+        _fill(head, tensors, path)
+        return head
 
     def forward(self, patch: Tensor) -> Tensor:
-        """Logits (B, K, h, w) of patch features (B, D, h, w); `to_size(logits, size).argmax(1)` are the classes.
-
-        Raises:
-            ValueError: features of another size.
-        """
-        self._check(patch)
+        """Logits (B, K, h, w) of patch features (B, D, h, w)."""
         return self.conv_seg(self.bn(patch))
 
+    def read(self, features: LatentFeatures) -> Tensor:
+        return self(features.patch)
 
-class LinearDepthHead(_FrozenHead):
+
+class LinearDepthHead(LinearHead):
     """Depth in metres as the mean over bins (DINOv2, arXiv 2304.07193, 7.4; AdaBins, arXiv 2011.14141).
 
         logits = W [f, cls] + b,  p_k = (relu(logit_k) + 0.1) / sum_j (relu(logit_j) + 0.1),  depth = sum_k p_k c_k
 
     with centres c_k spaced evenly from `min_depth` to `max_depth`, both included. `f` and `cls` are the teacher's
-    tokens of the last layer *before* its final LayerNorm. An alignment network that was trained on normalised tokens,
-    as `FeatureTeacher` gives them by default (`final_norm`), predicts features that this head was not fitted to: its
-    depths are then wrong.
+    tokens of the last layer *before* its final LayerNorm.
 
     Differs from the reference: logits instead of features are enlarged by 4; the same function, because bilinear
     weights sum to 1, at a sixteenth of the cost. There is no batch norm in the published depth head.
@@ -100,62 +118,68 @@ class LinearDepthHead(_FrozenHead):
         feature_size: D of the teacher; the convolution has 2D input channels.
         num_bins: 256 in the published heads.
         min_depth, max_depth: in metres; .001 and 10 for NYU, .001 and 80 for KITTI.
+        teacher_type: see `LinearHead`.
+
+    Example:
+        >>> head = LinearDepthHead.from_file("dinov2_vitl14_nyu_linear_head.pth")
+        >>> metres = head(features.before_norm.patch, features.before_norm.cls)
     """
 
     UPSAMPLE = 4
     EPSILON = 0.1
 
     def __init__(
-        self, feature_size: int, num_bins: int = 256, *, min_depth: float = 0.001, max_depth: float = 10.0
+        self,
+        feature_size: int,
+        num_bins: int = 256,
+        *,
+        min_depth: float = 0.001,
+        max_depth: float = 10.0,
+        teacher_type: str = "dinov2",
     ) -> None:
         super().__init__()
         if not 0 < min_depth < max_depth:
             raise ValueError(f"Depths must satisfy 0 < min_depth < max_depth; got {min_depth} and {max_depth}.")
-        self.feature_size = feature_size
+        self.feature_size, self.teacher_type = feature_size, teacher_type
         self.conv_depth = nn.Conv2d(2 * feature_size, num_bins, 1)
         self.centres: Tensor
         self.register_buffer("centres", torch.linspace(min_depth, max_depth, num_bins), persistent=False)
         self._freeze()
 
     @classmethod
-    def from_file(
-        cls, path: str | os.PathLike[str], *, min_depth: float = 0.001, max_depth: float = 10.0
-    ) -> LinearDepthHead:
+    def from_file(cls, path: str | os.PathLike[str], **options: Any) -> LinearDepthHead:
         """From dinov2_vit{s,b,l,g}14_{nyu,kitti}_linear_head.pth, or the same tensors as .safetensors.
 
         Expected, under "state_dict" or at the top, with or without the prefix "decode_head.": conv_depth.weight
         (bins, 2D, 1, 1) and conv_depth.bias (bins,). The file does not say which depths its bins stand for: give
-        max_depth=80 for KITTI.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: other keys or shapes, or a file that holds more than tensors.
+        max_depth=80 for KITTI, one of the constructor's `options`.
         """
         tensors = _read_tensors(path)
         num_bins, channels = _convolution_size(tensors, "conv_depth.weight", path)
         if channels % 2:
-            raise ValueError(f"A depth head reads cell and CLS, an even number of channels; {path} has {channels}.")
-        return _fill(cls(channels // 2, num_bins, min_depth=min_depth, max_depth=max_depth), tensors, path)
+            raise ValueError(f"A depth head reads patch and CLS, an even number of channels; {path} has {channels}.")
+        head = cls(channels // 2, num_bins, **options)
+        _fill(head, tensors, path)
+        return head
 
-    def forward(self, patch: Tensor, cls: Tensor | None) -> Tensor:
-        """Depth (B, 1, 4h, 4w) in metres of patch features (B, D, h, w) and the global feature (B, D).
-
-        Raises:
-            ValueError: features of another size, or no global feature.
-        """
-        self._check(patch)
-        if cls is None or cls.shape != patch.shape[:2]:
-            raise ValueError(
-                f"The depth head needs the global (CLS) feature {tuple(patch.shape[:2])} beside every cell; got "
-                f"{None if cls is None else tuple(cls.shape)}. Train the alignment network with global_feature=True."
-            )
+    def forward(self, patch: Tensor, cls: Tensor) -> Tensor:
+        """Depth (B, 1, 4h, 4w) in metres of patch features (B, D, h, w) and the global feature (B, D)."""
         logits = self.conv_depth(torch.cat([patch, cls[:, :, None, None].expand_as(patch)], 1))
         height, width = patch.shape[-2:]
         share = F.relu(to_size(logits, (height * self.UPSAMPLE, width * self.UPSAMPLE))) + self.EPSILON
         return torch.einsum("bkhw,k->bhw", share / share.sum(1, keepdim=True), self.centres).unsqueeze(1)
 
+    def read(self, features: LatentFeatures) -> Tensor:
+        assert features.before_norm is not None and features.before_norm.cls is not None  # see check_network
+        return self(features.before_norm.patch, features.before_norm.cls)
 
-_Head = TypeVar("_Head", bound=_FrozenHead)
+    def check_network(self, network: AlignmentNetwork | None) -> None:
+        super().check_network(network)
+        if network is not None and not network.config.global_feature:
+            raise ValueError(
+                "A depth head reads the global (CLS) feature too, and this alignment network was trained with "
+                "global_feature=False; train one with it, or leave the depth head out."
+            )
 
 
 def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -185,12 +209,14 @@ def _convolution_size(tensors: dict[str, Tensor], name: str, path: str | os.Path
     return int(weight.shape[0]), int(weight.shape[1])
 
 
-def _fill(head: _Head, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> _Head:
-    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-    optional = {name for name in expected if name.endswith("num_batches_tracked")}
-    found = {name: tuple(value.shape) for name, value in tensors.items() if name not in optional}
-    wanted = {name: shape for name, shape in expected.items() if name not in optional}
+def _fill(head: LinearHead, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    def counted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.float() for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+    given = counted(tensors)
+    wanted, found = (
+        {name: tuple(value.shape) for name, value in counted(s).items()} for s in (head.state_dict(), given)
+    )
     if found != wanted:
         raise ValueError(f"A linear head of {path} must hold {wanted} (each may have {PREFIX!r} before); got {found}.")
-    head.load_state_dict({name: tensors[name].float() for name in wanted}, strict=False)
-    return head
+    head.load_state_dict(given, strict=False)

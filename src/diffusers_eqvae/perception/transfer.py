@@ -1,4 +1,4 @@
-"""Labels and depths of a few annotated images, carried over to others by the nearest cells."""
+"""Labels and depths of a few annotated images, carried over to others by the nearest latent positions."""
 
 from __future__ import annotations
 
@@ -15,45 +15,39 @@ TEMPERATURE = 0.07
 _CHUNK = 2**24
 
 
-def cell_labels(masks: Tensor, grid: tuple[int, int], *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """The most frequent label of each cell: masks (B, H, W) of integers -> (B, h, w) int64.
+def position_labels(masks: Tensor, grid: tuple[int, int], *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """The most frequent label of each latent position: masks (B, H, W) of integers -> (B, h, w) int64.
 
-    Void counts as a label, so a cell that is mostly void is void; where labels are equally frequent the lowest wins,
-    and void never does.
+    Void counts as a label, so a position that is mostly void is void; where labels are equally frequent the lowest
+    wins, and void never does.
 
     Args:
         masks: classes from 0 on, and `ignore_index` where there is none.
         grid: (h, w); H and W must be multiples.
 
-    Raises:
-        ValueError: masks of another shape or type, or a grid that does not tile them.
-
     Example:
-        >>> targets = label_targets(cell_labels(masks, grid=(32, 32)), num_classes=21)
+        >>> position_labels(torch.tensor([[[1, 1, 2, 2], [1, 0, 2, 255]]]), (1, 2))
+        tensor([[[1, 2]]])
     """
-    if masks.ndim != 3 or masks.is_floating_point():
-        raise ValueError(f"Masks must be integers (B, H, W); got {masks.dtype} {tuple(masks.shape)}.")
-    cell = _cell_size(masks, grid)
+    size = _position_size(masks, grid)
     known = sorted(label for label in masks.unique().tolist() if label != ignore_index)
-    if known and known[0] < 0:
-        raise ValueError(f"Labels must not be negative except for the ignored {ignore_index}; got {known[0]}.")
     labels = torch.full((len(masks), *grid), ignore_index, dtype=torch.int64, device=masks.device)
     most = torch.zeros(labels.shape, device=masks.device)
     for label in [*known, ignore_index]:
-        share = F.avg_pool2d((masks == label).float(), cell)
+        share = F.avg_pool2d((masks == label).float(), size)
         labels[share > most] = label
         most = torch.maximum(most, share)
     return labels
 
 
 def label_targets(labels: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Labels of cells (B, h, w) as one-hot targets (B, K, h, w) float32, NaN where the label is `ignore_index`.
+    """Labels (B, h, w) as one-hot targets (B, K, h, w) float32, NaN where the label is `ignore_index`.
 
-    Raises:
-        ValueError: labels that are no integers, or one that is neither ignored nor in 0 .. K - 1.
+    Example:
+        >>> label_targets(torch.tensor([[[1, 255]]]), 2)[0, :, 0]
+        tensor([[0., nan],
+                [1., nan]])
     """
-    if labels.ndim != 3 or labels.is_floating_point():
-        raise ValueError(f"Labels of cells must be integers (B, h, w); got {labels.dtype} {tuple(labels.shape)}.")
     labels = labels.long()
     void = labels == ignore_index
     valid = labels[~void]
@@ -66,55 +60,49 @@ def label_targets(labels: Tensor, num_classes: int, *, ignore_index: int = IGNOR
     return targets.masked_fill(void[:, None], torch.nan)
 
 
-def cell_values(values: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean of the valid pixels of each cell: values and mask (B, H, W) -> targets (B, 1, h, w), NaN without any.
-
-    Raises:
-        ValueError: unequal shapes, or a grid that does not tile them.
+def position_values(values: Tensor, valid: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean of the valid pixels of each latent position: (B, H, W) and its mask -> (B, 1, h, w), NaN without any.
 
     Example:
-        >>> targets = cell_values(depths_m, depths_m > 0, grid=(32, 32))
+        >>> depths = position_values(metres, metres > 0, (32, 32))
     """
-    if values.ndim != 3 or values.shape != valid.shape:
-        raise ValueError(
-            f"Values and their mask must both be (B, H, W); got {tuple(values.shape)} and {tuple(valid.shape)}."
-        )
-    cell = _cell_size(values, grid)
-    total = F.avg_pool2d(values.float().masked_fill(~valid, 0.0)[:, None], cell)
-    return total / F.avg_pool2d(valid.float()[:, None], cell)  # 0 / 0 is the NaN
+    size = _position_size(values, grid)
+    total = F.avg_pool2d(values.float().masked_fill(~valid, 0.0)[:, None], size)
+    return total / F.avg_pool2d(valid.float()[:, None], size)  # 0 / 0 is the NaN
 
 
-def _cell_size(maps: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
+def _position_size(maps: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
     height, width = maps.shape[-2:]
-    if height % grid[0] or width % grid[1]:
+    if height % grid[0] or width % grid[1]:  # pooling would leave out the rest in silence
         raise ValueError(
-            f"{grid[0]}x{grid[1]} cells do not tile annotations of {height}x{width} px. Crop them as the images, "
-            "to a multiple of the autoencoder's stride."
+            f"{grid[0]}x{grid[1]} latent positions do not tile annotations of {height}x{width} px. Crop them as the "
+            "images, to a multiple of the autoencoder's stride."
         )
     return height // grid[0], width // grid[1]
 
 
-class CellTransfer:
-    """Targets of annotated cells, averaged over each new cell's nearest neighbours by cosine.
+class NearestTransfer:
+    """Targets of annotated latent positions, averaged over each new position's nearest neighbours by cosine.
 
         t(q) = sum_i w_i t_i / sum_i w_i,  w_i = exp(cos(q, f_i) / 0.07),  i in the k nearest
 
     One-hot targets give class shares (segmentation), metres give depth. Features are standardised per channel by the
-    annotated cells first: the angle between latents means nothing unless their mean is the origin.
+    annotated positions first: the angle between latents means nothing unless their mean is the origin.
 
     Args:
         features: of the annotated images, (B, D, h, w).
-        targets: (B, K, h, w), NaN where unknown; such cells are left out.
-        neighbours: k; fewer where fewer cells are annotated.
+        targets: (B, K, h, w), NaN where unknown; such positions are left out.
+        neighbours: k; fewer where fewer positions are annotated.
 
-    Raises:
-        ValueError: shapes that do not belong together, no annotated cell, or k < 1.
+    Example:
+        >>> transfer = NearestTransfer(annotated.patch, label_targets(labels, 11))
+        >>> classes = to_size(transfer(new.patch), (256, 256)).argmax(1)
     """
 
     def __init__(self, features: Tensor, targets: Tensor, *, neighbours: int = 5) -> None:
-        if features.ndim != 4 or targets.ndim != 4 or features[:, 0].shape != targets[:, 0].shape:
+        if features[:, 0].shape != targets[:, 0].shape:
             raise ValueError(
-                "Features (B, D, h, w) and targets (B, K, h, w) must have the same images and cells; got "
+                "Features (B, D, h, w) and targets (B, K, h, w) must have the same images and latent positions; got "
                 f"{tuple(features.shape)} and {tuple(targets.shape)}."
             )
         if neighbours < 1:
@@ -122,22 +110,14 @@ class CellTransfer:
         rows, values = to_rows(features.float()), to_rows(targets.float())
         known = ~values.isnan().any(1)
         if not known.any():
-            raise ValueError("No cell is annotated: all targets are void. Check the masks and the ignored label.")
+            raise ValueError("Nothing is annotated: all targets are void. Check the masks and the ignored label.")
         self.standardization = Standardization.of(rows[known])
         self.bank = F.normalize(self.standardization(rows[known]), dim=1)
         self.values = values[known]
         self.neighbours = min(neighbours, len(self.values))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Targets (B, K, h, w) of the cells of features (B, D, h, w).
-
-        Raises:
-            ValueError: features of another size.
-        """
-        if features.ndim != 4 or features.shape[1] != self.bank.shape[1]:
-            raise ValueError(
-                f"The annotated cells have features of size {self.bank.shape[1]}; got {tuple(features.shape)}."
-            )
+        """Targets (B, K, h, w) of the positions of features (B, D, h, w)."""
         queries = F.normalize(self.standardization(to_rows(features.float())), dim=1)
         widest = max(len(self.bank), self.neighbours * self.values.shape[1])
         chunks = [self._average(chunk) for chunk in queries.split(max(1, _CHUNK // widest))]
@@ -150,10 +130,13 @@ class CellTransfer:
 
 
 def target_means(targets: Tensor, *, per_position: bool = False) -> Tensor:
-    """What can be said without looking at a image: the mean of targets (B, K, h, w), for all cells or each place.
+    """What can be said without looking at an image: the mean of targets (B, K, h, w), of all positions or of each.
 
-    Shares of one-hot targets (their argmax is the mode), means of values. Places that are void in every image get
-    the mean of all cells: (K, h, w).
+    Shares of one-hot targets (their argmax is the mode), means of values. Positions that are void in every image get
+    the mean of all: (K, h, w).
+
+    Example:
+        >>> target_means(label_targets(labels, 11)).argmax(0)  # the most frequent class, everywhere
     """
     overall = targets.nanmean((0, 2, 3))[:, None, None].expand(targets.shape[1:])
     if not per_position:

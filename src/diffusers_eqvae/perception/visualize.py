@@ -13,7 +13,7 @@ from ..autoencoders import Autoencoder, decode_upcast
 from ..images import grid, latent_pca
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork
-from .clusters import cluster_cells
+from .clusters import cluster_positions
 from .features import latent_features, to_size
 from .heads import LinearDepthHead, LinearSegmentationHead
 
@@ -22,7 +22,12 @@ _VOID_LEVEL = -0.6
 
 
 def label_colours(num_labels: int) -> Tensor:
-    """Colours (K, 3) in [-1, 1], the same for a label whatever K: hues a golden ratio apart, in three lightnesses."""
+    """Colours (K, 3) in [-1, 1], the same for a label whatever K: hues a golden ratio apart, in three lightnesses.
+
+    Example:
+        >>> label_colours(150).shape
+        torch.Size([150, 3])
+    """
     colours = [
         colorsys.hls_to_rgb((index * _GOLDEN_RATIO) % 1.0, (0.55, 0.4, 0.7)[index % 3], 0.75)
         for index in range(num_labels)
@@ -31,7 +36,12 @@ def label_colours(num_labels: int) -> Tensor:
 
 
 def draw_labels(labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
-    """Labels (..., H, W) as pixels (..., 3, H, W) in [-1, 1]; what is ignored is dark grey."""
+    """Labels (..., H, W) as pixels (..., 3, H, W) in [-1, 1]; what is ignored is dark grey.
+
+    Example:
+        >>> draw_labels(torch.tensor([[0, 2, 255]]), ignore_index=255).shape
+        torch.Size([3, 1, 3])
+    """
     void = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
     shown = labels.masked_fill(void, 0).cpu()
     pixels = label_colours(int(shown.max()) + 1)[shown]
@@ -42,12 +52,11 @@ def draw_labels(labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
 def draw_depth(depth: Tensor, limits: tuple[float, float]) -> Tensor:
     """Depth (..., H, W) as grey pixels (..., 3, H, W) in [-1, 1]: white at limits[0], black at limits[1]; NaN is blue.
 
-    Raises:
-        ValueError: limits that are not increasing.
+    Example:
+        >>> draw_depth(torch.tensor([[1.0, 3.0]]), (1.0, 3.0))[0]
+        tensor([[ 1., -1.]])
     """
     near, far = limits
-    if not near < far:
-        raise ValueError(f"Depth is drawn between two increasing limits; got {near} and {far}.")
     pixels = (1 - 2 * (depth.float().cpu() - near) / (far - near)).clamp(-1, 1)
     pixels = pixels.unsqueeze(-1).repeat(*[1] * depth.ndim, 3)
     pixels[depth.isnan().cpu()] = torch.tensor([-0.8, -0.8, 0.2])
@@ -75,33 +84,28 @@ def perception_image(
         vae: the autoencoder of the latents, `pipe.vae`.
         latents: normalised, (B, C, h, w): `pipe(..., output_type="latent").images`.
         alignment_network: trained with the autoencoder; without it the latents are their own features.
-        segmentation_head, depth_head: of the network's teacher.
+        segmentation_head, depth_head: fitted to the network's teacher; any other is refused.
         num_clusters: of k-means, which `seed` starts.
         pixels: the samples (B, 3, H, W) in [-1, 1] where they are decoded already (`pipe.decode_latents(latents)`).
 
-    Raises:
-        ValueError: heads without a network, or of another feature size.
-
     Example:
-        >>> latents = pipe([1, 5], output_type="latent").images
-        >>> perception_image(pipe.vae, latents).save("perception.png")
+        >>> latents = pipe([207, 360], output_type="latent").images
+        >>> perception_image(pipe.vae, latents, alignment_network=pipe.alignment_network).save("perception.png")
     """
-    if alignment_network is None and (segmentation_head is not None or depth_head is not None):
-        raise ValueError(
-            "Segmentation and depth heads read the features of a teacher: give the alignment_network that predicts "
-            "them, or leave the heads out."
-        )
+    for head in (segmentation_head, depth_head):
+        if head is not None:
+            head.check_network(alignment_network)
     normalization = LatentNormalization.from_vae(vae)
     features = latent_features(latents, alignment_network, normalization=normalization)
     if pixels is None:
         pixels = decode_upcast(vae, normalization.denormalize(latents.float()))
     size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    clusters = draw_labels(cluster_cells(features.patch, num_clusters, seed=seed))
+    clusters = draw_labels(cluster_positions(features.patch, num_clusters, seed=seed))
     columns = {"sample": pixels.float().cpu(), "PCA": latent_pca(features.patch)[0].cpu(), "clusters": clusters}
     if segmentation_head is not None:
-        columns["classes"] = draw_labels(to_size(segmentation_head(features.patch), size).argmax(1))
+        columns["classes"] = draw_labels(to_size(segmentation_head.read(features), size).argmax(1))
     if depth_head is not None:
-        depth = to_size(depth_head(features.patch, features.cls), size)[:, 0]
+        depth = to_size(depth_head.read(features), size)[:, 0]
         limits = (float(depth.min()), max(float(depth.max()), float(depth.min()) + 1e-6))
         columns["depth"] = draw_depth(depth, limits)
     fitted = [c if c.shape[-2:] == size else F.interpolate(c, size, mode="nearest-exact") for c in columns.values()]

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..autoencoders import decode_upcast, latent_channels
 from ..guidance import IntervalGuidance
 from ..images import to_image
 from ..latents import LatentNormalization
+from ..models.alignment_network import AlignmentNetwork
 from ..provenance import require_same_autoencoder
 from ..schedulers.capabilities import integrates_velocity, takes_variance
 from .labels import parse_id2label, resolve_class_labels
@@ -58,19 +59,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: a flow-matching one for a transformer of `objective="flow_matching"`, a DDPM-style one for
             "denoising".
         id2label: class id -> name (or names, or one string with commas); saved with the pipeline.
+        alignment_network: the `AlignmentNetwork` that was trained with the VAE, where there is one; sampling does not
+            use it, `perception.perception_image` does.
 
     Raises:
         ValueError: transformer, VAE, scheduler or id2label do not belong together.
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["alignment_network"]
     _callback_tensor_inputs = ("latents", "class_labels")
 
     def __init__(
-        self, transformer: ModelMixin, vae: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None
+        self,
+        transformer: ModelMixin,
+        vae: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        alignment_network: AlignmentNetwork | None = None,
     ) -> None:
         super().__init__()
+        if alignment_network is not None and vae is not None:
+            alignment_network.check_autoencoder(vae)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(alignment_network=alignment_network)
         self.register_to_config(id2label=id2label)
         self._checked_parts: tuple[Any, Any, Any] = (None, None, None)
         self.check_parts()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -13,22 +12,11 @@ from torch import Tensor, nn
 
 from ..autoencoders import latent_channels
 from ..losses.alignment import alignment_loss
-from ..models.alignment_network import AlignmentNetwork
-from ..models.autoencoder_kl_aligned import ALIGNMENT_SUBFOLDER
+from ..models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork, AlignmentOutput
 from ..models.feature_teacher import FeatureTeacher
 from .base import AutoencoderRegularizer, AutoencoderState, register_regularizer
 
 logger = logging.getLogger(__name__)
-
-
-class _Shared:
-    """Keeps a module out of nn.Module's registration, and one for all copies: an EMA needs no second teacher."""
-
-    def __init__(self, module: FeatureTeacher) -> None:
-        self.module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        return self
 
 
 @dataclass
@@ -48,35 +36,29 @@ class AlignmentArguments:
     alignment_image_size: int = field(
         default=448, metadata={"help": "Side in pixels of the images shown to the teacher."}
     )
-    alignment_final_norm: bool = field(
-        default=True,
-        metadata={
-            "help": "Align with the teacher's features after its last LayerNorm (what DINOv2's segmentation heads "
-            "read), or with --no_alignment_final_norm before it (what its depth heads read)."
-        },
-    )
 
 
 @register_regularizer("alignment")
 class AlignmentRegularizer(AutoencoderRegularizer):
-    """Adds L(patch) + L(cls) between predicted and teacher features (ReaLS, arXiv 2502.00359, section 3).
+    """Adds L(patch) + L(cls) between predicted and teacher features, as ReaLS (arXiv 2502.00359) proposes.
 
-    L = 0.9 (1 - cos) + 0.1 SmoothL1 (`losses.alignment`); the prediction is the alignment network's, of the raw
-    posterior sample; the teacher sees the images that were encoded. Gradients reach the network and the encoder.
-    Where tokens and latent cells differ in number, the features are resampled to the latent grid (bilinear, with
-    antialiasing so that a coarser grid averages).
+    L is `losses.alignment.alignment_loss`, with the teacher's last LayerNorm; the prediction is the alignment
+    network's, of the raw posterior sample; the teacher sees the images that were encoded. Gradients reach the network
+    and the encoder. Where the teacher's tokens and the latent positions differ in number, the teacher's features are
+    resampled to the latent grid before the LayerNorm (bilinear, with antialiasing so that a coarser grid averages).
 
-    The teacher is not a submodule: it moves with the module but is in no state dict, no parameter list and no
-    data-parallel wrapper.
+    Own choice: the network, the loss and its weights, and the adaptive weight; the repository of ReaLS says no more
+    than that an MLP aligns latents with DINOv2's patch and global features.
 
     Args:
-        network: trained along with the autoencoder.
-        teacher: frozen; its `feature_size` must be the network's.
+        network: trained along with the autoencoder; `AlignmentNetwork.for_teacher` builds it.
+        teacher: frozen, with `final_norm=False`; `hold` keeps it.
         weight: factor of the penalty.
         adaptive: scale the penalty to the reconstruction's gradient at the encoder's last layer first.
 
-    Raises:
-        ValueError: where teacher and network differ in feature size.
+    Example:
+        >>> teacher = FeatureTeacher.from_pretrained("facebook/dinov2-base", final_norm=False)
+        >>> AlignmentRegularizer(AlignmentNetwork.for_teacher(teacher, latent_channels=4), teacher)
     """
 
     Arguments = AlignmentArguments
@@ -85,71 +67,55 @@ class AlignmentRegularizer(AutoencoderRegularizer):
         self, network: AlignmentNetwork, teacher: FeatureTeacher, *, weight: float = 1.0, adaptive: bool = True
     ) -> None:
         super().__init__()
-        if network.config.feature_size != teacher.feature_size:
+        if teacher.final_norm:
             raise ValueError(
-                f"The alignment network predicts features of size {network.config.feature_size}, but the teacher's "
-                f"have {teacher.feature_size}; build the network with feature_size={teacher.feature_size}."
+                "Alignment needs the features before the last LayerNorm: a teacher with final_norm=False."
             )
+        network.check_teacher(teacher)
         self.network = network
-        self._teacher = _Shared(teacher)
+        self.hold(teacher)
         self.weight = weight
         self.adaptive = adaptive
-        self._told_about_grids = False
+        self._resampling_logged = False
 
     @classmethod
     def from_arguments(cls, arguments: AlignmentArguments, model: nn.Module) -> Self:
+        """With the network saved beside the autoencoder that `model` was loaded from, or a new one."""
         teacher = FeatureTeacher.from_pretrained(
-            arguments.alignment_teacher,
-            image_size=arguments.alignment_image_size,
-            final_norm=arguments.alignment_final_norm,
+            arguments.alignment_teacher, image_size=arguments.alignment_image_size, final_norm=False
         )
-        # An autoencoder that was aligned before goes on with the network that it was aligned by.
-        network = getattr(model, "alignment_network", None)
+        network = AlignmentNetwork.beside(model)
         if network is None:
-            network = AlignmentNetwork(
-                latent_channels=latent_channels(model),
-                hidden_size=arguments.alignment_hidden_size,
-                feature_size=teacher.feature_size,
+            network = AlignmentNetwork.for_teacher(
+                teacher, latent_channels=latent_channels(model), hidden_size=arguments.alignment_hidden_size
             )
-        elif network.config.feature_size != teacher.feature_size:
-            raise ValueError(
-                f"The autoencoder was aligned with features of size {network.config.feature_size}, and "
-                f"{arguments.alignment_teacher} gives {teacher.feature_size}; name its own teacher with "
-                "--alignment_teacher, or take its alignment_network/ away to start a new one."
-            )
-        return cls(network, teacher, weight=arguments.alignment_weight, adaptive=arguments.alignment_adaptive)
+        else:
+            logger.info("Alignment continues with the network saved beside the autoencoder.")
+        return cls(network.train(), teacher, weight=arguments.alignment_weight, adaptive=arguments.alignment_adaptive)
 
     @property
-    def teacher(self) -> FeatureTeacher:
-        return self._teacher.module
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlignmentRegularizer:
-        self.teacher._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+    def teacher(self) -> nn.Module:
+        return self.frozen_modules()[0]
 
     def penalty(self, state: AutoencoderState, batch: dict[str, Tensor], draw: Any) -> Tensor:
         patch, cls = self.teacher(state.pixels)
+        features = AlignmentOutput(self._on_latent_grid(patch, state.raw_latents), cls)
         predicted = self.network(state.raw_latents)
-        loss = alignment_loss(predicted.patch, self._on_latent_grid(patch, state.raw_latents))
-        if predicted.cls is not None:
-            loss = loss + alignment_loss(predicted.cls, cls)
+        ours, theirs = self.network.normalize(predicted), self.network.normalize(features)
+        loss = alignment_loss(predicted.patch, features.patch, normalized=(ours.patch, theirs.patch))
+        if predicted.cls is not None and ours.cls is not None and theirs.cls is not None:
+            loss = loss + alignment_loss(predicted.cls, cls, normalized=(ours.cls, theirs.cls))
         return loss
 
-    def _on_latent_grid(self, patch: Tensor, latents: Tensor) -> Tensor:
-        grid = latents.shape[-2:]
+    def _on_latent_grid(self, patch: Tensor, raw_latents: Tensor) -> Tensor:
+        grid = raw_latents.shape[-2:]
         if patch.shape[-2:] == grid:
             return patch
-        if not self._told_about_grids:
-            logger.info(
-                "The teacher's %dx%d features are resampled to the %dx%d latent cells; said once.",
-                *patch.shape[-2:],
-                *grid,
-            )
-            self._told_about_grids = True
+        if not self._resampling_logged:
+            sizes = (*patch.shape[-2:], *grid)
+            logger.info("The teacher's %dx%d features are resampled to the %dx%d latent positions.", *sizes)
+            self._resampling_logged = True
         return F.interpolate(patch, size=grid, mode="bilinear", align_corners=False, antialias=True)
 
-    def frozen_modules(self) -> list[nn.Module]:
-        return [self.teacher]
-
     def components(self) -> dict[str, ModelMixin]:
-        return {ALIGNMENT_SUBFOLDER: self.network}
+        return {ALIGNMENT_FOLDER: self.network}

@@ -21,6 +21,16 @@ REGULARIZERS: Registry[type[Regularizer]] = Registry("regularizer", "diffusers_e
 register_regularizer = REGULARIZERS.register
 
 
+class _Shared:
+    """Hides a module from nn.Module's registration; copies share it, so that an EMA needs no second teacher."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 class Regularizer(nn.Module):
     """One method: what it draws once per step, and the term it adds. Not subclassed directly.
 
@@ -39,6 +49,7 @@ class Regularizer(nn.Module):
     features: ClassVar[tuple[str, ...]] = ()
     weight: float = 1.0
     adaptive: bool = False
+    _held: tuple[_Shared, ...] = ()
 
     @classmethod
     def from_arguments(cls, arguments: Any, model: nn.Module) -> Self:
@@ -61,9 +72,22 @@ class Regularizer(nn.Module):
         """Networks worth keeping, by the folder that they are saved in beside the finished model."""
         return {}
 
+    def hold(self, module: nn.Module) -> None:
+        """Keeps a frozen network, a teacher, outside the module tree; `frozen_modules()` gives it back.
+
+        It moves with the regularizer and is shared by its copies, but is in no state dict, no parameter list and no
+        data-parallel wrapper. Call it in `__init__`, after that of the base class.
+        """
+        self._held = (*self._held, _Shared(module.requires_grad_(False).eval()))
+
     def frozen_modules(self) -> list[nn.Module]:
-        """Networks that help without learning: moved to the device, never trained, never saved."""
-        return []
+        """Networks that help without learning, in the order of `hold`: moved to the device, never trained or saved."""
+        return [shared.module for shared in self._held]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for module in self.frozen_modules():
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 @dataclass

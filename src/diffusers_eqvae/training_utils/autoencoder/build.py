@@ -13,7 +13,6 @@ from torch import Tensor
 from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...losses.perceptual import LPIPS
-from ...models.autoencoder_kl_aligned import AutoencoderKLAligned
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ
 from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
@@ -29,16 +28,13 @@ from .arguments import (
 
 logger = logging.getLogger(__name__)
 
-KL_CLASSES = ("AutoencoderKL", "AutoencoderKLEQ", "AutoencoderKLAligned")
+KL_CLASSES = ("AutoencoderKL", "AutoencoderKLEQ")
 
 
-def build_autoencoder(
-    arguments: AutoencoderArguments, *, aligned: bool = False, gradient_checkpointing: bool = False
-) -> ModelMixin:
+def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing: bool = False) -> ModelMixin:
     """The autoencoder to train, in float32: fine-tuned from a checkpoint, or new from a JSON of init arguments.
 
-    An `AutoencoderKL` becomes an `AutoencoderKLEQ`, or an `AutoencoderKLAligned` where `aligned`; both load as plain
-    `AutoencoderKL`.
+    An `AutoencoderKL` becomes an `AutoencoderKLEQ`, which loads as a plain `AutoencoderKL`.
 
     Raises:
         ValueError: not exactly one of the two sources; options that the family does not have.
@@ -50,11 +46,11 @@ def build_autoencoder(
             "--model_config (train from scratch)."
         )
     padding: dict[str, Any] = {"padding_mode": arguments.padding_mode} if arguments.padding_mode else {}
-    family = AutoencoderKLAligned if aligned else AutoencoderKLEQ
     if pretrained is not None:
-        vae = _load_pretrained(pretrained, arguments, family, padding)
+        vae = _load_pretrained(pretrained, arguments, padding)
     else:
-        vae = family.from_config(read_model_config(str(arguments.model_config), family), **padding)
+        config = read_model_config(str(arguments.model_config), AutoencoderKLEQ)
+        vae = AutoencoderKLEQ.from_config(config, **padding)
     if gradient_checkpointing:
         _enable_gradient_checkpointing(vae)
     if arguments.channels_last:
@@ -62,18 +58,17 @@ def build_autoencoder(
     return vae.train()
 
 
-def _load_pretrained(
-    name: str, arguments: AutoencoderArguments, family: type[AutoencoderKLEQ], padding: dict[str, Any]
-) -> ModelMixin:
+def _load_pretrained(name: str, arguments: AutoencoderArguments, padding: dict[str, Any]) -> ModelMixin:
     location = autoencoder_location(name, subfolder=arguments.subfolder, revision=arguments.revision)
-    saved_class = family.load_config(name, **location).get("_class_name")
-    if saved_class == "AutoencoderKLAligned" and family is not AutoencoderKLAligned:
-        logger.warning("%s was aligned with a teacher; without --regularizers alignment its network is dropped.", name)
+    saved_class = AutoencoderKLEQ.load_config(name, **location).get("_class_name")
     if saved_class in KL_CLASSES:
-        return family.from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
-    if padding:
+        vae = AutoencoderKLEQ.from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
+    elif padding:
         raise ValueError(f"--padding_mode exists for AutoencoderKL; {name} is an {saved_class}. Leave it out.")
-    return load_autoencoder(name, **location)
+    else:
+        vae = load_autoencoder(name, **location)
+    vae.location = location  # where regularizers find the networks that were saved beside it
+    return vae
 
 
 def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
@@ -123,7 +118,7 @@ def build_objective(
         reduction: of the KL term.
     """
     names = [name for name in regularizing.regularizers if name != "none"]
-    vae = build_autoencoder(arguments, aligned="alignment" in names, gradient_checkpointing=gradient_checkpointing)
+    vae = build_autoencoder(arguments, gradient_checkpointing=gradient_checkpointing)
     regularizers: dict[str, Any] = {name: REGULARIZERS[name].from_arguments(methods.get(name), vae) for name in names}
     return AutoencoderObjective(vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=reduction)
 

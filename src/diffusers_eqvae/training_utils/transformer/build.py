@@ -12,6 +12,7 @@ from ...autoencoders import downsampling_factor, latent_channels, load_autoencod
 from ...data.image_datasets import PixelDataset
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
+from ...models.alignment_network import AlignmentNetwork
 from ...models.backbone import Backbone
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -163,6 +164,7 @@ def build_pipeline(objective: Objective, latents: LatentData) -> ClassConditiona
         vae=latents.vae,
         scheduler=objective.scheduler(),
         id2label=latents.id2label or None,
+        alignment_network=AlignmentNetwork.beside(latents.vae),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
