@@ -11,6 +11,8 @@ from transformers import Dinov2Config, Dinov2Model
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.feature_teacher import FeatureTeacher
+from diffusers_eqvae.training_utils.autoencoder.arguments import AutoencoderArguments
+from diffusers_eqvae.training_utils.autoencoder.build import build_autoencoder
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "image_size": 28}
 
@@ -107,6 +109,9 @@ def test_a_network_is_found_itself_beside_an_autoencoder_and_in_a_pipeline(netwo
     for name in ("run", "run/alignment_network", "pipeline"):
         assert same(AlignmentNetwork.find(tmp_path / name), network), name
     assert same(AlignmentNetwork.find(tmp_path, subfolder="run"), network)
+    assert same(AlignmentNetwork.find(tmp_path / "pipeline", subfolder="vae"), network)
+    trained = build_autoencoder(AutoencoderArguments(pretrained_model_name_or_path=str(tmp_path), subfolder="run"))
+    assert same(AlignmentNetwork.beside(trained), network)
     assert same(AlignmentNetwork.from_pretrained(tmp_path / "run", subfolder="alignment_network"), network)
     for name, options in (("run", {}), ("pipeline", {"subfolder": "vae"})):
         assert same(AlignmentNetwork.beside(AutoencoderKLEQ.from_pretrained(tmp_path / name, **options)), network)

@@ -20,6 +20,10 @@ class LatentFeatures:
         patch: (B, D, h, w) float32: the teacher's features after its last LayerNorm, or the latents themselves.
         cls: (B, D), the teacher's global feature after its last LayerNorm; None without a network that predicts it.
         before_norm: both before that LayerNorm; None without a network.
+
+    Example:
+        >>> features = latent_features(raw_latents, network)
+        >>> classes, metres = segmentation_head.read(features), depth_head.read(features)
     """
 
     patch: Tensor

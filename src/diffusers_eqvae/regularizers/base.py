@@ -41,6 +41,15 @@ class Regularizer(nn.Module):
             that of the reconstruction (autoencoder side).
         couples_samples: whether it gathers samples over ranks, so that two ranks may still equal twice the batch.
         features: teacher features that it reads as `batch["features.NAME"]`.
+
+    Example:
+        >>> class Toward(AutoencoderRegularizer):
+        ...     def __init__(self, teacher: nn.Module) -> None:
+        ...         super().__init__()
+        ...         self.hold(teacher)
+        ...
+        ...     def penalty(self, state, batch, draw):
+        ...         return (state.raw_latents - self.frozen_modules()[0](state.pixels)).square().mean()
     """
 
     Arguments: ClassVar[type | None] = None
@@ -99,6 +108,9 @@ class AutoencoderState:
         raw_latents: (B, C, h, w), its sample or mode, not transformed.
         pixels: (B, 3, H, W) that were encoded.
         encode, decode: the autoencoder's own, inside the wrapped forward.
+
+    Example:
+        >>> error = (state.decode(state.raw_latents).pixels - state.pixels).square().mean()
     """
 
     posterior: Posterior
@@ -149,6 +161,9 @@ class GeneratorState:
         noisy, clean, noise: (B, C, h, w).
         sigmas: (B,) noise levels; the share of masked tokens for a discrete objective.
         hidden_states: {n: (B, N, D)} after block n, for the `hidden_layers` that were asked for.
+
+    Example:
+        >>> error = (state.prediction - state.target).square().mean()
     """
 
     prediction: Tensor
@@ -165,6 +180,13 @@ class GeneratorRegularizer(Regularizer):
 
     Attributes:
         hidden_layers: blocks (counted from 1) whose output it reads, inside the one wrapped forward.
+
+    Example:
+        >>> class SmallStates(GeneratorRegularizer):
+        ...     hidden_layers = (8,)
+        ...
+        ...     def penalty(self, state, batch, draw):
+        ...         return state.hidden_states[8].square().mean()
     """
 
     hidden_layers: tuple[int, ...] = ()
