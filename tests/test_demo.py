@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_eqvae import cli
+import eqvae_command
 from diffusers_eqvae.demo.stages import DemoArguments, Stage, image_flags, plan, run_branches, wall_seconds
 
 WRITES = """
@@ -75,7 +75,7 @@ def test_the_branches_differ_in_the_regularizer_alone(tmp_path):
 
 def test_help_names_the_command_and_speaks_to_its_user(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["demo", "--help"])
+        eqvae_command.main(["demo", "--help"])
     said = capsys.readouterr().out
     assert said.startswith("usage: eqvae demo [PRESET.yaml] [--flag value ...]\n\nRuns the whole line")
     assert "branch" not in said
@@ -85,9 +85,9 @@ def test_help_names_the_command_and_speaks_to_its_user(capsys):
 def test_a_dataset_goes_to_every_stage_that_reads_images(flag, monkeypatch, tmp_path):
     commands = []
     monkeypatch.setattr(Stage, "run", lambda stage, *_, **__: commands.append(stage.command))
-    monkeypatch.setattr("diffusers_eqvae.demo.report.write_report", lambda *_, **__: None)
+    monkeypatch.setattr("diffusers_eqvae.demo.stages.write_report", lambda *_, **__: None)
     monkeypatch.setattr("diffusers_eqvae.demo.stages.wall_seconds", lambda *_: 0.0)
-    assert cli.main(["demo", flag, "me/pets", "--output_dir", str(tmp_path)]) == 0
+    assert eqvae_command.main(["demo", flag, "me/pets", "--output_dir", str(tmp_path)]) == 0
     given = [command[command.index("--dataset_name") + 1] for command in commands if "--dataset_name" in command]
     assert given == ["me/pets"] * 5 and len(commands) == 10
 

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     if made is None:
         settings, rules = sampling_settings(path)
     else:
-        settings, rules = {**made.facts, "model": str(path), **run_settings(path)}, made.rules
+        settings, rules = {**made.settings, "model": str(path), **run_settings(path)}, made.protocol
     cards = []
     for group, target, output in zip(groups, targets or [None], outputs, strict=True):
         measured = Measurement(group)

@@ -13,6 +13,7 @@ The finished directory loads with `import diffusers_eqvae` and `DiffusionPipelin
 from pathlib import Path
 
 from diffusers_eqvae.hub import push_run
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
@@ -61,14 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = build_pipeline(averaged, latents)
     evaluation = GenerationEvaluation(evaluation_arguments, sampling, run, pipeline, latents)
 
-    def validate() -> None:
-        if run.is_main:
-            with run.validation():
-                run.log_images("samples", sample_grid(pipeline, sampling, seed=run_arguments.seed))
-
     for stored in run.steps(run.loader(latents.dataset)):
         if run.due(run_arguments.validation_steps):
-            validate()
+            validate(run, pipeline, sampling)
         if run.due(evaluation_arguments.evaluation_steps):
             evaluation.measure()
         batch = latents.read(stored, run.randomness)
@@ -78,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         run.log(logs)
 
     if run_arguments.validation_steps:
-        validate()
+        validate(run, pipeline, sampling)
     evaluation.measure()
 
     def save(directory: Path) -> None:
@@ -89,6 +85,13 @@ def main(argv: list[str] | None = None) -> None:
     run.finish(save)
     if run_arguments.push_to_hub and run.is_main:
         push_run(run.output_dir, run_arguments.hub_model_id or run.output_dir.name)
+
+
+def validate(run: TrainingRun, pipeline: ClassConditionalPipeline, sampling: cli.SamplingArguments) -> None:
+    """Samples of the averaged weights, from the same noise each time."""
+    if run.is_main:
+        with run.validation():
+            run.log_images("samples", sample_grid(pipeline, sampling, seed=run.arguments.seed))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ class Registry(Generic[T]):
 
         Raises:
             ValueError: the name or one of its flags belongs to another member; both owners are named.
+
+        Example:
+            >>> @REGULARIZERS.register("my_method")
+            ... class MyMethod(AutoencoderRegularizer): ...
         """
 
         def add(cls: T) -> T:

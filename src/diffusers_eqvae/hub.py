@@ -6,12 +6,11 @@ never part of a log line, a file or a card.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -204,26 +203,3 @@ def _one_line(error: Exception) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """publish a finished run on the Hub, also after a push that failed"""
-    parser = argparse.ArgumentParser(prog="eqvae push", description=main.__doc__)
-    parser.add_argument("output_dir", metavar="RUN", help="directory of a finished run")
-    parser.add_argument("--hub_model_id", required=True, help="repository to push to, created if missing: owner/name")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to commit to, created if missing (default: main)")
-    parser.add_argument("--commit_message", help="default: Upload NAME")
-    parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
-    parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
-    options = vars(parser.parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    repo_id, dry_run = options.pop("hub_model_id"), options.pop("dry_run")
-    if not dry_run:
-        return 0 if push_run(repo_id=repo_id, **options) else 1
-    try:
-        files, card = prepare_push(options["output_dir"], repo_id, license=options["license"])
-    except ValueError as error:
-        parser.error(str(error))
-    print("\n".join(files), card, sep="\n\n")
-    return 0

@@ -37,7 +37,7 @@ KEYS = {
         "sampling",
     ),
     "evaluation": ("metrics", "images"),
-    "provenance": ("command", "versions", "hardware", "seconds"),
+    "provenance": ("command", "versions", "extensions", "hardware", "seconds"),
 }
 SOURCES = (("model", "base_model"), ("model", "autoencoder"), ("data", "dataset"))
 

@@ -51,7 +51,7 @@ def push(*args, token=None, **kwargs):
 
 
 def push_command(*argv):
-    from diffusers_eqvae.hub import main
+    from diffusers_eqvae.commands.push import main
 
     return main(argv)
 

@@ -162,12 +162,12 @@ def test_weights_of_another_net_are_refused(tmp_path):
 
 def test_missing_weights_name_the_file_the_place_and_the_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*checkpoints.*--lpips_backbone_weights"):
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*checkpoints.*backbone_weights"):
         LPIPS.from_pretrained("vgg")
     backbone, _ = write_weights(LPIPS.random("squeeze"), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"lpips-v0\.1-squeeze\.pth.*--lpips_linear_weights"):
+    with pytest.raises(FileNotFoundError, match=r"lpips-v0\.1-squeeze\.pth.*linear_weights"):
         LPIPS.from_pretrained("squeeze", backbone_weights=backbone)
-    with pytest.raises(FileNotFoundError, match="--lpips_backbone_weights must name a file"):
+    with pytest.raises(FileNotFoundError, match="backbone_weights must name a file"):
         LPIPS.from_pretrained("squeeze", backbone_weights=tmp_path / "absent.pth")
 
 

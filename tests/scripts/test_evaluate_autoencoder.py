@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from diffusers_eqvae import cli
+import eqvae_command
 from diffusers_eqvae.autoencoders import decode, encode
 from diffusers_eqvae.images import adm_center_crop, to_pixels, to_uint8
 from diffusers_eqvae.metrics.autoencoder import measure_autoencoder
@@ -168,7 +168,7 @@ def test_a_metric_from_a_file_of_ones_own(repository, vae, images, tmp_path, cap
     assert content["protocol"]["clipped.above"] == 0.5
     assert list(content["provenance"]["extensions"]) == ["diffusers_eqvae.extensions.clipped_metric"]
     run(repository, vae, images, tmp_path / "most.json", *flags[:-1], "0.9")
-    assert cli.main(["compare", str(tmp_path / "half.json"), str(tmp_path / "most.json")]) == 1
+    assert eqvae_command.main(["compare", str(tmp_path / "half.json"), str(tmp_path / "most.json")]) == 1
     assert "clipped.above differs (0.5, 0.9)" in capsys.readouterr().out
     (tmp_path / "preset.yaml").write_text(f"extension: {file}\n")
     with pytest.raises(ValueError, match="Unknown key 'extension'"):
@@ -222,15 +222,15 @@ def test_cards_are_compared_by_what_they_share(repository, vae, images, resnet, 
     a, b, c = (tmp_path / f"{name}.json" for name in "abc")
     run(repository, vae, images, a)
     run(repository, vae, images, b, "--feature_networks", f"cifar_resnet={resnet}")
-    assert cli.main(["compare", str(a), str(b)]) == 0
+    assert eqvae_command.main(["compare", str(a), str(b)]) == 0
     assert "psnr" in capsys.readouterr().out
     run(repository, vae, images, c, "--sample_posterior", "--num_images", "12")
-    assert cli.main(["compare", str(a), str(c)]) == 1
+    assert eqvae_command.main(["compare", str(a), str(c)]) == 1
     text = capsys.readouterr().out
     assert "posterior differs (mean, sample)" in text and "data_hash differs" in text and "feature_network" not in text
     generation = ResultCard({"psnr": 1.0}, dict.fromkeys(PROTOCOLS["generation"], "x"))
     generation.save(c)
-    assert cli.main(["compare", str(a), str(c)]) == 1
+    assert eqvae_command.main(["compare", str(a), str(c)]) == 1
     assert "task differs (reconstruction, generation)" in capsys.readouterr().out
 
 

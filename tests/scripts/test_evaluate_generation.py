@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from diffusers_eqvae import cli
+import eqvae_command
 from diffusers_eqvae.images import UINT8_RULE
 from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
 from diffusers_eqvae.metrics.image_sets import ImageSet
@@ -92,7 +92,7 @@ def test_npz_against_a_folder_and_saved_statistics(script, material, tmp_path, c
     repeated = script.main(again)
     assert repeated.metrics == pytest.approx(card.metrics, rel=1e-4, abs=1e-9)
     assert repeated.protocol == card.protocol
-    assert cli.main(["compare", str(path), str(tmp_path / "again.json")]) == 0
+    assert eqvae_command.main(["compare", str(path), str(tmp_path / "again.json")]) == 0
     assert "fd_squeezenet1_1" in capsys.readouterr().out
 
 

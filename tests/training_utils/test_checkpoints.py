@@ -17,7 +17,17 @@ from diffusers_eqvae.training_utils.checkpoints import (
     write_checkpoint,
 )
 
-FACTS = {"global_batch_size": 8, "world_size": 1, "arguments": {"learning_rate": 0.1, "logging_steps": 5}}
+FACTS = {
+    "global_batch_size": 8,
+    "world_size": 1,
+    "extensions": {},
+    "arguments": {"learning_rate": 0.1, "logging_steps": 5},
+}
+    "global_batch_size": 8,
+    "world_size": 1,
+    "extensions": {},
+    "arguments": {"learning_rate": 0.1, "logging_steps": 5},
+}
 
 
 def write(output_dir, step, *, limit=None, content="x"):
@@ -97,6 +107,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over_with_latest_only(
         ({"arguments": {"learning_rate": 0.2, "logging_steps": 5}}, "learning_rate was 0.1"),
         ({"global_batch_size": 16}, "global batch was 8 and is 16"),
         ({"world_size": 2}, "up to rounding"),
+        ({"extensions": {"diffusers_eqvae.extensions.mine": "0123"}}, "Extensions were {} when"),
         ({"arguments": {"learning_rate": 0.1, "logging_steps": 50}}, None),
     ],
 )
@@ -106,6 +117,15 @@ def test_what_changed_is_named(tmp_path, caplog, change, message):
         assert resumed_step(path, FACTS | change) == 5
     assert caplog.text.count("WARNING") == (message is not None)
     assert message is None or message in caplog.text
+
+
+@pytest.mark.parametrize(("version", "message"), [(None, "older than 2"), (3, "newer than 2: update")])
+def test_another_format_is_refused_in_a_sentence(tmp_path, version, message):
+    path = write(tmp_path, 5)
+    marker = json.loads((path / "complete.json").read_text())
+    (path / "complete.json").write_text(json.dumps({**marker, "format_version": version}))
+    with pytest.raises(ValueError, match=message):
+        resumed_step(path, FACTS)
 
 
 def test_publishing_replaces_and_keeps_the_rest(tmp_path):

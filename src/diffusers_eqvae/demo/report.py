@@ -20,7 +20,7 @@ from ..model_card import METADATA_FILE, RunMetadata
 from ..templates import render_template
 from ..training_utils.autoencoder.arguments import AutoencoderArguments
 from ..training_utils.autoencoder.build import build_autoencoder
-from .stages import Stage
+from .stage import Stage
 
 BRANCHES = {"plain": "without EQ", "eq": "with EQ"}
 METRICS = {

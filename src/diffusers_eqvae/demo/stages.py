@@ -6,12 +6,6 @@ on the number of threads in their last digits, and training amplifies those; so 
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +18,9 @@ from tqdm.auto import tqdm
 from ..files import write_json
 from ..training_utils.command_line import parse
 from .photographs import write_photographs
+from .report import write_report
+from .stage import ROOT, Stage
 
-ROOT = Path(__file__).resolve().parents[3]
-DONE = "stage.json"
 DESCRIPTION = """Runs the whole line on a few images in minutes and writes report.html.
 
 A small autoencoder from scratch, two copies of it fine-tuned without and with EQ-VAE's regularizer, their latents, a
@@ -43,7 +37,13 @@ AUTOENCODER = {
     "norm_num_groups": 8,
     "mid_block_add_attention": False,
 }
-TRANSFORMER = {"patch_size": 1, "num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 40}
+TRANSFORMER = {
+    "_class_name": "SiTTransformer2DModel",
+    "patch_size": 1,
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 40,
+}
 Flags: TypeAlias = dict[str, Any]
 BRANCHES: dict[str, Flags] = {
     "plain": {"regularizers": "none"},
@@ -101,50 +101,11 @@ class DemoArguments:
             raise ValueError("Give either train_data_dir or dataset_name, not both.")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command, and the directory that it fills."""
-
-    name: str
-    command: list[str]
-    directory: Path
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What the directory says about the run that filled it: commands and seconds; empty where there was none."""
-        path = self.directory / DONE
-        return json.loads(path.read_text()) if path.is_file() else {}
-
-    def run(self, before: Sequence[Stage] = (), *, threads: int = 2, bar: int = 1) -> None:
-        """Runs the command, unless it and those of the stages `before` it have run with the same words.
-
-        Args:
-            threads: of its process.
-            bar: line of the terminal that its progress bar goes to.
-        """
-        commands = [stage.command for stage in (*before, self)]
-        if self.record.get("commands") == commands:
-            tqdm.write(f"[{self.name}] has run before")
-            return
-        tqdm.write(f"\n[{self.name}]\n$ {shlex.join(self.command)}")
-        shutil.rmtree(self.directory, ignore_errors=True)
-        start = time.perf_counter()
-        # The stages see the package that runs the demo, also when it is not installed.
-        path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-        environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(bar)}
-        finished = subprocess.run([sys.executable, *self.command], env=os.environ | environment)
-        if finished.returncode:
-            raise SystemExit(f"The stage {self.name} failed (exit status {finished.returncode}); its output is above.")
-        write_json(self.directory / DONE, {"commands": commands, "seconds": time.perf_counter() - start})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all stages, then writes metrics.json, report.png and report.html; returns the exit status."""
     (arguments,) = parse(DemoArguments, argv=argv, description=DESCRIPTION)
     if not (ROOT / "training").is_dir():
         raise SystemExit("The demo runs the scripts of the repository: clone it, and call `make demo` there.")
-    from .report import write_report
-
     output_dir = Path(arguments.output_dir)
     write_json(output_dir / "autoencoder.json", AUTOENCODER)
     write_json(output_dir / "transformer.json", TRANSFORMER)

@@ -47,7 +47,11 @@ POOR_PSNR_DB = 20.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """`level` is "good", "mixed" or "poor"; `headline` says it in a sentence; `reasons` with the numbers."""
+    """`level` is "good", "mixed" or "poor"; `headline` says it in a sentence; `reasons` with the numbers.
+
+    Example:
+        >>> inspect_autoencoder(vae, pixels, name="taesd").verdict.reasons[0]
+    """
 
     level: str
     headline: str
@@ -56,7 +60,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One autoencoder: its name, what it is, what was measured (`figures`: numbers and details) and the verdict."""
+    """One autoencoder: its name, what it is, what was measured (`figures`: numbers and details) and the verdict.
+
+    Example:
+        >>> inspect_autoencoder(vae, pixels, name="taesd").figures["psnr"]
+    """
 
     name: str
     description: dict[str, Any]

@@ -219,7 +219,7 @@ def _locate(net: str, part: str, given: str | os.PathLike[str] | None) -> Path:
     if given is not None:
         path = Path(given)
         if not path.is_file():
-            raise FileNotFoundError(f"--lpips_{part}_weights must name a file; {path} does not exist.")
+            raise FileNotFoundError(f"{part}_weights must name a file; {path} does not exist.")
         return path
     if part == "backbone":
         name, url = backbone.weights_file, _TORCHVISION_URL.format(file=backbone.weights_file)
@@ -235,7 +235,7 @@ def _locate(net: str, part: str, given: str | os.PathLike[str] | None) -> Path:
 def _download(url: str, path: Path, digest: str, part: str) -> None:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    remedy = f"download {url} to {path}, or name a local copy with --lpips_{part}_weights."
+    remedy = f"download {url} to {path}, or pass a local copy as {part}_weights."
     if HF_HUB_OFFLINE:
         raise FileNotFoundError(f"LPIPS needs {path.name}, which is not cached, and HF_HUB_OFFLINE is set: {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)

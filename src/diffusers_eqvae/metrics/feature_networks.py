@@ -234,6 +234,10 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
     """DINOv2's global feature through transformers: FD-DINOv2 (Stein et al., arXiv 2306.04675) with the large model.
 
     Differs from the reference: images are resized as floats, without rounding to 8 bits in between.
+
+    Example:
+        >>> dinov2_features("facebook/dinov2-large").name
+        'dinov2-large'
     """
     from safetensors import SafetensorError
     from transformers import AutoModel
@@ -245,8 +249,8 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
     except OSError as error:
         raise FileNotFoundError(
             f"DINOv2's weights were not found at {name_or_path}, which must be a directory with config.json and "
-            "model.safetensors or a Hub name. Fetch them with `hf download facebook/dinov2-large --local-dir "
-            "dinov2-large` and name that directory beside the network (dinov2=dinov2-large)."
+            "model.safetensors or a Hub name. Fetch them with `hf download` to a directory "
+            "and name that directory beside the network (dinov2=dinov2-large)."
         ) from error
     config: Any = model.config
     if config.model_type not in ("dinov2", "dinov2_with_registers"):

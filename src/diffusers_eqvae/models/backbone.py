@@ -32,6 +32,10 @@ class BackboneOutput(BaseOutput):
     Args:
         sample: (B, C, h, w), (B, 2C, h, w) with a learned variance, or logits (B, V, h, w) of tokens.
         hidden_states: {n: (B, N, D)} after block n, for the `hidden_layers` that were asked for.
+
+    Example:
+        >>> model(latents, timestep, labels, hidden_layers=(8,)).hidden_states[8].shape
+        torch.Size([2, 256, 768])
     """
 
     sample: Tensor
@@ -113,7 +117,12 @@ def register_backbone(cls: B) -> B:
 
 
 def backbones() -> dict[str, type[Backbone]]:
-    """Model name -> class, of this folder's `transformer_*` modules and of the extensions."""
+    """Model name -> class, of this folder's `transformer_*` modules and of the extensions.
+
+    Example:
+        >>> backbones()["SiT-B/2"].__name__
+        'SiTTransformer2DModel'
+    """
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         if module.name.startswith("transformer_"):
@@ -126,6 +135,9 @@ def backbone_class(name: str) -> type[Backbone]:
 
     Raises:
         ValueError: there is none; says which there are.
+
+    Example:
+        >>> backbone_class("SiTTransformer2DModel").from_preset("SiT-B/2", num_classes=10)
     """
     classes = {cls.__name__: cls for cls in backbones().values()}
     if name not in classes:

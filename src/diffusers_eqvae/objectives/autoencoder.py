@@ -45,6 +45,11 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         regularizers: by name; applied in this order.
         sample_posterior: decode a sample of the posterior (training), or its mean.
         reduction: of the KL term, "sum" or "mean" (see `losses.reconstruction`).
+
+    Example:
+        >>> objective = AutoencoderObjective(vae, {"equivariance": EquivarianceRegularizer(8)})
+        >>> draw = objective.draw({"pixel_values": pixels}, StepRandomness(seed=0))
+        >>> output = objective({"pixel_values": pixels}, draw)
     """
 
     reads = "pixels"
@@ -180,6 +185,10 @@ class AutoencoderStep:
         perceptual: LPIPS, (B, 3, H, W) x 2 -> (B,); needed where `weights.perceptual` is not 0.
         discriminator: the (wrapped) discriminator; needed where `weights.discriminator` is not 0.
         average: mean of a tensor over all ranks; `autograd.grad` bypasses DDP, so the adaptive weight needs it.
+
+    Example:
+        >>> step = AutoencoderStep(objective, objective, weights=weights, perceptual=lpips, discriminator=patchgan)
+        >>> loss, discriminator_loss, logs = step(batch, draw, step=0)
     """
 
     def __init__(

@@ -40,6 +40,10 @@ class Objective(nn.Module, ABC, Generic[R]):
     Args:
         model: what is trained.
         regularizers: by name, applied in this order.
+
+    Example:
+        >>> draw = objective.draw(batch, randomness)
+        >>> loss, logs = objective.total(objective(batch, draw))
     """
 
     Arguments: ClassVar[type | None] = None
@@ -104,6 +108,9 @@ def tie_idle(module: nn.Module, outputs: Iterable[Tensor]) -> Tensor:
 
     Added to the loss it changes no number, and gives every parameter a gradient in every step: data parallelism waits
     for all of them, and an optimizer on one rank must do to an unused weight what it does on several.
+
+    Example:
+        >>> loss = loss + tie_idle(model, [loss])
     """
     used = _reached(outputs)
     idle = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in used]

@@ -22,7 +22,11 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass
 class FlowMatchingArguments:
-    """The path from data to noise, and how noise levels are drawn."""
+    """The path from data to noise, and how noise levels are drawn.
+
+    Example:
+        >>> FlowMatchingObjective(model, arguments=FlowMatchingArguments(flow_path="cosine"))
+    """
 
     flow_path: FlowPath = field(
         default="linear", metadata={"help": "x = alpha * latents + beta * noise: (1 - sigma, sigma), or cosine."}

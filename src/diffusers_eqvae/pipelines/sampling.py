@@ -72,7 +72,11 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image, for its initial noise and then its SDE noise; see `randomness.torch_generator`."""
+    """One CPU generator per image, for its initial noise and then its SDE noise; see `randomness.torch_generator`.
+
+    Example:
+        >>> pipeline([1, 2], generator=sample_generators(seed=0, indices=[0, 1]))
+    """
     return [torch_generator(seed, index, _NOISE) for index in indices]
 
 

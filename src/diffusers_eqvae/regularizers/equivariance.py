@@ -16,7 +16,12 @@ from .base import AutoencoderRegularizer, register_regularizer
 
 @dataclass(frozen=True)
 class EquivarianceDraw:
-    """What one optimizer step does: `kind`, and the tau it does it with (None for a plain step)."""
+    """What one optimizer step does: `kind`, and the tau it does it with (None for a plain step).
+
+    Example:
+        >>> EquivarianceRegularizer(8).draw((32, 32), StepRandomness(seed=0)).kind
+        'equivariance'
+    """
 
     kind: Literal["equivariance", "low_resolution", "plain"]
     tau: Tau | None = None
@@ -58,6 +63,10 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
 
     Differs from the reference: its `p_prior` is the probability of the equivariance step, against its own
     documentation, and generator and discriminator see different draws; here a step draws once for both.
+
+    Example:
+        >>> regularizer = EquivarianceRegularizer(downsampling_factor(vae), p_equivariance=0.5)
+        >>> objective = AutoencoderObjective(vae, {"equivariance": regularizer})
     """
 
     Arguments = EquivarianceArguments

@@ -11,12 +11,23 @@ from typing import Any
 
 import torch
 
-from ..files import UNFINISHED, delete_atomically, flush_to_disk, flush_tree, replace_directory, write_json
+from ..files import (
+    UNFINISHED,
+    delete_atomically,
+    flush_to_disk,
+    flush_tree,
+    replace_directory,
+    require_format_version,
+    write_json,
+)
 from .tracking import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+# One NAME.pt per module: {"module": weights, "optimizer": state, "ema": weights}; complete.json: step and arguments.
+FORMAT_VERSION = 2
+
 FINISHED = ("model_index.json", "config.json")  # one of them lies at the root of a finished run
 
 # Arguments that may differ between a checkpoint and its continuation without changing the trajectory.
@@ -109,6 +120,8 @@ def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) ->
         ValueError: a marker that cannot be read.
     """
     then = _read(checkpoint, MARKER, lambda file: json.loads(file.read_text()))
+    remedy = "start again in another output_dir"
+    require_format_version(then.get("format_version"), FORMAT_VERSION, path=checkpoint / MARKER, remedy=remedy)
     if not warn:
         return int(then["step"])
     logger.info("Resuming from %s.", checkpoint)
@@ -116,6 +129,11 @@ def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) ->
         if key not in HARMLESS and then["arguments"].get(key, value) != value:
             before = then["arguments"][key]
             logger.warning("--%s was %r when the checkpoint was written and is %r now.", key, before, value)
+    before = then["extensions"]
+    if before != now["extensions"]:
+        logger.warning(
+            "Extensions were %s when the checkpoint was written, and are %s now.", before, now["extensions"]
+        )
     if then["global_batch_size"] != now["global_batch_size"]:
         logger.warning(
             "The global batch was %d and is %d now, so the order of examples does not continue exactly.",
@@ -172,7 +190,7 @@ def write_checkpoint(
     aside.mkdir(parents=True)
     write(aside)
     flush_tree(aside)
-    write_json(aside / MARKER, {"step": step, **facts})
+    write_json(aside / MARKER, {"format_version": FORMAT_VERSION, "step": step, **facts})
     replace_directory(aside, target)
     flush_to_disk(output_dir)
     if limit is not None:

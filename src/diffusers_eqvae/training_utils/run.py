@@ -69,9 +69,7 @@ class TrainingRun:
         device, is_main, accelerator, output_dir, max_train_steps: as their names say; max_train_steps is None until
             `loader` where num_train_epochs decides.
 
-    Raises:
-        ValueError: fp16; an unwritable output_dir; a checkpoint that is not there; an output_dir that already holds a
-            run, without --resume_from_checkpoint; see `find_checkpoint`.
+    An unwritable output_dir, and one that holds a run which is not resumed, are refused (see `find_checkpoint`).
     """
 
     def __init__(self, arguments: RunArguments, *others: Any, name: str) -> None:
@@ -198,11 +196,8 @@ class TrainingRun:
         Before each micro-batch all random generators are set for (seed, rank, step, micro-batch). After the last one
         of a step: clipping, NaN guard, optimizers, EMA, logs, checkpoint. SIGTERM (or SIGUSR1, which schedulers send
         before a time limit) writes a checkpoint at the next step boundary and ends the program with status 0; several
-        ranks agree on that at the next multiple of logging_steps.
-
-        Raises:
-            RuntimeError: after max_nonfinite_steps steps in a row with NaN or infinite gradients; a checkpoint with
-                the last finite weights has been written.
+        ranks agree on that at the next multiple of logging_steps. After max_nonfinite_steps steps in a row with NaN or
+        infinite gradients it raises RuntimeError.
         """
         if self.max_train_steps is None:
             raise ValueError("The run's length is unknown: pass --max_train_steps, or build the loader by run.loader.")
@@ -243,8 +238,7 @@ class TrainingRun:
     def backward(self, loss: Tensor, *, inputs: Sequence[Tensor] | None = None, retain_graph: bool = False) -> None:
         """Accumulates the gradients of loss / gradient_accumulation_steps, into `inputs` only where given.
 
-        Those of a loss that is not finite are NaN, on all ranks, so that the step is skipped: of themselves they need
-        not be (the gradient of |NaN| is 0).
+        Those of a loss that is not finite are NaN, on all ranks, so that the step is skipped (|NaN| has gradient 0).
         """
         factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
         self.accelerator.backward(factor * loss, inputs=inputs, retain_graph=retain_graph)

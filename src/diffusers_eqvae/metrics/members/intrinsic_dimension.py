@@ -28,7 +28,7 @@ class IntrinsicDimension(PerImageMetric):
         def __post_init__(self) -> None:
             if self.intrinsic_dimension_max_points < 1:
                 raise ValueError(
-                    f"--intrinsic_dimension_max_points must be positive; got {self.intrinsic_dimension_max_points}."
+                    f"intrinsic_dimension_max_points must be positive; got {self.intrinsic_dimension_max_points}."
                 )
 
     def __init__(self, max_points: int = 10_000) -> None:
