@@ -187,7 +187,7 @@ def test_a_reference_survives_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "complaint"), [(None, "no format version and is older"), (9, "a newer diffusers")]
+    ("version", "complaint"), [(None, "format_version None, older than 1"), (9, "format_version 9, newer than 1")]
 )
 def test_saved_statistics_of_another_format_are_refused(version, complaint, tmp_path):
     reference_of(TinyInception()).save(tmp_path / "reference.npz")

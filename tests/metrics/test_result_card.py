@@ -57,8 +57,8 @@ def test_other_files_are_refused(tmp_path):
             ResultCard.load(path)
     for version, complaint in (
         ({"format_version": 99}, "format_version 99, newer than 2: update diffusers_eqvae"),
-        ({"format": 1}, "format version 1 and is older than version 2.* Measure again"),
-        ({}, "no format version and is older"),
+        ({"format": 1}, "format_version 1, older than 2.*: measure again"),
+        ({}, "format_version None, older than 2"),
     ):
         path.write_text(json.dumps({**version, "metrics": {}, "protocol": {}}))
         with pytest.raises(ValueError, match=complaint):

@@ -23,11 +23,6 @@ FACTS = {
     "extensions": {},
     "arguments": {"learning_rate": 0.1, "logging_steps": 5},
 }
-    "global_batch_size": 8,
-    "world_size": 1,
-    "extensions": {},
-    "arguments": {"learning_rate": 0.1, "logging_steps": 5},
-}
 
 
 def write(output_dir, step, *, limit=None, content="x"):
