@@ -172,12 +172,16 @@ def test_a_backbone_with_an_objective_and_a_generator_regularizer(tmp_path, tiny
     assert (tmp_path / "samples" / "samples.npz").is_file()
     told = run("pipelines/sample.py", *samples, "--output_dir", tmp_path / "others", expect=2)
     assert "LinearTransformer2DModel" in told and "--extension" in told
-    # And on a model of the package:
+    # The objective trains a model of the package as well, and the regularizer too:
     tiny = {"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
     (tmp_path / "tiny.json").write_text(json.dumps({"_class_name": "SiTTransformer2DModel", **tiny}))
     options = ["--model", tmp_path / "tiny.json", "--latents_dir", store, "--output_dir", tmp_path / "sit"]
     options += ["--train_batch_size", 4, "--max_train_steps", 1, "--validation_steps", 0, "--report_to", "none"]
     options += ["--logging_steps", 1, "--regularizers", "direction", "--extension", tmp_path / "shrinking.py"]
+    other = [*options, "--objective", "absolute_flow", "--regularizers", "none", "--output_dir", tmp_path / "absolute"]
+    run("training/train_transformer.py", *other, *extension)
+    config = json.loads((tmp_path / "absolute" / "transformer" / "config.json").read_text())
+    assert (config["_class_name"], config["objective"]) == ("SiTTransformer2DModel", "absolute_flow")
     run("training/train_transformer.py", *options)
     line = json.loads((tmp_path / "sit" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["loss"] == pytest.approx(line["loss/flow"] + 0.5 * line["loss/direction"])
@@ -255,6 +259,12 @@ def test_a_file_is_loaded_once_and_known_by_its_hash(tmp_path):
         load_extension(tmp_path / "absent.py")
     with pytest.raises(ValueError, match="neither a Python file here nor a module"):
         load_extension("no_such_module_here")
+    (tmp_path / "needy.py").write_text("import no_such_package")
+    with pytest.raises(ValueError, match=r"needy\.py needs no_such_package, which is not installed"):
+        load_extension(tmp_path / "needy.py")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"must end in \.py"):
+        load_extension(tmp_path / "notes.txt")
     (tmp_path / "broken.py").write_text("raise KeyError('mine')")
     with pytest.raises(KeyError):
         load_extension(tmp_path / "broken.py")

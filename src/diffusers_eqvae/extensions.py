@@ -119,6 +119,10 @@ class Registry(Generic[T]):
         arguments = getattr(cls, "Arguments", None)
         if arguments is None:
             return
+        if not cls.__module__.startswith(f"{self.package}."):  # an extension's: every member has a say
+            for registry in _REGISTRIES:
+                for own in registry._own_names():
+                    registry[own]
         prefixes = getattr(cls, "prefixes", ()) or (f"{name}_",)
         for entry in fields(arguments):
             if not entry.name.startswith(tuple(prefixes)):
@@ -176,18 +180,22 @@ def load_extension(file_or_module: str | Path) -> Extension:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise  # the module is there, and something that it imports is not
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"The extension {name} needs {error.name}, which is not installed.") from error
         raise ValueError(
             f"The extension {name} is neither a Python file here nor a module that can be imported."
         ) from error
-    return _remember(name, Path(str(module.__file__)))
+    if module.__file__ is None:
+        raise ValueError(f"The extension {name} is a folder without an __init__.py; name one of its modules.")
+    return _remember(name, Path(module.__file__))
 
 
 def _load_file(path: Path) -> Extension:
     if not path.is_file():
         raise ValueError(f"The extension {path} does not exist; name a Python file on this machine.")
     module_name = f"{PARENT}.{path.stem}"
+    if path.suffix != ".py":
+        raise ValueError(f"The extension {path} is not a Python file: its name must end in .py.")
     if not path.stem.isidentifier():
         raise ValueError(
             f"The extension {path.name} needs a name that Python can import: letters, digits, underscores."
@@ -203,8 +211,10 @@ def _load_file(path: Path) -> Extension:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[module_name]
+        if isinstance(error, ModuleNotFoundError):
+            raise ValueError(f"The extension {path} needs {error.name}, which is not installed.") from error
         raise
     return _remember(module_name, path)
 

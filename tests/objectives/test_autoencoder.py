@@ -95,7 +95,7 @@ def draw_of_kind(objective, kind: str):
     batch = make_batch()
     for step in range(100):
         draw = objective.draw(batch, StepRandomness(0).at(step, 0))
-        if draw["equivariance"].kind == kind:
+        if draw["regularizers"]["equivariance"].kind == kind:
             return draw
     raise AssertionError(kind)
 
@@ -211,7 +211,7 @@ def test_regularizers_compose():
     vae, objective, _, _, step = make_parts(regularizers=regularizers)
     draw, batch = draw_of_kind(objective, "equivariance"), make_batch()
     output = objective(batch, draw)
-    tau = draw["equivariance"].tau
+    tau = draw["regularizers"]["equivariance"].tau
     assert torch.equal(output["decodings"][0][1], tau.apply_to_pixels(batch["pixel_values"], 2))
     posterior = vae.encode(batch["pixel_values"]).latent_dist
     raw_latents = posterior.mean + posterior.std * draw["noise"]
@@ -299,6 +299,42 @@ def test_two_regularizers_of_one_step_continue_one_generator():
     left, right = (
         [objective.draw(make_batch(), StepRandomness(0, rank, 2).at(step, 0)) for step in range(40)] for rank in (0, 1)
     )
-    assert all(one["a"] == other["a"] and one["b"] == other["b"] for one, other in zip(left, right, strict=True))
-    assert any(draw["a"] != draw["b"] for draw in left)
+    assert all(one["regularizers"] == other["regularizers"] for one, other in zip(left, right, strict=True))
+    assert any(draw["regularizers"]["a"] != draw["regularizers"]["b"] for draw in left)
     assert not any(torch.equal(one["noise"], other["noise"]) for one, other in zip(left, right, strict=True))
+
+
+class Constant(AutoencoderRegularizer):
+    """A penalty of its own parameter alone."""
+
+    adaptive = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def penalty(self, state, batch, draw):
+        return self.value.square()
+
+
+def test_an_adaptive_penalty_that_does_not_reach_the_encoder_is_refused():
+    weights = AutoencoderLossWeights(discriminator=0, kl=0, perceptual=0)
+    _, objective, _, _, step = make_parts(regularizers={"constant": Constant()}, weights=weights)
+    with pytest.raises(ValueError, match="none reaches here"):
+        step(make_batch(), plain_draw(objective), step=0)
+
+
+def test_a_regularizer_that_is_switched_off_does_nothing():
+    class Off(EquivarianceRegularizer):
+        def draw(self, size, randomness):
+            return None
+
+    objective = AutoencoderObjective(make_vae(), {"equivariance": Off(2)})
+    batch = make_batch()
+    ((_, target, _),) = objective(batch, plain_draw(objective))["decodings"]
+    assert torch.equal(target, batch["pixel_values"])
+
+
+def test_a_regularizer_cannot_take_the_name_of_a_term():
+    with pytest.raises(ValueError, match="cannot be called 'kl'"):
+        AutoencoderObjective(make_vae(), {"kl": LatentSquare(weight=1.0, adaptive=False)})

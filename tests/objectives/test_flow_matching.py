@@ -135,3 +135,13 @@ def test_the_gradient_is_that_of_the_bare_model():
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match=r"sigma_std must be positive; got 0\.0"):
         FlowMatchingArguments(sigma_std=0.0)
+
+
+def test_a_regularizer_without_random_choices_acts_in_every_step():
+    class Constant(GeneratorRegularizer):
+        def penalty(self, state, batch, draw):
+            return state.prediction.square().mean()
+
+    objective = FlowMatchingObjective(make_model(), {"constant": Constant()})
+    batch = make_batch()
+    assert set(objective(batch, objective.draw(batch, StepRandomness(0)))["terms"]) == {"flow", "constant"}

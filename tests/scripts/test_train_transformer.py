@@ -202,6 +202,9 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
     ("options", "message"),
     [
         ({"num_classes": 1000}, "3 classes, but --num_classes says 1000"),
+        ({"config_overrides": "num_classes=1000"}, "num_classes = 1000, but the latents have 3"),
+        ({"config_overrides": "objective=denoising"}, "no objective 'denoising'"),
+        ({"objective": "autoencoder"}, "trains autoencoders"),
         ({"model": "SiT-Q/2"}, "Unknown model 'SiT-Q/2'"),
         ({"model": "DiT-S/2"}, "no objective 'denoising'; there are autoencoder, flow_matching"),
         ({"model": "SiT-S/8"}, "multiple of `patch_size`"),
@@ -263,3 +266,23 @@ def test_presets_describe_models_that_exist(preset, tmp_path, monkeypatch):
     with torch.device("meta"):
         model = source.cls(**source.config)
     assert model.config.objective == "flow_matching" and model.config.prediction_type == "flow_prediction"
+
+
+def test_what_was_resolved_repeats_the_run(script, tmp_path, store):
+    """As a preset: an empty list and a number that begins with a minus come back as they were."""
+    script.main(flags(tmp_path, "--sigma_mean=-1e-05", latents_dir=store, validation_steps=0))
+    preset = tmp_path / "run" / "resolved_arguments.yaml"
+    script.main([str(preset), "--output_dir", str(tmp_path / "again")])
+    again = (tmp_path / "again" / "resolved_arguments.yaml").read_text()
+    assert "sigma_mean: -1.0e-05" in again and "config_overrides: []" in again
+    one, other = (DiffusionPipeline.from_pretrained(tmp_path / name).transformer for name in ("run", "again"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_name_may_be_given_other_constructor_arguments(script, tmp_path, store):
+    options = {"config_overrides": "qk_norm=true", "class_dropout_prob": 0.25, "validation_steps": 0}
+    script.main(flags(tmp_path, latents_dir=store, **options))
+    config = json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
+    assert config["qk_norm"] is True and config["class_dropout_prob"] == 0.25
+    with pytest.raises(ValueError, match="takes no --config_overrides"):
+        script.main(flags(tmp_path, latents_dir=store, model=tmp_path / "run", **options))

@@ -53,6 +53,7 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
     """
 
     reads = "pixels"
+    own_terms = ("kl",)
 
     def __init__(
         self,
@@ -67,11 +68,11 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         self.reduction = reduction
 
     def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
-        """The posterior's "noise" (B, C, h, w), and each regularizer's draw under its name."""
+        """The posterior's "noise" (B, C, h, w), and "regularizers": each one's draw under its name."""
         pixels, factor = batch["pixel_values"], downsampling_factor(self.model)
         size = (pixels.shape[-2] // factor, pixels.shape[-1] // factor)
         noise = randomness.randn((len(pixels), latent_channels(self.model), *size), device=pixels.device)
-        return {"noise": noise, **self.draw_regularizers(size, randomness)}
+        return {"noise": noise, "regularizers": self.draw_regularizers(size, randomness)}
 
     def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -84,8 +85,9 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
             terms, and each regularizer's penalty; `idle`: see `tie_idle`.
         """
         pixels = batch["pixel_values"]
-        for name, regularizer in self.regularizers.items():
-            pixels = regularizer.augment(pixels, draw[name])
+        active = self.active(draw)
+        for _, regularizer, drawn in active:
+            pixels = regularizer.augment(pixels, drawn)
         posterior = encode(self.model, pixels)
         height, width = posterior.mean.shape[-2:]
         sampled = self.sample_posterior
@@ -95,10 +97,10 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         transformed, target = raw_latents, pixels
         terms = {"kl": kl_loss(posterior, reduction=self.reduction)}
         further: list[tuple[Tensor, Tensor, float]] = []
-        for name, regularizer in self.regularizers.items():
-            transformed, target = regularizer.transform(transformed, target, draw[name])
-            further += regularizer.decodings(state, draw[name])
-            penalty = regularizer.penalty(state, batch, draw[name])
+        for name, regularizer, drawn in active:
+            transformed, target = regularizer.transform(transformed, target, drawn)
+            further += regularizer.decodings(state, drawn)
+            penalty = regularizer.penalty(state, batch, drawn)
             if penalty is not None:
                 terms[name] = penalty
         decoded = self._decode(transformed)
@@ -156,6 +158,11 @@ class LastLayer:
         found = torch.autograd.grad(
             outputs, [output for _, output in self.calls], gradients, retain_graph=True, allow_unused=True
         )
+        if all(gradient is None for gradient in found):
+            raise ValueError(
+                "An adaptive weight compares gradients at the last layer, which none reaches here: the term does not "
+                "depend on it, or the forward is compiled. Use a fixed weight (adaptive off), or do not compile."
+            )
         layer, total = self.layer, torch.zeros_like(self.layer.weight)
         for (taken, output), gradient in zip(self.calls, found, strict=True):
             if gradient is None:
@@ -305,7 +312,7 @@ class AutoencoderStep:
         if name not in self.inner.regularizers:
             return 1.0
         regularizer: Any = self.inner.regularizers[name]
-        if not regularizer.adaptive or not self.encoder_end.calls:
+        if not regularizer.adaptive or not term.requires_grad or not self.encoder_end.calls:
             return regularizer.weight
         nll = self.average(self.encoder_end.weight_gradient(reconstructions, nll_gradients))
         own = self.average(self.encoder_end.weight_gradient(term))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -36,6 +36,7 @@ class Objective(nn.Module, ABC, Generic[R]):
         Arguments: dataclass of its command-line options, each named after it or with one of `prefixes`.
         reads: the data that it is trained on; data of another kind are refused at start-up.
         prediction_types: what a model's config may say that its output is.
+        own_terms: names of its own terms, which a regularizer cannot have.
 
     Args:
         model: what is trained.
@@ -50,15 +51,25 @@ class Objective(nn.Module, ABC, Generic[R]):
     prefixes: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[Reads]
     prediction_types: ClassVar[tuple[str, ...]] = ()
+    own_terms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, regularizers: Mapping[str, R] | None = None) -> None:
         super().__init__()
+        taken = sorted(set(self.own_terms) & set(regularizers or {}))
+        if taken:
+            raise ValueError(f"A regularizer cannot be called {taken[0]!r}: {type(self).__name__} has such a term.")
         self.model = model
         self.regularizers = nn.ModuleDict(regularizers or {})
 
+    @classmethod
+    def from_arguments(cls, arguments: Any, model: nn.Module, regularizers: Mapping[str, R] | None = None) -> Self:
+        """Built from an instance of `Arguments`, which the constructor takes as `arguments`; None where it has none."""
+        options = {} if arguments is None else {"arguments": arguments}
+        return cls(model, regularizers, **options)
+
     @abstractmethod
     def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
-        """All that is random in one step: its own noise first, then each regularizer's choices, by name."""
+        """All that is random in one step: its own noise first, then `draw_regularizers` under "regularizers"."""
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +108,11 @@ class Objective(nn.Module, ABC, Generic[R]):
     def draw_regularizers(self, size: tuple[int, int], randomness: StepRandomness) -> dict[str, Any]:
         """Each regularizer's draw for latents of `size` = (h, w), in their order, from one shared generator."""
         return {name: regularizer.draw(size, randomness) for name, regularizer in self.regularizers.items()}
+
+    def active(self, draw: Mapping[str, Any]) -> list[tuple[str, R, Any]]:
+        """Name, regularizer and draw of those that a step's draw does not switch off."""
+        drawn = draw["regularizers"]
+        return [(name, each, drawn[name]) for name, each in self.regularizers.items() if drawn[name] is not None]  # type: ignore[misc]
 
     def weight_of(self, term: str) -> float:
         """The factor of a term of the loss."""

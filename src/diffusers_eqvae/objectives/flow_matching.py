@@ -60,6 +60,7 @@ class FlowMatchingObjective(Objective[GeneratorRegularizer]):
     Arguments = FlowMatchingArguments
     prefixes = ("flow_", "sigma_")
     reads = "latents"
+    own_terms = ("flow",)
     prediction_types = ("flow_prediction",)
 
     def __init__(
@@ -73,7 +74,7 @@ class FlowMatchingObjective(Objective[GeneratorRegularizer]):
         self.arguments = arguments or FlowMatchingArguments()
 
     def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
-        """ "noise" (B, C, h, w), "sigmas" (B,), "drop_labels" (B,), and each regularizer's draw under its name."""
+        """Its "noise" (B, C, h, w), "sigmas" and "drop_labels" (B,), and "regularizers": each one's draw by name."""
         latents, options = batch["latents"], self.arguments
         size, device = len(latents), latents.device
         noise = randomness.randn(latents.shape, device=device)
@@ -84,8 +85,8 @@ class FlowMatchingObjective(Objective[GeneratorRegularizer]):
             std=options.sigma_std,
         )
         drop_labels = randomness.rand((size,), device=device) < self.model.config.class_dropout_prob
-        own = {"noise": noise, "sigmas": sigmas, "drop_labels": drop_labels}
-        return own | self.draw_regularizers((latents.shape[-2], latents.shape[-1]), randomness)
+        regularizers = self.draw_regularizers((latents.shape[-2], latents.shape[-1]), randomness)
+        return {"noise": noise, "sigmas": sigmas, "drop_labels": drop_labels, "regularizers": regularizers}
 
     def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -95,21 +96,21 @@ class FlowMatchingObjective(Objective[GeneratorRegularizer]):
         """
         latents, noise, sigmas, path = batch["latents"], draw["noise"], draw["sigmas"], self.arguments.flow_path
         noisy, target = interpolate(latents, noise, sigmas, path), velocity_target(latents, noise, sigmas, path)
-        active = {name: each for name, each in self.regularizers.items() if draw[name] is not None}
+        active = self.active(draw)
         output = self.model(
             noisy,
             timestep=NUM_TRAIN_TIMESTEPS * sigmas,
             class_labels=batch["class_labels"],
             drop_labels=draw["drop_labels"],
-            hidden_layers=tuple(sorted({layer for each in active.values() for layer in each.hidden_layers})),
+            hidden_layers=tuple(sorted({layer for _, each, _ in active for layer in each.hidden_layers})),
         )
         prediction = full_precision(output.sample)
         if prediction.shape[1] != latents.shape[1]:  # a learned variance
             prediction = prediction[:, : latents.shape[1]]
         state = GeneratorState(prediction, target, noisy, latents, noise, sigmas, output.hidden_states or {})
         terms = {"flow": flow_matching_loss(prediction, target).mean()}
-        for name, regularizer in active.items():
-            penalty = regularizer.penalty(state, batch, draw[name])
+        for name, regularizer, drawn in active:
+            penalty = regularizer.penalty(state, batch, drawn)
             if penalty is not None:
                 terms[name] = penalty
         return {"terms": terms, "idle": tie_idle(self, terms.values())}

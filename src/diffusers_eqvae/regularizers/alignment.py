@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -97,7 +98,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
     def teacher(self) -> nn.Module:
         return self.frozen_modules()[0]
 
-    def penalty(self, state: AutoencoderState, batch: dict[str, Tensor], draw: Any) -> Tensor:
+    def penalty(self, state: AutoencoderState, batch: Mapping[str, Tensor], draw: Any) -> Tensor:
         patch, cls = self.teacher(state.pixels)
         features = AlignmentOutput(self._on_latent_grid(patch, state.raw_latents), cls)
         predicted = self.network(state.raw_latents)

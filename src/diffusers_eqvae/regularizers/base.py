@@ -6,7 +6,7 @@ or anywhere else (`--extension FILE`). No other file names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -69,11 +69,11 @@ class Regularizer(nn.Module):
         """Every random choice of one step, for latents of `size` = (h, w); None = switched off in this step.
 
         `randomness.shared_generator()` is the same on all ranks, `.rand` and `.randn` are per sample,
-        `.step` is the number of the optimizer step, for schedules.
+        `.step` is the number of the optimizer step, for schedules. A method without random choices keeps the default.
         """
-        return None
+        return ()
 
-    def penalty(self, state: Any, batch: dict[str, Tensor], draw: Any) -> Tensor | None:
+    def penalty(self, state: Any, batch: Mapping[str, Tensor], draw: Any) -> Tensor | None:
         """A scalar to add to the loss, the mean over samples; None for nothing."""
         return None
 

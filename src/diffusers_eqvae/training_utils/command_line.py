@@ -89,12 +89,18 @@ def parse(
     if choices is not None:
         known = _field_names(dataclass_types)
         chosen = choices(_preliminary(dataclass_types, _as_flags(preset, known) + argv))
-    methods = {name: kind for choice in chosen for name, kind in choice.arguments().items()}
+    methods: dict[str, type] = {}
+    for choice in chosen:
+        for name, kind in choice.arguments().items():
+            if name in methods:
+                raise ValueError(f"Two methods are called {name}, one of them a {choice.registry.kind}; rename one.")
+            methods[name] = kind
 
     types = [*dataclass_types, *methods.values()]
     parser = _build_parser(types, description, chosen)
     known = _field_names(types)
     _check_preset(preset, known, chosen)
+    parser.set_defaults(**{key: [] for key, value in preset.items() if value == []})  # no flag says an empty list
     *parsed, unknown = parser.parse_args_into_dataclasses(
         _as_flags(preset, known) + argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -127,6 +133,15 @@ def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choi
     return Choice(REGULARIZERS, names, "regularizers")
 
 
+def refuse_missing_features(regularizers: Mapping[str, Regularizer]) -> None:
+    """Refuses a regularizer that reads stored teacher features, which no data hold yet."""
+    for name, regularizer in regularizers.items():
+        if regularizer.features:
+            raise ValueError(
+                f"The regularizer {name} reads the features {', '.join(regularizer.features)}; there are none."
+            )
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows a script's docstring line by line, every default, and each option under one name."""
 
@@ -145,7 +160,12 @@ def _build_parser(types: Sequence[type], description: str | None, chosen: Sequen
     parser = HfArgumentParser((), description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     for kind in types:
         kind._argument_group_name = str(kind.__doc__).splitlines()[0].rstrip(".")  # type: ignore[attr-defined]
-        parser._add_dataclass_arguments(kind)
+        try:
+            parser._add_dataclass_arguments(kind)
+        except argparse.ArgumentError as error:
+            raise ValueError(
+                f"An option of {kind.__module__}.{kind.__qualname__} is taken by the script: {error}. Rename it."
+            ) from error
     parser.dataclass_types = list(types)
     parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
     parser.add_argument(
@@ -243,8 +263,10 @@ def _as_flags(preset: Mapping[str, Any], known: Sequence[str]) -> list[str]:
     """A preset as command-line words, so that one parser checks types for both; null means 'not given'."""
     flags: list[str] = []
     for key, value in preset.items():
-        if key in known and value is not None:
-            flags += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+        if key in known and isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)] if value else []
+        elif key in known and value is not None:
+            flags.append(f"--{key}={value}")  # one word, since a value may begin with a minus
     return flags
 
 

@@ -18,7 +18,7 @@ from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
 from ...regularizers.base import REGULARIZERS
 from ..arguments import DataArguments, warn_without_effect
-from ..command_line import read_model_config
+from ..command_line import read_model_config, refuse_missing_features
 from .arguments import (
     AutoencoderArguments,
     AutoencoderEvaluationArguments,
@@ -120,6 +120,13 @@ def build_objective(
     names = [name for name in regularizing.regularizers if name != "none"]
     vae = build_autoencoder(arguments, gradient_checkpointing=gradient_checkpointing)
     regularizers: dict[str, Any] = {name: REGULARIZERS[name].from_arguments(methods.get(name), vae) for name in names}
+    refuse_missing_features(regularizers)
+    for name, regularizer in regularizers.items():
+        halves = (getattr(vae, half, None) for half in regularizer.reaches)
+        if not any(weight.requires_grad for half in halves if half is not None for weight in half.parameters()):
+            raise ValueError(
+                f"The regularizer {name} reaches {' and '.join(sorted(regularizer.reaches))} only, which are frozen."
+            )
     return AutoencoderObjective(vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=reduction)
 
 

@@ -40,8 +40,9 @@ class TransformerArguments:
     num_classes: int | None = field(
         default=None, metadata={"help": "Number of classes; unset, that of the data. Checked where given."}
     )
-    class_dropout_prob: float = field(
-        default=0.1, metadata={"help": "Share of samples trained without their label, for classifier-free guidance."}
+    class_dropout_prob: float | None = field(
+        default=None,
+        metadata={"help": "Share of samples trained without their label, for guidance; unset, the model's own (0.1)."},
     )
     config_overrides: list[str] = field(
         default_factory=list,
@@ -66,7 +67,10 @@ class OptimizerArguments:
 
 def transformer_choices(given: Mapping[str, Any]) -> list[Choice]:
     """Whose options the script takes besides its own: the objective's and the regularizers'."""
-    objective = given["objective"] or ModelSource.find(given["model"]).objective
+    source = ModelSource.find(given["model"], given["config_overrides"], objective=given["objective"])
+    objective = source.objective
+    if OBJECTIVES[objective].reads == "pixels":
+        raise ValueError(f"The objective {objective} trains autoencoders; choose another for a generator.")
     return [
         Choice(OBJECTIVES, (objective,), "objective"),
         regularizer_choice(given["regularizers"], GeneratorRegularizer),

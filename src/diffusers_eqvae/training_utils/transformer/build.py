@@ -19,7 +19,7 @@ from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...regularizers.base import REGULARIZERS
 from ..arguments import DataArguments, warn_without_effect
-from ..command_line import parse_overrides
+from ..command_line import refuse_missing_features
 from .arguments import SamplingArguments, TransformerArguments
 from .model_source import ModelSource
 
@@ -87,16 +87,11 @@ def build_objective(
     Raises:
         ValueError: model, objective and data that do not belong together.
     """
-    source = ModelSource.find(arguments.model)
-    name = arguments.objective or source.objective
+    source = ModelSource.find(arguments.model, arguments.config_overrides, objective=arguments.objective)
+    name = source.objective
     kind: Any = OBJECTIVES[name]
     if kind.reads != "latents":
         raise ValueError(f"The objective {name} reads {kind.reads}, and these data are latents; choose another.")
-    if name != source.objective:
-        raise ValueError(
-            f"{arguments.model} is a model for the objective {source.objective}, which another cannot train; leave "
-            f"--objective {name} out, or choose a model that was made for it."
-        )
     model = build_transformer(arguments, source, latents, gradient_checkpointing=gradient_checkpointing)
     if model.config.prediction_type not in kind.prediction_types:
         raise ValueError(
@@ -105,7 +100,8 @@ def build_objective(
         )
     names = [regularizer for regularizer in arguments.regularizers if regularizer != "none"]
     regularizers = {each: REGULARIZERS[each].from_arguments(methods.get(each), model) for each in names}
-    return kind(model, regularizers, arguments=methods.get(name))
+    refuse_missing_features(regularizers)
+    return kind.from_arguments(methods.get(name), model, regularizers)
 
 
 def build_transformer(
@@ -123,17 +119,16 @@ def build_transformer(
         "num_classes": latents.num_classes,
     }
     identity = autoencoder_identity(latents.vae)
-    options = {"class_dropout_prob": arguments.class_dropout_prob, "config_overrides": arguments.config_overrides}
     _refuse_mismatch(arguments.model, source.config, fitting)
     if source.directory is not None:
-        warn_without_effect(arguments, options, f"the saved model {source.directory} has its own")
+        warn_without_effect(arguments, ["class_dropout_prob"], f"the saved model {source.directory} has its own")
         model = source.cls.from_pretrained(source.directory, torch_dtype=torch.float32)
         require_same_autoencoder(model.config.autoencoder, identity, whose=f"the model {source.directory}")
         model.register_to_config(autoencoder=identity)
     else:
-        overrides = parse_overrides(arguments.config_overrides, source.cls)
-        given = {"class_dropout_prob": arguments.class_dropout_prob, **source.config, **overrides, **fitting}
-        given["autoencoder"] = identity
+        dropout = arguments.class_dropout_prob
+        given = source.config | ({} if dropout is None else {"class_dropout_prob": dropout})
+        given |= {**fitting, "autoencoder": identity}
         model = source.cls(**given)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -153,6 +148,7 @@ def _refuse_mismatch(path: str, config: dict[str, Any], fitting: dict[str, Any])
     for key, value in fitting.items():
         saved = config.get(key, value)
         saved = list(saved) if isinstance(saved, tuple) else saved
+        saved = saved[0] if isinstance(saved, list) and len(set(saved)) == 1 else saved  # [32, 32] is 32
         if saved is not None and saved != value:
             raise ValueError(f"The model {path} has {key} = {saved}, but the latents have {value}: they do not fit.")
 

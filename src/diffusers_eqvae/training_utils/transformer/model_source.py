@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...autoencoders import is_pipeline
 from ...models.backbone import Backbone, backbone_class, backbones
-from ..command_line import read_model_config
+from ..command_line import parse_overrides, read_model_config
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,31 @@ class ModelSource:
     directory: Path | None = None
 
     @classmethod
-    def find(cls, model: str) -> ModelSource:
-        """
+    def find(cls, model: str, overrides: Sequence[str] = (), *, objective: str | None = None) -> ModelSource:
+        """What `model` names, with constructor arguments over its own.
+
+        Args:
+            overrides: KEY=VALUE words; a saved model has its own arguments and takes none.
+            objective: what a new model shall be trained by instead.
+
         Raises:
             ValueError: neither a model name, a JSON file nor a saved backbone; says which names there are.
         """
+        source = cls._find(model)
+        if source.directory is not None:
+            if overrides:
+                raise ValueError(f"The saved model {source.directory} takes no --config_overrides: it has its own.")
+            if objective not in (None, source.objective):
+                raise ValueError(
+                    f"{source.directory} was trained by the objective {source.objective}; leave --objective "
+                    f"{objective} out, or start a new model."
+                )
+            return source
+        changed = parse_overrides(overrides, source.cls) | ({} if objective is None else {"objective": objective})
+        return cls(source.cls, source.config | changed)
+
+    @classmethod
+    def _find(cls, model: str) -> ModelSource:
         path = Path(model)
         if path.is_dir():
             directory = path / "transformer" if is_pipeline(model) else path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -15,6 +16,8 @@ from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..run import TrainingRun
 from .arguments import SamplingArguments, TransformerArguments
+
+_NO_ARGUMENTS = SimpleNamespace()
 
 
 def sample_grid(pipeline: ClassConditionalPipeline, sampling: SamplingArguments, *, seed: int) -> list[Image.Image]:
@@ -73,5 +76,5 @@ def save_pipeline(
 
 def _describe(objective: Objective) -> str:
     """The objective and its options, for the card."""
-    options = vars(objective.arguments) if hasattr(objective, "arguments") else {}
+    options = vars(getattr(objective, "arguments", None) or _NO_ARGUMENTS)
     return ", ".join([OBJECTIVES.name_of(type(objective)), *(f"{key} {value}" for key, value in options.items())])
