@@ -42,7 +42,7 @@ def test_equivariant_map_has_no_rotation_error():
 
 
 def test_rolled_latents_have_the_error_of_uncorrelated_ones():
-    """Rolling by half a image makes tau(E(x)) and E(tau(x)) independent cells of one variance: ratio 2."""
+    """Rolling by half an image makes tau(E(x)) and E(tau(x)) independent cells of one variance: ratio 2."""
     pixels = images(8, 128)
     measured = measure_equivariance(AveragingAutoencoder(shift=13), [pixels])
     # A half turn maps a roll to its opposite; with independent cells every rotation gives |a - b|^2 / |b|^2 = 2.

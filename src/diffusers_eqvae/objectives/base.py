@@ -63,7 +63,7 @@ class Objective(nn.Module, ABC, Generic[R]):
 
     @classmethod
     def from_arguments(cls, arguments: Any, model: nn.Module, regularizers: Mapping[str, R] | None = None) -> Self:
-        """Built from an instance of `Arguments`, which the constructor takes as `arguments`; None where it has none."""
+        """Built from an instance of `Arguments`, the constructor's `arguments`; None where it has none."""
         options = {} if arguments is None else {"arguments": arguments}
         return cls(model, regularizers, **options)
 
