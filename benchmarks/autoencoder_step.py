@@ -72,7 +72,8 @@ def main() -> None:
     perceptual = LPIPS.random("vgg").to(device)
     side, positions = arguments.resolution, arguments.resolution // downsampling_factor(vae)
     batch = {"pixel_values": torch.rand(arguments.batch_size, 3, side, side, device=device) * 2 - 1}
-    draw = {"noise": torch.randn(arguments.batch_size, 4, positions, positions, device=device)}
+    noise = torch.randn(arguments.batch_size, 4, positions, positions, device=device)
+    draw = {"noise": noise, "regularizers": {}}
     step = AutoencoderStep(objective, objective, weights=weights, perceptual=perceptual, discriminator=discriminator)
     networks = (objective, discriminator, perceptual)
 

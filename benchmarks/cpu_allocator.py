@@ -1,7 +1,7 @@
 """What glibc's allocator costs a training step on the CPU, and what keeping large buffers costs in memory.
 
 Buffers above glibc's limit (at most 32 MiB) are mapped anew for every tensor and given back when it is freed, so that
-the kernel faults in and clears every page again. `training_utils.launch.keep_large_buffers` raises the limit. Each
+the kernel faults in and clears every page again. `keep_large_buffers` lifts the limit. Each
 variant runs in processes of its own, in turns; CPU seconds are user and system time of the whole process.
 
     python benchmarks/cpu_allocator.py --output benchmarks/results/cpu_allocator_cpu.json
@@ -10,7 +10,9 @@ variant runs in processes of its own, in turns; CPU seconds are user and system 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -22,12 +24,27 @@ from harness import save_result
 VARIANTS = ("as it is", "large buffers kept")
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_large_buffers() -> None:
+    """Lets glibc keep what tensors free, instead of mapping and clearing new pages for every large one.
+
+    Memory that was freed stays with the process. MALLOC_ variables in the environment win; other C libraries are left
+    alone.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def train(steps: int, resolution: int, batch_size: int, keep: bool) -> None:
     """A few steps of an EQ-VAE-sized autoencoder; prints CPU seconds, split, and the peak of memory."""
     import torch
     from autoencoder_step import build_vae
-
-    from diffusers_eqvae.training_utils.launch import keep_large_buffers
 
     if keep:
         keep_large_buffers()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -23,8 +22,6 @@ from torch import nn
 
 from .arguments import RunArguments
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
 
 def runs_on_cpu() -> bool:
     """Whether there is no accelerator, or ACCELERATE_USE_CPU says not to use it.
@@ -32,21 +29,6 @@ def runs_on_cpu() -> bool:
     accelerate must be told: else it takes the ranks that torchrun starts on a CPU for programs on their own.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def keep_large_buffers() -> None:
-    """Lets glibc keep what tensors free, instead of mapping and clearing new pages for every large one.
-
-    A training step on a CPU otherwise spends up to a third of its time in the kernel (benchmarks/cpu_allocator.py).
-    Memory that was freed stays with the process. MALLOC_ variables in the environment win; other C libraries are left
-    alone.
-    """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def build_state() -> PartialState:
