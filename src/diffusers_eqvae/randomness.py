@@ -13,7 +13,7 @@ never to the process that happens to compute it. `stream` keeps apart what is dr
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -142,9 +142,8 @@ class StepRandomness:
         self, shape: Sequence[int], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Standard normal noise (B, ...), this rank's part of the step's global draw."""
-        out = _host_buffer(shape, device)
-        rows = out.numpy().reshape(len(out), -1)
-        for row, generator in zip(rows, self._sample_generators(len(out)), strict=True):
+        out, rows = self._rows(shape, device)
+        for row, generator in rows:
             generator.standard_normal(dtype=np.float32, out=row)
         return out.to(device, dtype, non_blocking=True)
 
@@ -152,12 +151,19 @@ class StepRandomness:
         self, shape: Sequence[int], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Uniform numbers (B, ...) in the open interval (0, 1), this rank's part of the step's global draw."""
-        out = _host_buffer(shape, device)
-        rows = out.numpy().reshape(len(out), -1)
-        for row, generator in zip(rows, self._sample_generators(len(out)), strict=True):
+        out, rows = self._rows(shape, device)
+        for row, generator in rows:
             generator.random(dtype=np.float32, out=row)
-        np.maximum(rows, _SMALLEST_UNIFORM, out=rows)
+            np.maximum(row, _SMALLEST_UNIFORM, out=row)
         return out.to(device, dtype, non_blocking=True)
+
+    def _rows(
+        self, shape: Sequence[int], device: torch.device | str
+    ) -> tuple[Tensor, Iterable[tuple[np.ndarray, np.random.Generator]]]:
+        """An empty tensor on the host, and each sample's row of it with the sample's own generator."""
+        # Page-locked for a GPU: only from there does the copy not wait for everything the GPU still has to do.
+        out = torch.empty(tuple(shape), pin_memory=torch.device(device).type == "cuda")
+        return out, zip(out.numpy().reshape(len(out), -1), self._sample_generators(len(out)), strict=True)
 
     def _sample_generators(self, batch_size: int) -> Iterator[np.random.Generator]:
         first = (self.micro * self.world_size + self.rank) * batch_size
@@ -165,8 +171,3 @@ class StepRandomness:
         for place in range(first, first + batch_size):
             counter = np.array([0, place, call, self.step], np.uint64)
             yield np.random.Generator(np.random.Philox(key=self._key, counter=counter))
-
-
-def _host_buffer(shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Page-locked for a GPU: only from there does the copy not wait for everything the GPU still has to do."""
-    return torch.empty(tuple(shape), pin_memory=torch.device(device).type == "cuda")

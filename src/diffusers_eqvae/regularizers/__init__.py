@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = face(
             "GeneratorRegularizer",
             "GeneratorState",
             "Regularizer",
+            "build_regularizers",
             "register_regularizer",
         ],
         "alignment": ["AlignmentRegularizer"],

@@ -6,7 +6,7 @@ or anywhere else (`--extension FILE`). No other file names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -190,3 +190,26 @@ class GeneratorRegularizer(Regularizer):
     """
 
     hidden_layers: tuple[int, ...] = ()
+
+
+def build_regularizers(names: Sequence[str], arguments: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The regularizers of these names for `model`, in this order.
+
+    Args:
+        names: "none" counts for nothing.
+        arguments: instances of their `Arguments`, by name.
+
+    Raises:
+        ValueError: an unknown name, or a method that reads stored teacher features, which no data hold yet.
+
+    Example:
+        >>> build_regularizers(["equivariance"], {"equivariance": EquivarianceArguments()}, vae)
+    """
+    chosen = [name for name in names if name != "none"]
+    built = {name: REGULARIZERS[name].from_arguments(arguments.get(name), model) for name in chosen}
+    for name, regularizer in built.items():
+        if regularizer.features:
+            raise ValueError(
+                f"The regularizer {name} reads the features {', '.join(regularizer.features)}; none are there."
+            )
+    return built

@@ -133,15 +133,6 @@ def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choi
     return Choice(REGULARIZERS, names, "regularizers")
 
 
-def refuse_missing_features(regularizers: Mapping[str, Regularizer]) -> None:
-    """Refuses a regularizer that reads stored teacher features, which no data hold yet."""
-    for name, regularizer in regularizers.items():
-        if regularizer.features:
-            raise ValueError(
-                f"The regularizer {name} reads the features {', '.join(regularizer.features)}; there are none."
-            )
-
-
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows a script's docstring line by line, every default, and each option under one name."""
 

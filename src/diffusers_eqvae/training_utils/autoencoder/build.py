@@ -16,9 +16,9 @@ from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ
 from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
-from ...regularizers.base import REGULARIZERS
+from ...regularizers.base import build_regularizers
 from ..arguments import DataArguments, warn_without_effect
-from ..command_line import read_model_config, refuse_missing_features
+from ..command_line import read_model_config
 from .arguments import (
     AutoencoderArguments,
     AutoencoderEvaluationArguments,
@@ -117,10 +117,8 @@ def build_objective(
         methods: the regularizers' own arguments, by name.
         reduction: of the KL term.
     """
-    names = [name for name in regularizing.regularizers if name != "none"]
     vae = build_autoencoder(arguments, gradient_checkpointing=gradient_checkpointing)
-    regularizers: dict[str, Any] = {name: REGULARIZERS[name].from_arguments(methods.get(name), vae) for name in names}
-    refuse_missing_features(regularizers)
+    regularizers = build_regularizers(regularizing.regularizers, methods, vae)
     for name, regularizer in regularizers.items():
         halves = (getattr(vae, half, None) for half in regularizer.reaches)
         if not any(weight.requires_grad for half in halves if half is not None for weight in half.parameters()):

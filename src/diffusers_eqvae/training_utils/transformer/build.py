@@ -17,9 +17,8 @@ from ...models.backbone import Backbone
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ...provenance import autoencoder_identity, require_same_autoencoder
-from ...regularizers.base import REGULARIZERS
+from ...regularizers.base import build_regularizers
 from ..arguments import DataArguments, warn_without_effect
-from ..command_line import refuse_missing_features
 from .arguments import SamplingArguments, TransformerArguments
 from .model_source import ModelSource
 
@@ -98,9 +97,7 @@ def build_objective(
             f"The objective {name} trains models that predict {' or '.join(kind.prediction_types)}; "
             f"{arguments.model} predicts {model.config.prediction_type}."
         )
-    names = [regularizer for regularizer in arguments.regularizers if regularizer != "none"]
-    regularizers = {each: REGULARIZERS[each].from_arguments(methods.get(each), model) for each in names}
-    refuse_missing_features(regularizers)
+    regularizers = build_regularizers(arguments.regularizers, methods, model)
     return kind.from_arguments(methods.get(name), model, regularizers)
 
 
