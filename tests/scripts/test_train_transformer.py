@@ -179,6 +179,20 @@ def test_continues_from_a_saved_transformer_and_a_deterministic_autoencoder(scri
     assert torch.allclose(continued.patch_embed.weight, start.patch_embed.weight)
 
 
+def test_a_pipeline_goes_on_along_its_own_path(script, tmp_path, store):
+    """Linear is the default: without the check, weights of a cosine path would be trained on another."""
+    quick = {"latents_dir": store, "max_train_steps": 1, "validation_steps": 0}
+    script.main(flags(tmp_path, flow_path="cosine", **quick))
+    again = {"model": tmp_path / "run", "output_dir": tmp_path / "again", **quick}
+    with pytest.raises(ValueError, match=r"run was trained on the cosine path.* --flow_path cosine, or name .*former"):
+        script.main(flags(tmp_path, **again))
+    script.main(flags(tmp_path, flow_path="cosine", **again))
+    on_purpose = again | {"model": tmp_path / "run" / "transformer", "output_dir": tmp_path / "other"}
+    script.main(flags(tmp_path, **on_purpose))
+    paths = [DiffusionPipeline.from_pretrained(tmp_path / name).scheduler.config.path for name in ("again", "other")]
+    assert paths == ["cosine", "linear"]
+
+
 def other_autoencoder(tmp_path, vae):
     torch.manual_seed(1)
     other = AutoencoderKL.from_config(vae.config)

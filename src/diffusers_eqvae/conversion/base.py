@@ -17,17 +17,8 @@ from ..extensions import Registry
 logger = logging.getLogger(__name__)
 
 CONVERTERS: Registry[type[Converter]] = Registry("converter", "diffusers_eqvae.conversion")
+register_converter = CONVERTERS.register
 _NAMED_AT_MOST = 8
-
-
-def register_converter(name: str) -> Any:
-    """Class decorator that makes a `Converter` the layout `name` of `eqvae convert`.
-
-    Example:
-        >>> @register_converter("my_layout")
-        ... class MyLayout(Converter): ...
-    """
-    return CONVERTERS.register(name)
 
 
 class Converter(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,21 @@ def build_objective(
             f"{arguments.model} predicts {model.config.prediction_type}."
         )
     regularizers = build_regularizers(arguments.regularizers, methods, model)
-    return kind.from_arguments(methods.get(name), model, regularizers)
+    objective: Objective = kind.from_arguments(methods.get(name), model, regularizers)
+    _refuse_other_path(Path(arguments.model), objective)
+    return objective
+
+
+def _refuse_other_path(pipeline: Path, objective: Objective) -> None:
+    """A pipeline's scheduler says along which path from noise to data its weights were trained."""
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    trained = json.loads(file.read_text()).get("path") if file.is_file() else None
+    path = getattr(getattr(objective.scheduler(), "config", None), "path", None)
+    if trained not in (None, path):
+        raise ValueError(
+            f"The pipeline {pipeline} was trained on the {trained} path, and this run would go on with {path}; give "
+            f"--flow_path {trained}, or name {pipeline / 'transformer'} to change the path on purpose."
+        )
 
 
 def build_transformer(
