@@ -31,6 +31,7 @@ LAYERS = (
         "latents",
         "provenance",
         "randomness",
+        "tokens",
     ),
     ("losses", "models", "schedulers"),
     ("conversion", "data", "metrics", "perception", "regularizers"),

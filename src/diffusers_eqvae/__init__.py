@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = face(
             "FeatureTeacher",
             "PatchDiscriminator",
             "SiTTransformer2DModel",
+            "VQModelEQ",
         ],
         "schedulers": ["FlowMatchODEScheduler", "FlowMatchSDEScheduler"],
         "pipelines": ["ClassConditionalPipeline", "ClassConditionalPipelineOutput", "load_pipeline"],

@@ -89,10 +89,12 @@ class Decoded:
     Args:
         pixels: (B, 3, H, W), nominally in [-1, 1].
         terms: losses that arise while decoding, by name (of a codebook); empty for a continuous autoencoder.
+        tokens: (B, h, w), which vectors of a codebook were decoded; None without one.
     """
 
     pixels: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
 
 def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Autoencoder:
@@ -221,13 +223,13 @@ def decode_upcast(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
 
 
 def is_deterministic(vae: Autoencoder) -> bool:
-    """True where the encoder gives latents and no variance (AutoencoderTiny, AutoencoderDC)."""
-    return last_encoder_layer(vae).out_channels == latent_channels(vae)
+    """True where the encoder gives latents and no variance (AutoencoderTiny, AutoencoderDC, VQModel)."""
+    return last_encoder_layer(vae).out_channels == vae.config.latent_channels
 
 
 def latent_channels(vae: Autoencoder) -> int:
-    """C of latents (B, C, h, w)."""
-    return int(vae.config.latent_channels)
+    """C of latents (B, C, h, w); for a VQ model the width of its codebook."""
+    return int(getattr(vae.config, "vq_embed_dim", None) or vae.config.latent_channels)
 
 
 def downsampling_factor(vae: Autoencoder) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autoencoders import Autoencoder
+from .autoencoders import Autoencoder, latent_channels
 from .files import write_json
 
 
@@ -123,7 +123,7 @@ class LatentNormalization:
         Raises:
             ValueError: as many means as neither 1 nor the autoencoder's latent channels.
         """
-        config, channels = self.to_config(), int(vae.config.latent_channels)
+        config, channels = self.to_config(), latent_channels(vae)
         if self.mean is not None and self.std is not None:
             self._check_channels(channels)
             config["latents_mean"] = _repeat(self.mean, channels)

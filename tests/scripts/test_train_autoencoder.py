@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
@@ -155,3 +155,42 @@ def test_bad_input_is_refused_at_the_start(folder, tiny_autoencoder_kl, options,
 def test_gradient_checkpointing_of_autoencoder_tiny_is_refused(folder, tiny_autoencoder_tiny):
     with pytest.raises(ValueError, match="AutoencoderTiny"):
         run_script(SCRIPT, flags(folder, tiny_autoencoder_tiny, gradient_checkpointing=True))
+
+
+VQ = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "num_vq_embeddings": 16,
+    "mid_block_add_attention": False,
+}
+
+
+def test_a_vq_model_trains_its_codebook_and_stays_a_stock_one(folder):
+    before = VQModel(**VQ)
+    torch.nn.init.normal_(before.quantize.embedding.weight)
+    options = {"reduction": "mean", "p_equivariance": 1.0, "sample_posterior": "false", "max_train_steps": 3}
+    options |= {"disc_weight": 0.8, "disc_num_layers": 1, "disc_channels": 8, "normalization": "config"}
+    run_script(SCRIPT, flags(folder, before, **options, padding_mode="zeros"))
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    record = next(record for record in records if "loss/codebook" in record)
+    assert 0 < record["codebook/usage"] <= 1 <= record["codebook/perplexity"] <= 16 and record["codebook/dead"] == 0
+    assert record["loss/commitment"] == pytest.approx(0.25 * record["loss/codebook"])
+    trained = VQModel.from_pretrained(folder / "run")
+    moved = (trained.quantize.embedding.weight - before.quantize.embedding.weight).abs().sum(1) > 0
+    assert moved.any() and torch.isfinite(trained(torch.zeros(1, 3, 32, 32)).sample).all()
+    identity = json.loads((folder / "run" / "run_metadata.json").read_text())["model"]["class"]
+    assert identity == "VQModelEQ"
+
+
+def test_a_new_model_is_of_the_class_that_its_config_says(folder, tiny_autoencoder_kl):
+    (folder / "vq.json").write_text(json.dumps({"_class_name": "VQModelEQ", **VQ}))
+    words = flags(folder, tiny_autoencoder_kl, model_config=folder / "vq.json")
+    place = words.index("--pretrained_model_name_or_path")
+    run_script(SCRIPT, words[:place] + words[place + 2 :])
+    assert len(VQModel.from_pretrained(folder / "run").quantize.embedding.weight) == 16
+    (folder / "vq.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match=r"the class 'UNet2DModel'; a new autoencoder is one of .*VQModel"):
+        run_script(SCRIPT, [*words[:place], *words[place + 2 :], "--output_dir", str(folder / "other")])

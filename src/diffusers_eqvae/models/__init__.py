@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = face(
     {
         "alignment_network": ["AlignmentNetwork"],
         "autoencoder_kl_eq": ["AutoencoderKLEQ"],
+        "autoencoder_vq_eq": ["VQModelEQ"],
         "backbone": ["Backbone", "BackboneOutput", "backbone_class", "backbones", "register_backbone"],
         "discriminator": ["PatchDiscriminator"],
         "feature_teacher": ["FeatureTeacher"],

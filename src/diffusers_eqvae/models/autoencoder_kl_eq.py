@@ -13,10 +13,25 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ..autoencoders import decode, encode
+from ..autoencoders import Autoencoder, decode, encode
 from ..latents import LatentNormalization
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def set_padding_mode(vae: Autoencoder, padding_mode: PaddingMode) -> None:
+    """How every padded convolution of encoder and decoder pads; see `AutoencoderKLEQ`.
+
+    Raises:
+        ValueError: on an unknown padding mode.
+    """
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}; got {padding_mode!r}.")
+    for part in (vae.encoder, vae.decoder):
+        for layer in part.modules():
+            if isinstance(layer, nn.Conv2d) and any(layer.padding):
+                layer.padding_mode = padding_mode
 
 
 class AutoencoderKLEQ(AutoencoderKL):
@@ -64,7 +79,7 @@ class AutoencoderKLEQ(AutoencoderKL):
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        padding_mode: PaddingMode = "zeros",
     ):
         super().__init__(
             in_channels=in_channels,
@@ -86,12 +101,7 @@ class AutoencoderKLEQ(AutoencoderKL):
             use_post_quant_conv=use_post_quant_conv,
             mid_block_add_attention=mid_block_add_attention,
         )
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}; got {padding_mode!r}.")
-        for part in (self.encoder, self.decoder):
-            for layer in part.modules():
-                if isinstance(layer, nn.Conv2d) and any(layer.padding):
-                    layer.padding_mode = padding_mode
+        set_padding_mode(self, padding_mode)
 
     def encode_latents(
         self, pixels: Tensor, *, sample_posterior: bool = True, generator: torch.Generator | None = None

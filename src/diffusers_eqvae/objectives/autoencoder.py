@@ -19,7 +19,6 @@ from torch.nn.grad import conv2d_weight
 
 from ..autoencoders import (
     Decoded,
-    decode,
     downsampling_factor,
     encode,
     last_decoder_layer,
@@ -30,6 +29,7 @@ from ..losses.adversarial import adaptive_weight, discriminator_loss, generator_
 from ..losses.reconstruction import kl_loss, reconstruction_loss
 from ..randomness import StepRandomness
 from ..regularizers.base import AutoencoderRegularizer, AutoencoderState
+from ..tokens import CodebookUsage, codebook, decode_with_terms, has_codebook
 from .base import Objective, register_objective, tie_idle
 
 # A summed reconstruction outweighs a mean penalty by C * H * W alone, so VQGAN's limit of 1e4 would bind here.
@@ -44,7 +44,7 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         model: the autoencoder.
         regularizers: by name; applied in this order.
         sample_posterior: decode a sample of the posterior (training), or its mean.
-        reduction: of the KL term, "sum" or "mean" (see `losses.reconstruction`).
+        reduction: of the KL term and of a codebook's, "sum" or "mean" (see `losses.reconstruction`).
 
     Example:
         >>> objective = AutoencoderObjective(vae, {"equivariance": EquivarianceRegularizer(8)})
@@ -53,7 +53,7 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
     """
 
     reads = "pixels"
-    own_terms = ("kl",)
+    own_terms = ("kl", "codebook", "commitment")
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
 
         Returns:
             `decodings`: (reconstruction, target, weight) each, the first of weight 1; `terms`: "kl", a codebook's
-            terms, and each regularizer's penalty; `idle`: see `tie_idle`.
+            terms, and each regularizer's penalty; `idle`: see `tie_idle`; `tokens` (B, h, w) of a VQ model.
         """
         pixels = batch["pixel_values"]
         active = self.active(draw)
@@ -106,15 +106,17 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         decoded = self._decode(transformed)
         decodings = [(decoded.pixels, target, 1.0)]
         decodings += [(self._decode(latents).pixels, goal, weight) for latents, goal, weight in further]
-        terms |= decoded.terms
+        elements = transformed[0].numel() if self.reduction == "sum" else 1
+        terms |= {name: elements * term for name, term in decoded.terms.items()}
         outputs = [*terms.values(), *(reconstruction for reconstruction, _, _ in decodings)]
-        return {"decodings": decodings, "terms": terms, "idle": tie_idle(self, outputs)}
+        tokens = {} if decoded.tokens is None else {"tokens": decoded.tokens}
+        return {"decodings": decodings, "terms": terms, "idle": tie_idle(self, outputs), **tokens}
 
     def _encode(self, pixels: Tensor) -> Any:
         return encode(self.model, pixels)
 
     def _decode(self, raw_latents: Tensor) -> Decoded:
-        return Decoded(decode(self.model, raw_latents))
+        return decode_with_terms(self.model, raw_latents)
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class AutoencoderStep:
         self.perceptual = perceptual if weights.perceptual else None
         self.discriminator = discriminator if weights.discriminator else None
         self.average = average
+        self.usage = CodebookUsage(len(codebook(inner.model))) if has_codebook(inner.model) else None
         self.encoder_end = LastLayer(last_encoder_layer(inner.model))
         self.decoder_end = LastLayer(last_decoder_layer(inner.model))
 
@@ -257,6 +260,8 @@ class AutoencoderStep:
             logs |= {f"loss/{name}": term}
             if name in self.inner.regularizers:
                 logs |= {f"{name}_weight": factor}
+        if self.usage is not None:
+            logs |= self.usage.figures(self.average(self.usage.shares(output["tokens"])), step)
         return loss, loss_discriminator, {name: torch.as_tensor(value).detach() for name, value in logs.items()}
 
     def _negative_log_likelihood(self, judged: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, dict[str, Any]]:

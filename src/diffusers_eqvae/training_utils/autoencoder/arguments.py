@@ -15,8 +15,8 @@ class AutoencoderArguments:
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Autoencoder to fine-tune (AutoencoderKL, AutoencoderTiny or a subclass), or a pipeline with one "
-            "in vae/: a directory or Hub name in diffusers layout."
+            "help": "Autoencoder to fine-tune (AutoencoderKL, VQModel, AutoencoderTiny or a subclass), or a pipeline "
+            "with one in vae/: a directory or Hub name in diffusers layout."
         },
     )
     subfolder: str | None = field(
@@ -25,7 +25,10 @@ class AutoencoderArguments:
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the pretrained model."})
     model_config: str | None = field(
         default=None,
-        metadata={"help": "Train from scratch instead: a JSON file with the init arguments of AutoencoderKLEQ."},
+        metadata={
+            "help": "Train from scratch instead: a JSON file with the init arguments of AutoencoderKLEQ, or of the "
+            "class that it names as _class_name (VQModelEQ)."
+        },
     )
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] | None = field(
         default=None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from ...autoencoders import autoencoder_location, downsampling_factor, load_auto
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ
+from ...models.autoencoder_vq_eq import VQModelEQ
 from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
 from ...regularizers.base import build_regularizers
@@ -28,13 +31,14 @@ from .arguments import (
 
 logger = logging.getLogger(__name__)
 
-KL_CLASSES = ("AutoencoderKL", "AutoencoderKLEQ")
+# What a saved class is trained as; its own name, and that of diffusers' class under it.
+TRAINED_AS = {name: cls for cls in (AutoencoderKLEQ, VQModelEQ) for name in (cls.__name__, cls.__base__.__name__)}
 
 
 def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing: bool = False) -> ModelMixin:
     """The autoencoder to train, in float32: fine-tuned from a checkpoint, or new from a JSON of init arguments.
 
-    An `AutoencoderKL` becomes an `AutoencoderKLEQ`, which loads as a plain `AutoencoderKL`.
+    An `AutoencoderKL` becomes an `AutoencoderKLEQ` and a `VQModel` a `VQModelEQ`, which load as the plain classes.
 
     Raises:
         ValueError: not exactly one of the two sources; options that the family does not have.
@@ -49,8 +53,8 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
     if pretrained is not None:
         vae = _load_pretrained(pretrained, arguments, padding)
     else:
-        config = read_model_config(str(arguments.model_config), AutoencoderKLEQ)
-        vae = AutoencoderKLEQ.from_config(config, **padding)
+        kind = _class_of_config(str(arguments.model_config))
+        vae = kind.from_config(read_model_config(str(arguments.model_config), kind), **padding)
     if gradient_checkpointing:
         _enable_gradient_checkpointing(vae)
     if arguments.channels_last:
@@ -61,14 +65,24 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
 def _load_pretrained(name: str, arguments: AutoencoderArguments, padding: dict[str, Any]) -> ModelMixin:
     location = autoencoder_location(name, subfolder=arguments.subfolder, revision=arguments.revision)
     saved_class = AutoencoderKLEQ.load_config(name, **location).get("_class_name")
-    if saved_class in KL_CLASSES:
-        vae = AutoencoderKLEQ.from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
+    if saved_class in TRAINED_AS:
+        vae = TRAINED_AS[saved_class].from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
     elif padding:
-        raise ValueError(f"--padding_mode exists for AutoencoderKL; {name} is an {saved_class}. Leave it out.")
+        known = " and ".join(cls.__base__.__name__ for cls in dict.fromkeys(TRAINED_AS.values()))
+        raise ValueError(f"--padding_mode exists for {known}; {name} is an {saved_class}. Leave it out.")
     else:
         vae = load_autoencoder(name, **location)
     vae.location = location  # where regularizers find the networks that were saved beside it
     return vae
+
+
+def _class_of_config(path: str) -> Any:
+    """The class that a JSON of init arguments says, AutoencoderKLEQ where it says none."""
+    content = json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    name = content.get("_class_name", "AutoencoderKLEQ") if isinstance(content, dict) else "AutoencoderKLEQ"
+    if name not in TRAINED_AS:
+        raise ValueError(f"{path} says the class {name!r}; a new autoencoder is one of {', '.join(TRAINED_AS)}.")
+    return TRAINED_AS[name]
 
 
 def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
