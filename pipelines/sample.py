@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_eqvae.images import image_grid
+from diffusers_eqvae.options import Checked
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -31,35 +32,45 @@ GRID_SAMPLES = 64
 
 
 @dataclass
-class SampleArguments:
+class SampleArguments(Checked):
     """What to sample; a resumed run must repeat everything that decides the images."""
 
     model: str = field(metadata={"help": "Pipeline directory or Hub repository."})
     output_dir: str = field(
         metadata={"help": "Receives samples.npz (arr_0: uint8 NHWC, arr_1: class ids), sampling.json and grid.png."}
     )
-    num_samples: int = field(default=64, metadata={"help": "Number of images."})
+    num_samples: int = field(default=64, metadata={"help": "Number of images.", "range": "(0, inf)"})
     batch_size: int = field(
-        default=16, metadata={"help": "Images per forward. Another value may move a few pixels by one of 255."}
+        default=16,
+        metadata={
+            "help": "Images per forward. Another value may move a few pixels by one of 255.",
+            "range": "(0, inf)",
+        },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the set; image n is a function of (seed, n)."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the set; image n is a function of (seed, n).", "range": "[0, 2**64)"}
+    )
     class_labels: list[str] | None = field(
         default=None, metadata={"help": "Class ids or label names to sample from; all classes when absent."}
     )
     label_policy: Literal["random", "balanced"] = field(
         default="random", metadata={"help": "random draws a class per image; balanced takes the classes in turn."}
     )
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Classifier-free guidance; 1 is none.", "range": "[0, inf)"}
+    )
     guidance_interval: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={
-            "help": "LO HI in noise level sigma (1 = noise): guided where LO <= sigma <= HI, cheaper elsewhere."
+            "help": "LO HI in noise level sigma (1 = noise): guided where LO <= sigma <= HI, cheaper elsewhere.",
+            "range": "[0, 1]",
         },
     )
     guided_channels: int | None = field(
-        default=None, metadata={"help": "Guide the first n latent channels only; all when absent."}
+        default=None,
+        metadata={"help": "Guide the first n latent channels only; all when absent.", "range": "(0, inf)"},
     )
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler.", "range": "(0, inf)"})
     scheduler: Literal["saved", "ode-euler", "ode-heun", "sde"] = field(
         default="saved", metadata={"help": "Sampler; saved is the one in the pipeline directory."}
     )

@@ -29,6 +29,7 @@ LAYERS = (
         "guidance",
         "images",
         "latents",
+        "options",
         "provenance",
         "randomness",
         "tokens",

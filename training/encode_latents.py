@@ -22,6 +22,7 @@ from diffusers_eqvae.data.image_datasets import ImageSource, model_files
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
+from diffusers_eqvae.options import Checked
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments
 from diffusers_eqvae.training_utils.command_line import parse
@@ -39,18 +40,20 @@ class ImageArguments(DataArguments):
 
 
 @dataclass
-class EncodeArguments:
+class EncodeArguments(Checked):
     """What to encode with, and what the store looks like."""
 
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
     output_dir: str = field(metadata={"help": "Directory of the store."})
-    batch_size: int = field(default=32, metadata={"help": "Images per forward of the encoder."})
+    batch_size: int = field(default=32, metadata={"help": "Images per forward of the encoder.", "range": "(0, inf)"})
     dtype: Literal["bf16", "fp16", "fp32"] = field(default="bf16", metadata={"help": "Number format on disk."})
     mixed_precision: Literal["no", "bf16"] = field(
         default="no", metadata={"help": "How the encoder computes: no is float32, bf16 is autocast (faster on a GPU)."}
     )
     flip: bool = field(default=False, metadata={"help": "Also store the mirrored image; training draws either."})
-    shard_size: int = field(default=4096, metadata={"help": "Images per file; what a restart may lose."})
+    shard_size: int = field(
+        default=4096, metadata={"help": "Images per file; what a restart may lose.", "range": "(0, inf)"}
+    )
     normalization: Literal["channel", "scalar", "config"] = field(
         default="channel",
         metadata={
@@ -58,9 +61,15 @@ class EncodeArguments:
             "(ReaLS), or what the autoencoder's config says already."
         },
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images, per rank."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode images, per rank.", "range": "[0, inf)"}
+    )
     cpu_threads: int = field(
-        default=1, metadata={"help": "Of the encoder on a CPU; the last bits of its output depend on their number."}
+        default=1,
+        metadata={
+            "help": "Of the encoder on a CPU; the last bits of its output depend on their number.",
+            "range": "(0, inf)",
+        },
     )
     verify: bool = field(default=False, metadata={"help": "Decode a few rows beside the images into verify.png."})
     dry_run: bool = field(default=False, metadata={"help": "Say how large the store will be, and exit."})

@@ -32,6 +32,7 @@ from diffusers_eqvae.metrics.feature_networks import FeatureNetwork, load_featur
 from diffusers_eqvae.metrics.generation import ImageDigests
 from diffusers_eqvae.metrics.image_sets import ImageSet
 from diffusers_eqvae.metrics.result_card import ResultCard
+from diffusers_eqvae.options import Checked
 from diffusers_eqvae.provenance import autoencoder_identity, hardware, model_revision
 from diffusers_eqvae.training_utils.arguments import DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import Choice, parse
@@ -48,14 +49,14 @@ class ImageArguments(DataArguments):
     random_flip: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.data_dir is None) == (self.dataset_name is None):
             raise ValueError("Give either --data_dir or --dataset_name.")
         self.train_data_dir = self.data_dir
-        super().__post_init__()
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(Checked):
     """What to measure, and where the card goes."""
 
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
@@ -71,15 +72,21 @@ class EvaluateArguments:
         },
     )
     num_images: int | None = field(
-        default=None, metadata={"help": "Measure on the first so many images; unset measures on all."}
+        default=None,
+        metadata={"help": "Measure on the first so many images; unset measures on all.", "range": "(0, inf)"},
     )
-    batch_size: int = field(default=16, metadata={"help": "Images per forward; changes last digits."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Images per forward; changes last digits.", "range": "(0, inf)"}
+    )
     sample_posterior: bool = field(
         default=False, metadata={"help": "Reconstruct a sample of the posterior instead of its mean."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the samples; every image has noise of its own."})
+    seed: int = field(
+        default=0, metadata={"help": "Of the samples; every image has noise of its own.", "range": "[0, 2**64)"}
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.feature_networks) > 1:
             raise ValueError(
                 "A card of reconstructions holds the numbers of one feature network; measure with another one in a "

@@ -34,6 +34,7 @@ from diffusers_eqvae.metrics.generation import (
 )
 from diffusers_eqvae.metrics.image_sets import ImageSet, open_images
 from diffusers_eqvae.metrics.result_card import ResultCard, run_settings, sampling_settings
+from diffusers_eqvae.options import Checked
 from diffusers_eqvae.pipelines.generated import GeneratedImages
 from diffusers_eqvae.pipelines.sampling import load_pipeline
 from diffusers_eqvae.provenance import hardware
@@ -43,7 +44,7 @@ from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(Checked):
     """What to compare with what, and by which network."""
 
     samples: str = field(
@@ -70,13 +71,22 @@ class EvaluationArguments:
     save_reference: str | None = field(
         default=None, metadata={"help": "Keep the reference's statistics in this .npz, which --reference takes."}
     )
-    num_samples: int | None = field(default=None, metadata={"help": "Measure exactly the first n samples."})
-    batch_size: int = field(default=64, metadata={"help": "Images per forward; changes last digits."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Measure exactly the first n samples.", "range": "(0, inf)"}
+    )
+    batch_size: int = field(
+        default=64, metadata={"help": "Images per forward; changes last digits.", "range": "(0, inf)"}
+    )
     resolution: int | None = field(
-        default=None, metadata={"help": "Crop images of folders and datasets to this side in pixels (ADM crop)."}
+        default=None,
+        metadata={
+            "help": "Crop images of folders and datasets to this side in pixels (ADM crop).",
+            "range": "(0, inf)",
+        },
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reference and self.reference_split is None and not Path(self.reference).exists():
             raise ValueError(
                 f"--reference {self.reference} is neither a file nor a folder; a dataset needs --reference_split."
@@ -94,19 +104,23 @@ class EvaluationArguments:
 
 
 @dataclass
-class PipelineArguments:
+class PipelineArguments(Checked):
     """How a pipeline is sampled; without effect on samples that exist already."""
 
-    seed: int = field(default=0, metadata={"help": "Image n is a function of (seed, n)."})
+    seed: int = field(default=0, metadata={"help": "Image n is a function of (seed, n).", "range": "[0, 2**64)"})
     label_policy: Literal["random", "balanced"] = field(default="random", metadata={"help": "How classes are drawn."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Classifier-free guidance; 1 is none.", "range": "[0, inf)"}
+    )
     guidance_interval: list[float] = field(
-        default_factory=lambda: [0.0, 1.0], metadata={"help": "LO HI in sigma (1 = noise) where guidance acts."}
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "LO HI in sigma (1 = noise) where guidance acts.", "range": "[0, 1]"},
     )
     guided_channels: int | None = field(
-        default=None, metadata={"help": "Guide the first n latent channels only; all when absent."}
+        default=None,
+        metadata={"help": "Guide the first n latent channels only; all when absent.", "range": "(0, inf)"},
     )
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler.", "range": "(0, inf)"})
 
 
 def generated(arguments: EvaluationArguments, options: PipelineArguments, state: PartialState) -> GeneratedImages:

@@ -224,9 +224,9 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
         ({"model": "SiT-S/8"}, "multiple of `patch_size`"),
         ({"train_data_dir": "images"}, "either --latents_dir"),
         ({"sigma_std": 0}, "sigma_std must be positive"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
-        ({"num_validation_images": 0}, "--validation_steps 0"),
-        ({"validation_labels": -1}, "class numbers from 0 on"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be positive"),
+        ({"num_validation_images": 0}, "num_validation_images must be positive"),
+        ({"validation_labels": -1}, "validation_labels must not be negative"),
         ({"class_dropout_prob": 0}, "use --guidance_scale 1"),
     ],
 )

@@ -89,7 +89,7 @@ def test_help_of_a_switch_off_says_so_without_a_default(capsys):
     with pytest.raises(SystemExit):
         parse(RunArguments, argv=["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Turn --use_ema off. --" in text
+    assert "--no_use_ema Turns off: Keep a float32 moving average of the weights. --" in text
     assert parse(RunArguments, argv=["--output_dir", "a"])[0].use_ema
     assert not parse(RunArguments, argv=["--output_dir", "a", "--no_use_ema"])[0].use_ema
 
@@ -113,7 +113,7 @@ def test_unknown_keys_of_a_model_config_are_refused(tmp_path, model_class, wrong
         ({"train_batch_size": 0}, "train_batch_size must be positive"),
         ({"max_train_steps": -1}, "max_train_steps must be positive"),
         ({"ema_decay": 1.0}, "ema_decay"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must lie in"),
         ({"lr_scheduler": "constant_with_warmup"}, "lr_warmup_steps"),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from tqdm.auto import tqdm
 
 from ..files import write_json
+from ..options import Checked
 from ..training_utils.command_line import parse
 from .photographs import write_photographs
 from .report import write_report
@@ -74,7 +75,7 @@ SAMPLING: Flags = {"num_samples": 30, "batch_size": 30, "label_policy": "balance
 
 
 @dataclass
-class DemoArguments:
+class DemoArguments(Checked):
     """What the demo runs on. Without data of your own it uses photographs that ship inside scikit-image."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "Directory of everything the demo writes."})
@@ -85,18 +86,24 @@ class DemoArguments:
         default=None,
         metadata={"aliases": ["--dataset"], "help": "Or a dataset on the Hub with columns image and label."},
     )
-    resolution: int = field(default=64, metadata={"help": "Side of the images in pixels."})
-    autoencoder_steps: int = field(default=800, metadata={"help": "Steps of the small autoencoder from scratch."})
-    finetuning_steps: int = field(default=1000, metadata={"help": "Steps of each fine-tuned copy."})
-    transformer_steps: int = field(default=600, metadata={"help": "Steps of each transformer."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Heun steps of the sampler."})
-    guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance."})
-    guidance_interval: list[float] = field(
-        default_factory=lambda: [0.0, 0.75], metadata={"help": "Noise levels LO HI in which guidance acts."}
+    resolution: int = field(default=64, metadata={"help": "Side of the images in pixels.", "range": "(0, inf)"})
+    autoencoder_steps: int = field(
+        default=800, metadata={"help": "Steps of the small autoencoder from scratch.", "range": "(0, inf)"}
     )
-    seed: int = field(default=0, metadata={"help": "Of every stage."})
+    finetuning_steps: int = field(
+        default=1000, metadata={"help": "Steps of each fine-tuned copy.", "range": "(0, inf)"}
+    )
+    transformer_steps: int = field(default=600, metadata={"help": "Steps of each transformer.", "range": "(0, inf)"})
+    num_inference_steps: int = field(default=25, metadata={"help": "Heun steps of the sampler.", "range": "(0, inf)"})
+    guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance.", "range": "[0, inf)"})
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 0.75],
+        metadata={"help": "Noise levels LO HI in which guidance acts.", "range": "[0, 1]"},
+    )
+    seed: int = field(default=0, metadata={"help": "Of every stage.", "range": "[0, 2**64)"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train_data_dir and self.dataset_name:
             raise ValueError("Give either train_data_dir or dataset_name, not both.")
 

@@ -18,6 +18,7 @@ from ..files import require_writable
 from ..images import adm_center_crop, evenly_spaced, to_pixels, to_uint8
 from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests
+from ..options import Checked
 from ..provenance import hardware
 from ..training_utils.command_line import parse
 from .card import SHOWN_IMAGES, pyplot, strips, write_html, write_png
@@ -33,7 +34,7 @@ for `eqvae inspect --vae MODEL ...`.
 
 
 @dataclass
-class InspectArguments:
+class InspectArguments(Checked):
     """One or two autoencoders, and the images they are measured on.
 
     Example:
@@ -49,8 +50,8 @@ class InspectArguments:
     compare: str | None = field(default=None, metadata={"help": "A second autoencoder, drawn beside the first."})
     subfolder: str | None = field(default=None, metadata={"help": "Folder of the autoencoder inside vae."})
     compare_subfolder: str | None = field(default=None, metadata={"help": "The same for compare."})
-    resolution: int = field(default=256, metadata={"help": "Side of the centre crops in pixels."})
-    num_images: int = field(default=24, metadata={"help": "Images, evenly spaced in data_dir."})
+    resolution: int = field(default=256, metadata={"help": "Side of the centre crops in pixels.", "range": "(0, inf)"})
+    num_images: int = field(default=24, metadata={"help": "Images, evenly spaced in data_dir.", "range": "(0, inf)"})
     device: str = field(default="cpu", metadata={"help": "Where the networks run, e.g. cuda."})
     lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="squeeze", metadata={"help": "LPIPS network."})
     lpips_backbone_weights: str | None = field(
@@ -59,10 +60,7 @@ class InspectArguments:
     lpips_linear_weights: str | None = field(default=None, metadata={"help": "Its linear heads, v0.1."})
 
     def __post_init__(self) -> None:
-        if self.num_images < 1 or self.resolution < 1:
-            raise ValueError(
-                f"num_images and resolution must be positive; got {self.num_images} and {self.resolution}."
-            )
+        super().__post_init__()
         if self.lpips_linear_weights is not None and self.lpips_backbone_weights is None:
             raise ValueError("lpips_linear_weights needs lpips_backbone_weights beside it; give both or neither.")
 

@@ -12,6 +12,7 @@ from ..flow import FlowPath, SigmaDistribution, interpolate, sample_sigmas, velo
 from ..losses._checks import full_precision
 from ..losses.diffusion import flow_matching_loss
 from ..models.backbone import Backbone
+from ..options import Checked
 from ..randomness import StepRandomness
 from ..regularizers.base import GeneratorRegularizer, GeneratorState
 from ..schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -21,7 +22,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass
-class FlowMatchingArguments:
+class FlowMatchingArguments(Checked):
     """The path from data to noise, and how noise levels are drawn.
 
     Example:
@@ -34,12 +35,12 @@ class FlowMatchingArguments:
     sigma_distribution: SigmaDistribution = field(
         default="uniform", metadata={"help": "How noise levels are drawn in training."}
     )
-    sigma_mean: float = field(default=0.0, metadata={"help": "Mean of logit(sigma) for logit_normal; > 0: noisier."})
-    sigma_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma) for logit_normal."})
-
-    def __post_init__(self) -> None:
-        if not self.sigma_std > 0:
-            raise ValueError(f"sigma_std must be positive; got {self.sigma_std}.")
+    sigma_mean: float = field(
+        default=0.0, metadata={"help": "Mean of logit(sigma) for logit_normal; > 0: noisier.", "range": "(-inf, inf)"}
+    )
+    sigma_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of logit(sigma) for logit_normal.", "range": "(0, inf)"}
+    )
 
 
 @register_objective("flow_matching")

@@ -15,27 +15,32 @@ from ..autoencoders import latent_channels
 from ..losses.alignment import alignment_loss
 from ..models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork, AlignmentOutput
 from ..models.feature_teacher import FeatureTeacher
+from ..options import Checked
 from .base import AutoencoderRegularizer, AutoencoderState, register_regularizer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AlignmentArguments:
+class AlignmentArguments(Checked):
     """ReaLS' teacher and the network that predicts its features."""
 
     alignment_teacher: str = field(
         default="facebook/dinov2-with-registers-large",
         metadata={"help": "Feature network of the alignment regularizer: a transformers name or directory."},
     )
-    alignment_weight: float = field(default=1.0, metadata={"help": "Weight of the alignment loss."})
+    alignment_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the alignment loss.", "range": "[0, inf)"}
+    )
     alignment_adaptive: bool = field(
         default=True,
         metadata={"help": "Multiply it by |grad nll| / |grad alignment| at the encoder's last layer."},
     )
-    alignment_hidden_size: int = field(default=2048, metadata={"help": "Width of the alignment network."})
+    alignment_hidden_size: int = field(
+        default=2048, metadata={"help": "Width of the alignment network.", "range": "(0, inf)"}
+    )
     alignment_image_size: int = field(
-        default=448, metadata={"help": "Side in pixels of the images shown to the teacher."}
+        default=448, metadata={"help": "Side in pixels of the images shown to the teacher.", "range": "(0, inf)"}
     )
 
 

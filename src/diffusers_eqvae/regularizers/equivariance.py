@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor
 from ..equivariance import SMALLEST_SCALE, Interpolation, ScaleMode, Tau, TauDistribution
+from ..options import Checked
 from ..randomness import StepRandomness
 from .base import AutoencoderRegularizer, register_regularizer
 
@@ -28,14 +29,16 @@ class EquivarianceDraw:
 
 
 @dataclass
-class EquivarianceArguments:
+class EquivarianceArguments(Checked):
     """EQ-VAE's transforms and how often they act."""
 
     p_equivariance: float = field(
-        default=0.5, metadata={"help": "Share of steps that reconstruct tau(x) from tau(z) (EQ-VAE)."}
+        default=0.5,
+        metadata={"help": "Share of steps that reconstruct tau(x) from tau(z) (EQ-VAE).", "range": "[0, 1]"},
     )
     p_low_resolution: float = field(
-        default=0.25, metadata={"help": "Among the other steps, share that encodes a resized image."}
+        default=0.25,
+        metadata={"help": "Among the other steps, share that encodes a resized image.", "range": "[0, 1]"},
     )
     tau_scale: ScaleMode = field(
         default="isotropic", metadata={"help": "How tau's scale is drawn; none leaves rotation alone."}

@@ -7,22 +7,19 @@ import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..data.image_datasets import ImageSource, load_image_dataset
-
-if TYPE_CHECKING:
-    pass
+from ..options import Checked
 
 logger = logging.getLogger(__name__)
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 # What --dtype says, and how torch calls it.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Checked):
     """How a training run is run: length, optimisation, checkpoints, tracking. Checked on construction."""
 
     output_dir: str = field(
@@ -30,24 +27,44 @@ class RunArguments:
     )
     seed: int = field(
         default=0,
-        metadata={"help": "Everything random is a function of (seed, rank, step), so equal seeds give equal runs."},
+        metadata={
+            "help": "Everything random is a function of (seed, rank, step), so equal seeds give equal runs.",
+            "range": "[0, 2**64)",
+        },
     )
-    train_batch_size: int = field(default=16, metadata={"help": "Examples per device and micro-batch."})
+    train_batch_size: int = field(
+        default=16, metadata={"help": "Examples per device and micro-batch.", "range": "(0, inf)"}
+    )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Micro-batches whose gradients are averaged before one optimizer step."}
+        default=1,
+        metadata={
+            "help": "Micro-batches whose gradients are averaged before one optimizer step.",
+            "range": "(0, inf)",
+        },
     )
     learning_rate: float = field(
-        default=1e-4, metadata={"help": "Peak learning rate, taken literally: never scaled by batch or devices."}
+        default=1e-4,
+        metadata={
+            "help": "Peak learning rate, taken literally: never scaled by batch or devices.",
+            "range": "[0, inf)",
+        },
     )
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = field(
         default="constant", metadata={"help": "Shape of the learning rate after the warm-up; the others end at 0."}
     )
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up from 0."})
+    lr_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps of linear warm-up from 0.", "range": "[0, inf)"}
+    )
     max_train_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of the whole run; unset, num_train_epochs decides."}
+        default=None,
+        metadata={"help": "Optimizer steps of the whole run; unset, num_train_epochs decides.", "range": "(0, inf)"},
     )
     num_train_epochs: int = field(
-        default=1, metadata={"help": "Passes over the data when max_train_steps is unset (rounded up to whole steps)."}
+        default=1,
+        metadata={
+            "help": "Passes over the data when max_train_steps is unset (rounded up to whole steps).",
+            "range": "(0, inf)",
+        },
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
         default=None,
@@ -60,31 +77,48 @@ class RunArguments:
         default=False, metadata={"help": "Let float32 matrix products use TensorFloat-32 (Ampere and newer; faster)."}
     )
     max_grad_norm: float | None = field(
-        default=None, metadata={"help": "Clip the gradient norm of each optimized module to this; unset, no clipping."}
+        default=None,
+        metadata={
+            "help": "Clip the gradient norm of each optimized module to this; unset, no clipping.",
+            "range": "(0, inf)",
+        },
     )
     max_nonfinite_steps: int = field(
         default=20,
         metadata={
             "help": "Steps with a NaN or infinite gradient change nothing and are counted; after this many in a row "
-            "the run writes a checkpoint and stops."
+            "the run writes a checkpoint and stops.",
+            "range": "(0, inf)",
         },
     )
     use_ema: bool = field(default=True, metadata={"help": "Keep a float32 moving average of the weights."})
     ema_decay: float = field(
-        default=0.9999, metadata={"help": "ema = decay * ema + (1 - decay) * weights after every step; no warm-up."}
+        default=0.9999,
+        metadata={
+            "help": "ema = decay * ema + (1 - decay) * weights after every step; no warm-up.",
+            "range": "[0, 1)",
+        },
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward: less memory, about 30 %% slower."}
+        default=False, metadata={"help": "Recompute activations in the backward: less memory, about 30 % slower."}
     )
     compile: bool = field(default=False, metadata={"help": "Run the trained modules through torch.compile."})
     dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that load data; 0 loads in the main process. Changes no result."}
+        default=0,
+        metadata={
+            "help": "Processes that load data; 0 loads in the main process. Changes no result.",
+            "range": "[0, inf)",
+        },
     )
     checkpointing_steps: int = field(
-        default=500, metadata={"help": "A checkpoint every so many optimizer steps, and at the end; 0 for none."}
+        default=500,
+        metadata={
+            "help": "A checkpoint every so many optimizer steps, and at the end; 0 for none.",
+            "range": "[0, inf)",
+        },
     )
     checkpoints_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep only this many newest checkpoints."}
+        default=2, metadata={"help": "Keep only this many newest checkpoints.", "range": "(0, inf)"}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -97,9 +131,15 @@ class RunArguments:
         default="tensorboard", metadata={"help": "Where curves and images go besides metrics.jsonl and validation/."}
     )
     logging_steps: int = field(
-        default=10, metadata={"help": "Read losses back from the device every so many steps; logs hold their mean."}
+        default=10,
+        metadata={
+            "help": "Read losses back from the device every so many steps; logs hold their mean.",
+            "range": "(0, inf)",
+        },
     )
-    validation_steps: int = field(default=500, metadata={"help": "Validation images every so many steps; 0: none."})
+    validation_steps: int = field(
+        default=500, metadata={"help": "Validation images every so many steps; 0: none.", "range": "[0, inf)"}
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Measure memory on one example, print what the run needs in memory and on disk, and exit."},
@@ -112,25 +152,13 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        positive = ["train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps"]
-        positive += ["max_nonfinite_steps", "max_train_steps", "checkpoints_total_limit", "max_grad_norm"]
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} must be positive; got {value}.")
-        for name in ("seed", "lr_warmup_steps", "checkpointing_steps", "validation_steps", "dataloader_num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative; got {getattr(self, name)}.")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"--ema_decay must lie in [0, 1); got {self.ema_decay}. Use --no_use_ema for no EMA.")
-        if self.lr_scheduler not in SCHEDULES:
-            raise ValueError(f"--lr_scheduler must be one of {', '.join(SCHEDULES)}; got {self.lr_scheduler!r}.")
+        super().__post_init__()
         if self.lr_scheduler == "constant_with_warmup" and not self.lr_warmup_steps:
             raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps; use constant for none.")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Checked):
     """Which images to train on: exactly one of dataset_name and train_data_dir."""
 
     dataset_name: str | None = field(
@@ -144,17 +172,18 @@ class DataArguments:
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the class labels."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
-    resolution: int = field(default=256, metadata={"help": "Side in pixels of the square training images."})
+    resolution: int = field(
+        default=256, metadata={"help": "Side in pixels of the square training images.", "range": "(0, inf)"}
+    )
     center_crop: bool = field(
         default=False, metadata={"help": "Crop the centre (ADM crop) instead of a random square of the image."}
     )
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images left to right."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dataset_name and self.train_data_dir:
             raise ValueError("Give either --dataset_name or --train_data_dir, not both.")
-        if self.resolution <= 0:
-            raise ValueError(f"--resolution must be positive; got {self.resolution}.")
 
     @property
     def name(self) -> str | None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import difflib
 import inspect
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ..extensions import Registry, load_extensions
 from ..files import write_text
+from ..options import options_of
 from ..regularizers.base import REGULARIZERS, Regularizer
-
-if TYPE_CHECKING:
-    from transformers import HfArgumentParser
+from .option_parser import OptionParser, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +84,7 @@ def parse(
     chosen: Sequence[Choice] = ()
     if choices is not None:
         known = _field_names(dataclass_types)
-        chosen = choices(_preliminary(dataclass_types, _as_flags(preset, known) + argv))
+        chosen = choices(OptionParser(dataclass_types).read_some(_as_flags(preset, known) + argv))
     methods: dict[str, type] = {}
     for choice in chosen:
         for name, kind in choice.arguments().items():
@@ -97,13 +93,13 @@ def parse(
             methods[name] = kind
 
     types = [*dataclass_types, *methods.values()]
-    parser = _build_parser(types, description, chosen)
+    others = {choice.flag: ", ".join(choice.others()) for choice in chosen if choice.others()}
+    notes = [f"Other choices of --{flag}: {names}." for flag, names in others.items()]
+    parser = OptionParser(types, description, notes=notes)
     known = _field_names(types)
     _check_preset(preset, known, chosen)
     parser.set_defaults(**{key: [] for key, value in preset.items() if value == []})  # no flag says an empty list
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        _as_flags(preset, known) + argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    parsed, unknown = parser.read(_as_flags(preset, known) + argv)
     if unknown:
         parser.error(_explain(unknown, known, chosen))
     if choices is None:
@@ -133,59 +129,8 @@ def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choi
     return Choice(REGULARIZERS, names, "regularizers")
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows a script's docstring line by line, every default, and each option under one name."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = copy.copy(action)
-        shown.option_strings = action.option_strings[:1]
-        return super()._format_action_invocation(shown)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def _build_parser(types: Sequence[type], description: str | None, chosen: Sequence[Choice]) -> HfArgumentParser:
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser((), description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    for kind in types:
-        kind._argument_group_name = str(kind.__doc__).splitlines()[0].rstrip(".")  # type: ignore[attr-defined]
-        try:
-            parser._add_dataclass_arguments(kind)
-        except argparse.ArgumentError as error:
-            raise ValueError(
-                f"An option of {kind.__module__}.{kind.__qualname__} is taken by the script: {error}. Rename it."
-            ) from error
-    parser.dataclass_types = list(types)
-    parser.usage = "%(prog)s [PRESET.yaml] [--flag value ...]"
-    parser.add_argument(
-        "--extension",
-        metavar="FILE_OR_MODULE",
-        default=argparse.SUPPRESS,  # read before the parser is built; here it only shows in --help
-        help="Python file or module that adds a method or a model; repeatable.",
-    )
-    parser.epilog = "\n".join(
-        ["A YAML preset may come first; its keys are the flags' names, and flags given after it win."]
-        + [f"Other choices of --{choice.flag}: {', '.join(choice.others())}." for choice in chosen if choice.others()]
-    )
-    for action in parser._actions:  # the --no_X that HfArgumentParser adds would repeat X's help and the wrong default
-        if action.option_strings[0].startswith("--no_") and action.nargs == 0:
-            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
-    return parser
-
-
-def _preliminary(types: Sequence[type], argv: Sequence[str]) -> dict[str, Any]:
-    """The values of the base options, before it is known which others there are."""
-    parser = _build_parser(types, None, ())
-    for action in parser._actions:
-        action.required = False
-    given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    return vars(given)
-
-
 def _field_names(types: Iterable[type]) -> list[str]:
-    return [entry.name for kind in types for entry in fields(kind) if entry.init]
+    return [name for kind in types for name in options_of(kind)]
 
 
 def _explain(unknown: Sequence[str], known: Sequence[str], chosen: Sequence[Choice]) -> str:
@@ -197,7 +142,8 @@ def _explain(unknown: Sequence[str], known: Sequence[str], chosen: Sequence[Choi
     if owner is not None:
         choice, member = owner
         return f"--{name} belongs to the {choice.registry.kind} {member}, which --{choice.flag} does not choose"
-    return f"unknown argument {unknown[0]}; the nearest flag is --{_nearest(name, known)}"
+    likest = nearest(name, known)
+    return f"unknown argument {unknown[0]}; " + (f"the nearest flag is --{likest}" if likest else "see --help")
 
 
 def _owner(name: str, chosen: Sequence[Choice]) -> tuple[Choice, str] | None:
@@ -208,10 +154,6 @@ def _owner(name: str, chosen: Sequence[Choice]) -> tuple[Choice, str] | None:
             if arguments is not None and name.removeprefix("no_") in _field_names([arguments]):
                 return choice, member
     return None
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def _read_preset(path: Path) -> dict[str, Any]:
@@ -243,8 +185,9 @@ def _check_preset(preset: Mapping[str, Any], known: Sequence[str], chosen: Seque
         if key in known:
             continue
         if _owner(str(key), chosen) is None:
-            nearest = _nearest(str(key), known)
-            raise ValueError(f"Unknown key {key!r} in the preset; the nearest flag is {nearest!r}.")
+            likest = nearest(str(key), known)
+            hint = f"the nearest flag is {likest!r}" if likest else "its keys are the names of flags, see --help"
+            raise ValueError(f"Unknown key {key!r} in the preset; {hint}.")
         unused.append(str(key))
     if unused:
         logger.warning("Without effect, since their methods are not chosen: %s.", ", ".join(unused))
@@ -299,9 +242,9 @@ def _require_known(config: Mapping[str, Any], model_class: type, where: str) -> 
     known = [name for name in inspect.signature(model_class).parameters if name not in ("args", "kwargs")]
     for key in config:
         if key not in known:
-            raise ValueError(
-                f"Unknown key {key!r} in {where}; the nearest of {model_class.__name__} is {_nearest(key, known)!r}."
-            )
+            likest = nearest(key, known)
+            hint = f"the nearest of {model_class.__name__} is {likest!r}" if likest else f"it takes {', '.join(known)}"
+            raise ValueError(f"Unknown key {key!r} in {where}; {hint}.")
 
 
 def resolved(*arguments: Any) -> dict[str, Any]:

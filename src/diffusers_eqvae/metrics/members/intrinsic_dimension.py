@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from ...options import Checked
 from ..base import Figure, PerImageMetric, register_metric
 from ..latent_statistics import MIN_POINTS, intrinsic_dimension_if_defined
 
@@ -18,18 +19,16 @@ class IntrinsicDimension(PerImageMetric):
     needs = frozenset({"posteriors"})
 
     @dataclass
-    class Arguments:
+    class Arguments(Checked):
         """How many latents the intrinsic dimension is taken of."""
 
         intrinsic_dimension_max_points: int = field(
-            default=10_000, metadata={"help": "Latents that it is taken of, the first ones; it costs their square."}
+            default=10_000,
+            metadata={
+                "help": "Latents that it is taken of, the first ones; it costs their square.",
+                "range": "(0, inf)",
+            },
         )
-
-        def __post_init__(self) -> None:
-            if self.intrinsic_dimension_max_points < 1:
-                raise ValueError(
-                    f"intrinsic_dimension_max_points must be positive; got {self.intrinsic_dimension_max_points}."
-                )
 
     def __init__(self, max_points: int = 10_000) -> None:
         super().__init__()

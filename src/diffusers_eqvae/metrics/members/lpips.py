@@ -6,6 +6,7 @@ from typing import Literal
 from torch import nn
 
 from ...losses.perceptual import LPIPS
+from ...options import Checked
 from ...provenance import weights_hash
 from ..base import PerImageMetric, register_metric
 
@@ -22,7 +23,7 @@ class PerceptualDistance(PerImageMetric):
     better = "lower"
 
     @dataclass
-    class Arguments:
+    class Arguments(Checked):
         """Network and weights of LPIPS."""
 
         lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS network."})

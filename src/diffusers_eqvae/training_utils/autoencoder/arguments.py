@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...options import Checked
 from ...regularizers.base import REGULARIZERS, AutoencoderRegularizer
 from ..command_line import Choice, regularizer_choice
 
 
 @dataclass
-class AutoencoderArguments:
+class AutoencoderArguments(Checked):
     """The autoencoder to train and where it starts from."""
 
     pretrained_model_name_or_path: str | None = field(
@@ -45,7 +46,7 @@ class AutoencoderArguments:
 
 
 @dataclass
-class AutoencoderLossArguments:
+class AutoencoderLossArguments(Checked):
     """The terms of the objective; a term of weight 0 costs nothing."""
 
     reconstruction_loss: Literal["l1", "l2"] = field(default="l1", metadata={"help": "Distance in pixels."})
@@ -53,7 +54,9 @@ class AutoencoderLossArguments:
         default="sum",
         metadata={"help": "Over channels and pixels: sum is the LDM/EQ-VAE form (small images weigh less), or mean."},
     )
-    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of LPIPS; 0 switches it off."})
+    perceptual_weight: float = field(
+        default=1.0, metadata={"help": "Weight of LPIPS; 0 switches it off.", "range": "[0, inf)"}
+    )
     perceptual_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS backbone."})
     lpips_backbone_weights: str | None = field(
         default=None, metadata={"help": "Local file with the backbone's ImageNet weights (torchvision key names)."}
@@ -61,18 +64,25 @@ class AutoencoderLossArguments:
     lpips_linear_weights: str | None = field(
         default=None, metadata={"help": "Local file with the LPIPS v0.1 linear heads of that backbone."}
     )
-    kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL divergence to N(0, I)."})
-    disc_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the adversarial term; 0 trains without a discriminator."}
+    kl_weight: float = field(
+        default=1e-6, metadata={"help": "Weight of the KL divergence to N(0, I).", "range": "[0, inf)"}
     )
-    disc_start: int = field(default=0, metadata={"help": "First optimizer step with the adversarial term."})
+    disc_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the adversarial term; 0 trains without a discriminator.", "range": "[0, inf)"},
+    )
+    disc_start: int = field(
+        default=0, metadata={"help": "First optimizer step with the adversarial term.", "range": "[0, inf)"}
+    )
     disc_loss: Literal["hinge", "vanilla"] = field(default="hinge", metadata={"help": "Discriminator objective."})
     disc_norm: Literal["batch", "group"] = field(
         default="batch",
         metadata={"help": "Normalisation in the discriminator; group does not mix the images of a batch."},
     )
-    disc_num_layers: int = field(default=3, metadata={"help": "Strided layers of the PatchGAN discriminator."})
-    disc_channels: int = field(default=64, metadata={"help": "Filters of its first layer."})
+    disc_num_layers: int = field(
+        default=3, metadata={"help": "Strided layers of the PatchGAN discriminator.", "range": "(0, inf)"}
+    )
+    disc_channels: int = field(default=64, metadata={"help": "Filters of its first layer.", "range": "(0, inf)"})
     disc_pretrained: str | None = field(
         default=None, metadata={"help": "Directory of a saved discriminator to continue with."}
     )
@@ -83,7 +93,7 @@ class AutoencoderLossArguments:
 
 
 @dataclass
-class RegularizerArguments:
+class RegularizerArguments(Checked):
     """Which regularizers run; each brings its own options."""
 
     regularizers: list[str] = field(
@@ -100,16 +110,17 @@ def autoencoder_choices(given: Mapping[str, Any]) -> list[Choice]:
 
 
 @dataclass
-class AutoencoderEvaluationArguments:
+class AutoencoderEvaluationArguments(Checked):
     """What is measured while training, and the normalisation that the finished autoencoder carries."""
 
     validation_data_dir: str | None = field(
         default=None,
         metadata={"help": "Images to validate on (ADM centre crops); unset takes the first training images."},
     )
-    num_validation_images: int = field(default=24, metadata={"help": "How many of them."})
+    num_validation_images: int = field(default=24, metadata={"help": "How many of them.", "range": "(0, inf)"})
     validation_resolution: int | None = field(
-        default=None, metadata={"help": "Side of the validation images in pixels; unset: --resolution."}
+        default=None,
+        metadata={"help": "Side of the validation images in pixels; unset: --resolution.", "range": "(0, inf)"},
     )
     normalization: Literal["channel", "scalar", "config"] = field(
         default="channel",
@@ -119,10 +130,9 @@ class AutoencoderEvaluationArguments:
         },
     )
     num_normalization_images: int = field(
-        default=10_000, metadata={"help": "Training images that mean and std are measured on (at most one epoch)."}
+        default=10_000,
+        metadata={
+            "help": "Training images that mean and std are measured on (at most one epoch).",
+            "range": "(0, inf)",
+        },
     )
-
-    def __post_init__(self) -> None:
-        for name in ("num_validation_images", "num_normalization_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}.")

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ...options import Checked
 from ..arguments import warn_without_effect
 
 
 @dataclass
-class PerceptionArguments:
+class PerceptionArguments(Checked):
     """What to measure on which images, and where the results go."""
 
     vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
@@ -18,14 +19,18 @@ class PerceptionArguments:
     output: str = field(metadata={"help": "The card, a JSON file; the overview gets the same name with .png."})
     masks: str | None = field(default=None, metadata={"help": "Folder of classes: 8-bit masks named as the images."})
     depths: str | None = field(default=None, metadata={"help": "Folder of depths: 16 bits in mm, where 0 is invalid."})
-    num_annotated: int = field(default=5, metadata={"help": "Images whose annotations may be used; 0 with heads."})
-    num_tested: int | None = field(default=None, metadata={"help": "Of the last images; unset: all not annotated."})
+    num_annotated: int = field(
+        default=5, metadata={"help": "Images whose annotations may be used; 0 with heads.", "range": "[0, inf)"}
+    )
+    num_tested: int | None = field(
+        default=None, metadata={"help": "Of the last images; unset: all not annotated.", "range": "(0, inf)"}
+    )
     order: Literal["random", "name"] = field(
         default="random",
         metadata={"help": "Which come first, the annotated ones: by --seed or by name (for frames of a film)."},
     )
-    seed: int = field(default=0, metadata={"help": "Of the random order."})
-    resolution: int = field(default=256, metadata={"help": "Side in pixels of the centre crops."})
+    seed: int = field(default=0, metadata={"help": "Of the random order.", "range": "[0, 2**64)"})
+    resolution: int = field(default=256, metadata={"help": "Side in pixels of the centre crops.", "range": "(0, inf)"})
     alignment_network: str | None = field(
         default=None, metadata={"help": "Its directory or Hub name, or that of its autoencoder or pipeline."}
     )
@@ -34,23 +39,30 @@ class PerceptionArguments:
     head_teacher_type: str = field(
         default="dinov2", metadata={"help": "Backbone that the heads were fitted to, a transformers type."}
     )
-    max_depth: float = field(default=10.0, metadata={"help": "Metres of the depth head's last bin; KITTI: 80."})
-    neighbours: int = field(default=5, metadata={"help": "Annotated positions that a position is compared with."})
-    window: int | None = field(
-        default=None, metadata={"help": "Side in latent positions of a feature; unset: 1 with a network, 5 without."}
+    max_depth: float = field(
+        default=10.0, metadata={"help": "Metres of the depth head's last bin; KITTI: 80.", "range": "(0, inf)"}
     )
-    ignore_index: int = field(default=255, metadata={"help": "Label of pixels without a class."})
-    num_classes: int | None = field(default=None, metadata={"help": "Unset: the highest label and 1."})
+    neighbours: int = field(
+        default=5, metadata={"help": "Annotated positions that a position is compared with.", "range": "(0, inf)"}
+    )
+    window: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in latent positions of a feature; unset: 1 with a network, 5 without.",
+            "range": "(0, inf)",
+        },
+    )
+    ignore_index: int = field(default=255, metadata={"help": "Label of pixels without a class.", "range": "[0, inf)"})
+    num_classes: int | None = field(
+        default=None, metadata={"help": "Unset: the highest label and 1.", "range": "(0, inf)"}
+    )
     median_scaling: bool = field(default=False, metadata={"help": "Compare depths up to a factor per image."})
-    batch_size: int = field(default=8, metadata={"help": "Images per forward."})
-    num_shown: int = field(default=4, metadata={"help": "Rows of the overview, evenly spaced."})
+    batch_size: int = field(default=8, metadata={"help": "Images per forward.", "range": "(0, inf)"})
+    num_shown: int = field(default=4, metadata={"help": "Rows of the overview, evenly spaced.", "range": "(0, inf)"})
     device: str = field(default="cpu", metadata={"help": "Where to compute: cpu, cuda, cuda:1 ..."})
 
     def __post_init__(self) -> None:
-        positive = ["num_tested", "resolution", "max_depth", "neighbours", "window", "num_classes", "batch_size"]
-        for name in (*positive, "num_shown"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive; got {getattr(self, name)}.")
+        super().__post_init__()
         if Path(self.output).suffix == ".png":
             raise ValueError(f"--output names the JSON file, and the overview gets .png; got {self.output}.")
         if self.masks is None and self.depths is None:
@@ -63,7 +75,7 @@ class PerceptionArguments:
             raise ValueError("Heads read single features of a teacher: give --alignment_network and no --window.")
         covered = (self.masks is None) == (self.segmentation_head is None)
         covered = covered and (self.depths is None) == (self.depth_head is None)
-        if self.num_annotated < 0 or (self.num_annotated == 0 and not covered):
+        if self.num_annotated == 0 and not covered:
             raise ValueError(f"--num_annotated must be positive without a head; got {self.num_annotated}.")
         for given, names, reason in (
             (self.masks, ("ignore_index", "num_classes"), "there are no --masks"),

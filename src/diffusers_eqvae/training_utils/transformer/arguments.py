@@ -8,6 +8,7 @@ from typing import Any
 
 from ...guidance import validate_interval
 from ...objectives.base import OBJECTIVES
+from ...options import Checked
 from ...regularizers.base import GeneratorRegularizer
 from ..arguments import warn_without_effect
 from ..command_line import Choice, regularizer_choice
@@ -15,7 +16,7 @@ from .model_source import ModelSource
 
 
 @dataclass
-class TransformerArguments:
+class TransformerArguments(Checked):
     """The transformer and the latents that it learns to generate."""
 
     model: str = field(
@@ -38,11 +39,15 @@ class TransformerArguments:
         },
     )
     num_classes: int | None = field(
-        default=None, metadata={"help": "Number of classes; unset, that of the data. Checked where given."}
+        default=None,
+        metadata={"help": "Number of classes; unset, that of the data. Checked where given.", "range": "(0, inf)"},
     )
     class_dropout_prob: float | None = field(
         default=None,
-        metadata={"help": "Share of samples trained without their label, for guidance; unset, the model's own (0.1)."},
+        metadata={
+            "help": "Share of samples trained without their label, for guidance; unset, the model's own (0.1).",
+            "range": "[0, 1)",
+        },
     )
     config_overrides: list[str] = field(
         default_factory=list,
@@ -57,12 +62,14 @@ class TransformerArguments:
 
 
 @dataclass
-class OptimizerArguments:
+class OptimizerArguments(Checked):
     """AdamW."""
 
-    adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW."})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of AdamW."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW.", "range": "[0, 1)"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW.", "range": "[0, 1)"})
+    adam_weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled weight decay of AdamW.", "range": "[0, inf)"}
+    )
 
 
 def transformer_choices(given: Mapping[str, Any]) -> list[Choice]:
@@ -78,41 +85,45 @@ def transformer_choices(given: Mapping[str, Any]) -> list[Choice]:
 
 
 @dataclass
-class SamplingArguments:
+class SamplingArguments(Checked):
     """How validation images are sampled."""
 
     validation_labels: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3], metadata={"help": "Classes shown; those beyond the last are left out."}
+        default_factory=lambda: [0, 1, 2, 3],
+        metadata={"help": "Classes shown; those beyond the last are left out.", "range": "[0, inf)"},
     )
-    num_validation_images: int = field(default=4, metadata={"help": "Images per class."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Classifier-free guidance; 1 switches it off."})
+    num_validation_images: int = field(
+        default=4, metadata={"help": "Images per class; none at all with --validation_steps 0.", "range": "(0, inf)"}
+    )
+    guidance_scale: float = field(
+        default=4.0, metadata={"help": "Classifier-free guidance; 1 switches it off.", "range": "[0, inf)"}
+    )
     guidance_interval: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Noise levels LOW HIGH in [0, 1] (1 = noise) between which guidance acts."},
+        metadata={
+            "help": "Noise levels LOW HIGH in [0, 1] (1 = noise) between which guidance acts.",
+            "range": "[0, 1]",
+        },
     )
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler.", "range": "(0, inf)"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.guidance_interval) != 2:
             raise ValueError(f"--guidance_interval takes two numbers, LOW and HIGH; got {self.guidance_interval}.")
         validate_interval(self.guidance_interval)
-        if self.num_inference_steps < 1:
-            raise ValueError(f"--num_inference_steps must be at least 1; got {self.num_inference_steps}.")
-        if self.num_validation_images < 1:
-            raise ValueError(
-                f"--num_validation_images must be at least 1; got {self.num_validation_images}. Use "
-                "--validation_steps 0 for no images."
-            )
-        if min(self.validation_labels, default=0) < 0:
-            raise ValueError(f"--validation_labels are class numbers from 0 on; got {self.validation_labels}.")
 
 
 @dataclass
-class GenerationEvaluationArguments:
+class GenerationEvaluationArguments(Checked):
     """How generated images are measured while the transformer trains."""
 
     evaluation_steps: int = field(
-        default=0, metadata={"help": "Measure samples against --evaluation_reference every so many steps; 0 never."}
+        default=0,
+        metadata={
+            "help": "Measure samples against --evaluation_reference every so many steps; 0 never.",
+            "range": "[0, inf)",
+        },
     )
     evaluation_reference: str | None = field(
         default=None,
@@ -122,7 +133,11 @@ class GenerationEvaluationArguments:
         },
     )
     num_evaluation_samples: int = field(
-        default=1000, metadata={"help": "Samples per measurement. Curves of few compare with each other alone."}
+        default=1000,
+        metadata={
+            "help": "Samples per measurement. Curves of few compare with each other alone.",
+            "range": "[2, inf)",
+        },
     )
     feature_networks: list[str] = field(
         default_factory=lambda: ["inception"],
@@ -133,11 +148,7 @@ class GenerationEvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.evaluation_steps < 0 or self.num_evaluation_samples < 2:
-            raise ValueError(
-                "--evaluation_steps must not be negative and --num_evaluation_samples at least 2; got "
-                f"{self.evaluation_steps} and {self.num_evaluation_samples}."
-            )
+        super().__post_init__()
         if self.evaluation_steps and self.evaluation_reference is None:
             raise ValueError("--evaluation_steps needs --evaluation_reference: what are samples to be compared with?")
         if not self.evaluation_steps:
