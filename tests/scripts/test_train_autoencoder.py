@@ -143,7 +143,7 @@ def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
         ({"model_config": "x.json"}, "exactly one of"),
         ({"train_data_dir": "nowhere"}, "does not exist"),
         ({"p_equivariance": 1.5}, "p_equivariance"),
-        ({"learning_rate": -1}, "learning rate"),
+        ({"learning_rate": -1}, "learning_rate must not be negative"),
     ],
 )
 def test_bad_input_is_refused_at_the_start(folder, tiny_autoencoder_kl, options, message):
