@@ -106,10 +106,10 @@ def test_weights_are_read_as_tensors_only(tmp_path, capsys):
         assert list(read) == ["a"] and torch.equal(read["a"], tensors["a"])
         cut = tmp_path / f"cut.{suffix}"
         cut.write_bytes((tmp_path / f"x.{suffix}").read_bytes()[:-9])
-        with pytest.raises(ValueError, match=r"cut.* is not a whole file of weights"):
+        with pytest.raises(ValueError, match=r"cut.* is not read: it is damaged"):
             files.read_weights(cut)
     torch.save({"a": Hostile()}, tmp_path / "hostile.pth")
-    with pytest.raises(ValueError, match=r"hostile\.pth is not a whole file of weights"):
+    with pytest.raises(ValueError, match=r"hostile\.pth is not read: it needs code"):
         files.read_weights(tmp_path / "hostile.pth")
     assert capsys.readouterr().out == ""
     torch.save([1], tmp_path / "list.pth")
@@ -144,3 +144,31 @@ def test_older_and_newer_formats_are_told_apart():
             files.require_format_version(found, 2, path="x.json", remedy="make it again")
     with pytest.raises(ValueError, match="format_version 3, newer than 2: update diffusers_eqvae"):
         files.require_format_version(3, 2, path="x.json", remedy="make it again")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(b"", "is not a whole JSON file: Expecting value", id="empty"),
+        pytest.param(b'{"a": ', "is not a whole JSON file: Expecting value", id="cut short"),
+        pytest.param(b"\xff\xfe{}", "is not a whole JSON file: 'utf-8' codec", id="not UTF-8"),
+        pytest.param(b"[" * 100_000, "is not a whole JSON file: maximum recursion depth", id="nested without end"),
+        pytest.param(b"9" * 5000, "is not a whole JSON file: Exceeds the limit", id="a number of 5000 digits"),
+        pytest.param(b"[1]", r"must hold a JSON object \({...}\); it holds a list", id="a list"),
+        pytest.param(b"null", r"must hold a JSON object \({...}\); it holds a NoneType", id="null"),
+    ],
+)
+def test_json_that_is_not_an_object_is_named(content, message, tmp_path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.json {message}"):
+        files.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="it is a folder, a pipe or a device"):
+        files.read_json(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match=r"x\.pth is not a file of weights"):
+        files.read_weights(tmp_path / "x.pth")

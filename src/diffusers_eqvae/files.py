@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import shutil
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,29 @@ def strict_json(content: Any) -> str:
     return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file; the file is named in whatever is said against it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a regular file, not UTF-8, not JSON, or a list or a single value.
+
+    Example:
+        >>> read_json("runs/eq-vae/config.json")["_class_name"]
+        'AutoencoderKL'
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise ValueError(f"{path} must be a JSON file; it is a folder, a pipe or a device.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} is not a whole JSON file: {str(error).rstrip('.')}. Write it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object ({{...}}); it holds a {type(content).__name__}.")
+    return content
+
+
 def require_format_version(found: Any, current: int, *, path: str | os.PathLike[str], remedy: str) -> None:
     """Refuses a file of an older format, naming the remedy, or of a newer one, which a newer package reads.
 
@@ -153,27 +176,40 @@ def require_writable(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tensors of a .safetensors or a .pth file by name, on the CPU, without executing what it may hold.
+def read_weights(path: str | os.PathLike[str], *, allowed: Sequence[type] = ()) -> dict[str, Any]:
+    """What a .safetensors or a torch file (.pth, .pt, .bin) holds by name, on the CPU, without executing any of it.
+
+    Args:
+        allowed: classes that a torch file may hold beside tensors and plain values.
 
     Raises:
-        ValueError: a file that is neither, is cut short, or holds more than tensors by name.
+        FileNotFoundError: no such file.
+        ValueError: a file that is neither, is damaged, holds nothing by name, or needs code to be read.
 
     Example:
         >>> network.load_state_dict(read_weights("squeezenet1_1-b8a52dc0.pth"))
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = Path(path)
+    if not path.is_file():  # a folder too, or a pipe, which would be waited for
+        raise FileNotFoundError(f"{path} is not a file of weights (.safetensors, .pth); name one.")
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a whole file of weights (.pth or .safetensors): {reason}") from error
-    if not isinstance(state, Mapping):
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes either reader raise almost anything
+        # Not in torch's words: they advise to load without weights_only, which would run what the file says.
+        needs_code = "unsupported global" in str(error).lower()
+        reason = "it needs code to be read" if needs_code else "it is damaged or not a file of weights"
+        raise ValueError(
+            f"{path} is not read: {reason}. Have its author save the tensors alone, as .safetensors."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} must hold tensors by name; it holds a {type(state).__name__}.")
     return dict(state)
 

@@ -84,7 +84,7 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path, monkeypatch):
         read_published(tmp_path / "evil.pt")
     assert "weights_only" not in str(error.value) and not (tmp_path / "executed").exists()
     torch.save([torch.ones(1)], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds a list, not named tensors"):
+    with pytest.raises(ValueError, match="must hold tensors by name; it holds a list"):
         read_published(tmp_path / "list.pt")
 
 

@@ -167,15 +167,15 @@ def test_files_that_are_no_linear_head_are_refused(tmp_path):
         (LinearSegmentationHead.from_file, without_bias, "conv_seg.bias"),
         (LinearSegmentationHead.from_file, segmentation | {"backbone.x": torch.ones(1)}, "backbone.x"),
         (LinearDepthHead.from_file, odd, "even number of channels"),
-        (LinearDepthHead.from_file, {"x": Surprise()}, "more than tensors"),
+        (LinearDepthHead.from_file, {"x": Surprise()}, "needs code to be read"),
     ):
         with pytest.raises(ValueError, match=message):
             load(saved(tmp_path, tensors))
-    with pytest.raises(FileNotFoundError, match="no head"):
+    with pytest.raises(FileNotFoundError, match="is not a file of weights"):
         LinearDepthHead.from_file(tmp_path / "absent.pth")
     cut = saved(tmp_path, depth)
     cut.write_bytes(cut.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="is damaged"):
         LinearDepthHead.from_file(cut)
 
 
@@ -185,14 +185,14 @@ def test_files_that_are_no_weights_are_named(tmp_path, suffix, content):
     path = tmp_path / f"head.{suffix}"
     path.write_bytes(content)
     for load in (LinearSegmentationHead.from_file, LinearDepthHead.from_file):
-        with pytest.raises(ValueError, match=rf"head\.{suffix} is cut short, damaged"):
+        with pytest.raises(ValueError, match=rf"head\.{suffix} is not read: it is damaged"):
             load(path)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": [torch.ones(1)]}, [torch.ones(1)], {3: torch.ones(1)}])
 def test_tensors_without_names_are_no_head(tmp_path, content):
     torch.save(content, tmp_path / "head.pth")
-    with pytest.raises(ValueError, match=r"head\.pth (must hold decode_head\.conv_seg|is cut short)"):
+    with pytest.raises(ValueError, match=r"head\.pth must hold (decode_head\.conv_seg|tensors by name)"):
         LinearSegmentationHead.from_file(tmp_path / "head.pth")
 
 

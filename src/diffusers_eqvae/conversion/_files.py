@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import atomic_path, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +40,8 @@ def read_published(path: str | Path, *, weights: str | None = None) -> dict[str,
         >>> tensors = read_published("SiT-XL-2-256x256.pt", weights="ema")
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; name a .safetensors or torch file of published weights.")
-    tensors = _entry(_load(path), weights, path)
+    content = read_weights(path, allowed=[argparse.Namespace])  # DiT's and SiT's checkpoints keep their flags
+    tensors = _entry(content, weights, path)
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} does not hold named tensors; it holds {', '.join(map(str, tensors)) or 'nothing'}.")
     return _without_prefixes(tensors)
@@ -65,26 +63,7 @@ def save_published(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             torch.save(contiguous, sibling)
 
 
-def _load(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == SAFETENSORS:
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's and SiT's checkpoints keep their flags
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        # torch's message advises to load without weights_only, which would run what the file says.
-        reason = "it needs code to be read" if "Unsupported global" in str(error) else "it is damaged"
-        raise ValueError(
-            f"{path} is not read: {reason}. Have its author save the tensors alone, as .safetensors."
-        ) from error
-
-
-def _entry(content: Any, weights: str | None, path: Path) -> Mapping[str, Tensor]:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors.")
+def _entry(content: Mapping[str, Any], weights: str | None, path: Path) -> Mapping[str, Tensor]:
     there = [name for name in content if isinstance(content[name], Mapping)]
     if weights is None:
         weights = next((name for name in ENTRIES if name in there), None)

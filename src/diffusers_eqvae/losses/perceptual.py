@@ -248,9 +248,7 @@ def _download(url: str, path: Path, digest: str, part: str) -> None:
 def _check_keys(
     what: str, source: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor], prefix: str = ""
 ) -> None:
-    wrong = [
-        key for key, value in own.items() if prefix + key not in given or given[prefix + key].shape != value.shape
-    ]
+    wrong = [key for key, value in own.items() if getattr(given.get(prefix + key), "shape", None) != value.shape]
     if wrong:
         raise ValueError(
             f"{source} must hold {what}, but {len(wrong)} of {len(own)} tensors are missing or have another shape "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import provenance
 from ..files import read_weights
 from ..images import UINT8_RULE
+from ..models.feature_teacher import load_vision_model
 from .cifar_resnet import CifarResNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -239,26 +240,10 @@ def dinov2_features(name_or_path: str = "facebook/dinov2-large", *, image_size: 
         >>> dinov2_features("facebook/dinov2-large").name
         'dinov2-large'
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-
-    try:
-        model, found = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"The model.safetensors of {name_or_path} is not a whole file of weights: {error}") from error
-    except OSError as error:
-        raise FileNotFoundError(
-            f"DINOv2's weights were not found at {name_or_path}, which must be a directory with config.json and "
-            "model.safetensors or a Hub name. Fetch them with `hf download` to a directory "
-            "and name that directory beside the network (dinov2=dinov2-large)."
-        ) from error
+    model = load_vision_model(name_or_path)
     config: Any = model.config
     if config.model_type not in ("dinov2", "dinov2_with_registers"):
         raise ValueError(f"FD-DINOv2 needs a DINOv2 model; {name_or_path} is of type {config.model_type!r}.")
-    if found["missing_keys"]:
-        # transformers draws them at random, and says so in a warning only.
-        count = len(found["missing_keys"])
-        raise ValueError(f"{name_or_path} must hold all weights of {config.model_type}; it lacks {count} tensors.")
     if image_size % config.patch_size:
         raise ValueError(f"image_size must be a multiple of the patch size {config.patch_size}; got {image_size}.")
     return ModuleFeatures(

@@ -79,10 +79,7 @@ class FeatureTeacher(nn.Module):
         revision: str | None = None,
     ) -> FeatureTeacher:
         """The teacher of a Hub name ("facebook/dinov2-with-registers-large") or a directory, in float32."""
-        from transformers import AutoModel
-
-        options = {} if revision is None else {"revision": revision}
-        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, **options)
+        model = load_vision_model(name_or_path, revision=revision)
         return cls(model, image_size=image_size, final_norm=final_norm)
 
     @cached_property
@@ -132,3 +129,34 @@ class FeatureTeacher(nn.Module):
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         patch = tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
         return patch.contiguous(), tokens[:, 0]
+
+
+def load_vision_model(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Any:
+    """A transformers model in float32, of a directory or a Hub name; weights from model.safetensors only, and all.
+
+    Example:
+        >>> load_vision_model("facebook/dinov2-large").config.hidden_size
+        1024
+    """
+    from transformers import AutoModel
+
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, found = AutoModel.from_pretrained(name_or_path, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"There are no weights at {name_or_path}, which must be a directory with config.json and "
+            "model.safetensors, or a Hub name. Fetch it with `hf download` to a directory, and name that."
+        ) from error
+    except Exception as error:  # a config or weights of another shape fail in many ways
+        raise ValueError(
+            f"The config.json and model.safetensors of {name_or_path} are not those of a model: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if missing := len(found["missing_keys"]):
+        # transformers draws them at random, and says so in a warning only.
+        raise ValueError(
+            f"{name_or_path} must hold all weights of a {model.config.model_type}; it lacks {missing} tensors."
+        )
+    return model

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..metrics.feature_networks import read_weights
+from ..files import read_weights
 from ..models.alignment_network import AlignmentNetwork
 from .features import LatentFeatures, to_size
 
@@ -184,18 +183,8 @@ class LinearDepthHead(LinearHead):
 
 def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a head's file by name, without "decode_head."; nothing in it is executed."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no head {path}; DINOv2's are linked in the README of its repository.")
-    try:
-        content = read_weights(path)
-    except Exception as error:  # a damaged pickle or header fails in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is cut short, damaged or holds more than tensors, which is not loaded because it could run code: "
-            f"{reason} If you trust its source, save torch.load(path, weights_only=False)['state_dict'] as "
-            ".safetensors and give that."
-        ) from error
-    tensors: Any = content.get("state_dict", content) if isinstance(content, dict) else None
+    content = read_weights(path)
+    tensors = content.get("state_dict", content)
     items = tensors.items() if isinstance(tensors, dict) else ()
     return {str(name).removeprefix(PREFIX): value for name, value in items if isinstance(value, Tensor)}
 
