@@ -18,12 +18,12 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from diffusers_eqvae.flow import DIFFUSION_FORMS
 from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.options import Checked
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.provenance import hardware
-from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
-from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
+from diffusers_eqvae.schedulers.choices import SDE_OPTIONS, choose_scheduler
 from diffusers_eqvae.training_utils.arguments import DTYPES
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import build_state, run_script
@@ -71,8 +71,36 @@ class SampleArguments(Checked):
         metadata={"help": "Guide the first n latent channels only; all when absent.", "range": "(0, inf)"},
     )
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler.", "range": "(0, inf)"})
-    scheduler: Literal["saved", "ode-euler", "ode-heun", "sde"] = field(
-        default="saved", metadata={"help": "Sampler; saved is the one in the pipeline directory."}
+    scheduler: str = field(
+        default="saved",
+        metadata={
+            "help": "Sampler: saved (the pipeline's own), euler, heun or sde of a flow, ddpm or ddim of a diffusion, "
+            "dpmsolver++ or unipc of either."
+        },
+    )
+    shift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Move a flow's noise levels towards noise by this factor; unset, as saved.",
+            "range": "(0, inf)",
+        },
+    )
+    diffusion_form: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Diffusion coefficient of the sde: {', '.join(DIFFUSION_FORMS)}; unset, sigma or as saved."
+        },
+    )
+    diffusion_norm: float | None = field(
+        default=None, metadata={"help": "Factor of the sde's diffusion coefficient.", "range": "[0, inf)"}
+    )
+    last_step: str | None = field(
+        default=None,
+        metadata={"help": "The sde's step without noise: Mean, Tweedie, Euler, or none for no such step."},
+    )
+    last_step_size: float | None = field(
+        default=None,
+        metadata={"help": "Noise level at which the sde's last step begins.", "range": "(0, 1)"},
     )
     dtype: Literal["bf16", "fp16", "fp32"] = field(
         default="fp32", metadata={"help": "Of transformer and VAE; the state stays float32."}
@@ -83,11 +111,12 @@ class SampleArguments(Checked):
 def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
     dtype = getattr(torch, DTYPES[arguments.dtype])
     pipeline = sampling.load_pipeline(arguments.model, dtype=dtype).to(device)
-    config = pipeline.scheduler.config
-    if arguments.scheduler == "sde":
-        pipeline.scheduler = FlowMatchSDEScheduler.from_config(config)
-    elif arguments.scheduler != "saved":
-        pipeline.scheduler = FlowMatchODEScheduler.from_config(config, solver=arguments.scheduler.removeprefix("ode-"))
+    given = {name: getattr(arguments, name) for name in ("shift", *SDE_OPTIONS)}
+    options = {name: value for name, value in given.items() if value is not None}
+    if options.get("last_step") == "none":
+        options["last_step"] = None
+    pipeline.scheduler = choose_scheduler(arguments.scheduler, pipeline.scheduler, **options)
+    pipeline.check_parts()
     return pipeline
 
 

@@ -7,6 +7,7 @@
     path      alpha               beta
     linear    1 - sigma           sigma
     cosine    cos(pi sigma / 2)   sin(pi sigma / 2)               SiT's GVP
+    vp        exp(-b(sigma) / 2)  sqrt(1 - alpha^2)               b = 9.95 sigma^2 + .1 sigma, of betas .1 .. 20
 
 `sigma` in [0, 1] is the noise level, 1 = pure noise, diffusers' axis. SiT's time is t = 1 - sigma, so this velocity is
 minus SiT's. Every function takes sigma as a float, a scalar tensor or one value per sample (B,); a float stays on the
@@ -21,13 +22,18 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-FlowPath = Literal["linear", "cosine"]
+FlowPath = Literal["linear", "cosine", "vp"]
+FlowPrediction = Literal["flow_prediction", "epsilon", "score", "sample"]
+LossWeighting = Literal["none", "velocity", "likelihood"]
 SigmaDistribution = Literal["uniform", "logit_normal"]
 DiffusionForm = Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"]
 
 PATHS: tuple[str, ...] = get_args(FlowPath)
+FLOW_PREDICTIONS: tuple[str, ...] = get_args(FlowPrediction)
+LOSS_WEIGHTINGS: tuple[str, ...] = get_args(LossWeighting)
 SIGMA_DISTRIBUTIONS: tuple[str, ...] = get_args(SigmaDistribution)
 DIFFUSION_FORMS: tuple[str, ...] = get_args(DiffusionForm)
+VP_BETAS = (0.1, 20.0)
 
 Sigma = TypeVar("Sigma", float, Tensor, float | Tensor)
 
@@ -41,16 +47,48 @@ def alpha_beta(sigma: Sigma, path: FlowPath = "linear") -> tuple[Sigma, Sigma]:
     _check_choice("path", path, PATHS)
     if path == "linear":
         return 1.0 - sigma, 1.0 * sigma
-    return _cos(0.5 * math.pi * sigma), _sin(0.5 * math.pi * sigma)
+    if path == "vp":
+        log_alpha, _ = _vp_log_alpha(sigma)
+        return _of(log_alpha, "exp"), _of(-_of(2.0 * log_alpha, "expm1"), "sqrt")
+    return _of(0.5 * math.pi * sigma, "cos"), _of(0.5 * math.pi * sigma, "sin")
 
 
 def derivatives(sigma: Sigma, path: FlowPath = "linear") -> tuple[Sigma, Sigma]:
-    """(d alpha / d sigma, d beta / d sigma) at noise level sigma in [0, 1]; the type of `sigma` is kept."""
+    """(d alpha / d sigma, d beta / d sigma) at noise level sigma in [0, 1]; the type of `sigma` is kept.
+
+    On the vp path beta' is infinite at sigma = 0: see `sigma_interval`.
+    """
     _check_choice("path", path, PATHS)
     if path == "linear":
         return 0.0 * sigma - 1.0, 0.0 * sigma + 1.0
+    if path == "vp":
+        alpha, beta = alpha_beta(sigma, path)
+        _, slope = _vp_log_alpha(sigma)
+        return alpha * slope, -(alpha**2) * slope / beta
     half_pi = 0.5 * math.pi
-    return -half_pi * _sin(half_pi * sigma), half_pi * _cos(half_pi * sigma)
+    return -half_pi * _of(half_pi * sigma, "sin"), half_pi * _of(half_pi * sigma, "cos")
+
+
+def _vp_log_alpha(sigma: Sigma) -> tuple[Sigma, Sigma]:
+    """log alpha of the vp path and its derivative."""
+    low, high = VP_BETAS
+    return -0.25 * (high - low) * sigma**2 - 0.5 * low * sigma, -0.5 * (high - low) * sigma - 0.5 * low
+
+
+def sigma_interval(
+    path: FlowPath = "linear", prediction_type: FlowPrediction = "flow_prediction", *, training: bool = False
+) -> tuple[float, float]:
+    """The noise levels (lowest, highest) where the path's velocity, and the prediction it is made of, are finite.
+
+    [0, 1] for a velocity on the linear and cosine paths. Of another prediction there, .001 is left out at both ends;
+    the vp path starts at .001, in training at .00001 (SiT's choices). A sampler ends at the lowest, which leaves
+    noise far below one grey level.
+    """
+    _check_choice("path", path, PATHS)
+    _check_choice("prediction_type", prediction_type, FLOW_PREDICTIONS)
+    if path == "vp":
+        return (1e-5 if training else 1e-3), 1.0
+    return (0.0, 1.0) if prediction_type == "flow_prediction" else (1e-3, 1.0 - 1e-3)
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: float | Tensor, path: FlowPath = "linear") -> Tensor:
@@ -101,6 +139,96 @@ def score_to_velocity(score: Tensor, x: Tensor, sigma: float | Tensor, path: Flo
     return noise_to_velocity(-beta * score, x, sigma, path)
 
 
+def to_velocity(
+    prediction: Tensor,
+    x: Tensor,
+    sigma: float | Tensor,
+    *,
+    prediction_type: FlowPrediction = "flow_prediction",
+    path: FlowPath = "linear",
+) -> Tensor:
+    """v from whatever a network predicts, at noise levels inside `sigma_interval`.
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    _check_choice("prediction_type", prediction_type, FLOW_PREDICTIONS)
+    if prediction_type == "flow_prediction":
+        return prediction
+    convert = {"epsilon": noise_to_velocity, "score": score_to_velocity, "sample": clean_to_velocity}[prediction_type]
+    return convert(prediction, x, sigma, path)
+
+
+def prediction_target(
+    clean: Tensor,
+    noise: Tensor,
+    sigma: float | Tensor,
+    *,
+    prediction_type: FlowPrediction = "flow_prediction",
+    path: FlowPath = "linear",
+) -> Tensor:
+    """What a network of that prediction type shall say of x_sigma, (B, ...): velocity, noise, -noise / beta or clean.
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    _check_choice("prediction_type", prediction_type, FLOW_PREDICTIONS)
+    if prediction_type == "flow_prediction":
+        return velocity_target(clean, noise, sigma, path)
+    if prediction_type == "score":
+        return -noise / alpha_beta(_broadcast(sigma, noise), path)[1]
+    return noise if prediction_type == "epsilon" else clean
+
+
+def loss_weight(
+    sigma: Sigma,
+    *,
+    prediction_type: FlowPrediction = "flow_prediction",
+    weighting: LossWeighting = "none",
+    path: FlowPath = "linear",
+) -> Sigma:
+    """Factor of |prediction - target|^2 at noise level sigma (SiT, section 2; its transport code).
+
+    With c = |d velocity / d prediction|, which is |beta' - beta alpha' / alpha| for the noise: "none" counts noise and
+    clean data as they are and the score as the noise it stands for (beta^2); "velocity" weighs all as the velocity's
+    error, c^2; "likelihood" as the bound of the likelihood, c / beta for the noise.
+
+    Raises:
+        ValueError: an unknown name, or a weighting that the prediction does not have.
+    """
+    _check_choice("prediction_type", prediction_type, FLOW_PREDICTIONS)
+    _check_choice("weighting", weighting, LOSS_WEIGHTINGS)
+    if weighting != "none" and (prediction_type, weighting) in _UNWEIGHTED:
+        raise ValueError(f"There is no {weighting} weighting of a {prediction_type} prediction; use none.")
+    if prediction_type == "flow_prediction":
+        return 0.0 * sigma + 1.0
+    (alpha, beta), (d_alpha, d_beta) = alpha_beta(sigma, path), derivatives(sigma, path)
+    if prediction_type == "sample":
+        return 0.0 * sigma + 1.0 if weighting == "none" else (d_alpha - alpha * d_beta / beta) ** 2
+    slope = d_beta - beta * d_alpha / alpha
+    of_noise = {"none": 0.0 * sigma + 1.0, "velocity": slope**2, "likelihood": slope / beta}[weighting]
+    return of_noise if prediction_type == "epsilon" else beta**2 * of_noise
+
+
+_UNWEIGHTED = {("flow_prediction", "velocity"), ("flow_prediction", "likelihood"), ("sample", "likelihood")}
+
+
+def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
+    """s sigma / (1 + (s - 1) sigma): s > 1 spends more of training or sampling on noise (arXiv 2403.03206, eq. 23).
+
+    LightningDiT's shift .3, of its sampler, acts on t = 1 - sigma and is 1 / .3 here.
+    """
+    return sigma if shift == 1.0 else shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def default_shift(latent_channels: int, height: int, width: int) -> float:
+    """sqrt(C h w / 4096), at least 1, from 16 channels on (RAE, arXiv 2510.11690); 1 below.
+
+    4 x 32 x 32 numbers are the latents of the papers; the more a latent has, the more noise hides the image in them.
+    """
+    return max(1.0, math.sqrt(latent_channels * height * width / 4096)) if latent_channels >= 16 else 1.0
+
+
 def sample_sigmas(
     uniform: Tensor, distribution: SigmaDistribution = "uniform", *, mean: float = 0.0, std: float = 1.0
 ) -> Tensor:
@@ -147,9 +275,9 @@ def diffusion_coefficient(
     if form == "linear":
         return norm * sigma
     if form == "decreasing":
-        return 0.25 * (norm * _cos(math.pi * (1.0 - sigma)) + 1.0) ** 2
+        return 0.25 * (norm * _of(math.pi * (1.0 - sigma), "cos") + 1.0) ** 2
     if form == "increasing-decreasing":
-        return norm * _sin(math.pi * (1.0 - sigma)) ** 2
+        return norm * _of(math.pi * (1.0 - sigma), "sin") ** 2
     d_alpha, d_beta = derivatives(sigma, path)
     return norm * (beta * d_beta - beta**2 * d_alpha / alpha)
 
@@ -170,12 +298,9 @@ def _broadcast(sigma: float | Tensor, x: Tensor) -> float | Tensor:
     return sigma.view(-1, *[1] * (x.ndim - 1))
 
 
-def _cos(angle: Sigma) -> Sigma:
-    return torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle)
-
-
-def _sin(angle: Sigma) -> Sigma:
-    return torch.sin(angle) if isinstance(angle, Tensor) else math.sin(angle)
+def _of(value: Sigma, function: str) -> Sigma:
+    """sin, cos, exp ... of a tensor, or of a float on the host."""
+    return getattr(torch, function)(value) if isinstance(value, Tensor) else getattr(math, function)(value)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -22,11 +22,24 @@ from .trajectories import assert_equal, last_checkpoint, run_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train_transformer.py"
 TINY = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+CLASS = "SiTTransformer2DModel"
+MODELS = {
+    "tiny": {"_class_name": CLASS, **TINY},
+    "diffusion": {
+        "_class_name": CLASS,
+        **TINY,
+        "objective": "denoising",
+        "prediction_type": "epsilon",
+        "learn_sigma": True,
+    },
+    "score": {"_class_name": CLASS, **TINY, "prediction_type": "score"},
+}
 
 
 @pytest.fixture
 def store(tmp_path, tiny_autoencoder_kl):
-    (tmp_path / "tiny.json").write_text(json.dumps({"_class_name": "SiTTransformer2DModel", **TINY}))
+    for name, config in MODELS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
     return write_store(tmp_path / "store", tiny_autoencoder_kl)
 
 
@@ -61,9 +74,10 @@ def assert_close(first: dict, second: dict, tolerance: float):
             assert difference <= tolerance, f"{part}.{name} differs by {difference}"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, store, workers):
+@pytest.mark.parametrize(("model", "workers"), [("tiny", 0), ("tiny", 2), ("diffusion", 0)])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, store, model, workers):
     options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": 2}
+    options["model"] = store.parent / f"{model}.json"
     whole = train(store, tmp_path / "whole", **options)
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole", resumed)
@@ -114,12 +128,16 @@ class Sometimes(GeneratorRegularizer):
 """
 
 
-@pytest.mark.parametrize("regularized", [False, True])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, store, regularized):
-    method = {}
-    if regularized:
-        (tmp_path / "sometimes.py").write_text(SOMETIMES)
-        method = {"extension": tmp_path / "sometimes.py", "regularizers": "sometimes"}
+@pytest.mark.parametrize("method", ["plain", "regularized", "diffusion", "score"])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, store, method):
+    (tmp_path / "sometimes.py").write_text(SOMETIMES)
+    score = {"model": store.parent / "score.json", "flow_path": "vp", "flow_weighting": "velocity"}
+    options = {
+        "plain": {},
+        "regularized": {"extension": tmp_path / "sometimes.py", "regularizers": "sometimes"},
+        "diffusion": {"model": store.parent / "diffusion.json"},
+        "score": score,
+    }[method]
     worker = tmp_path / "worker.py"
     worker.write_text(f"""
 import importlib.util, os, sys, torch
@@ -136,16 +154,16 @@ script.TrainingRun.finish = finish
 script.main(sys.argv[1:])
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
-    command += flags(store, tmp_path / "two", train_batch_size=4, **method)
+    command += flags(store, tmp_path / "two", train_batch_size=4, **options)
     environment = {**os.environ, "ACCELERATE_USE_CPU": str(torch.accelerator.is_available()), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_equal(ranks[0], ranks[1])
-    one = train(store, tmp_path / "one", train_batch_size=8, **method)
-    assert regularized == ("regularizers.sometimes.head.weight" in one["module"])
+    one = train(store, tmp_path / "one", train_batch_size=8, **options)
+    assert (method == "regularized") == ("regularizers.sometimes.head.weight" in one["module"])
     # Keys' biases have no gradient but rounding, which Adam makes as large as any.
-    assert_close(last_checkpoint(tmp_path / "two", "objective"), one, 1e-5 if regularized else 1e-6)
+    assert_close(last_checkpoint(tmp_path / "two", "objective"), one, 1e-6 if method == "plain" else 1e-5)
 
 
 def test_accumulating_two_micro_batches_is_one_twice_as_large(tmp_path, store):

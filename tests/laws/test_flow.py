@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from diffusers_eqvae import flow
-from diffusers_eqvae.flow import DIFFUSION_FORMS, PATHS
+from diffusers_eqvae.flow import DIFFUSION_FORMS, FLOW_PREDICTIONS, LOSS_WEIGHTINGS, PATHS
+
+from ..golden import flow_reference as reference
 
 SIGMAS = (0.02, 0.3, 0.5, 0.77, 0.98)
 
@@ -28,7 +30,9 @@ def sigmas() -> torch.Tensor:
 def test_sigma_0_is_data_and_1_is_noise(path, pair):
     clean, noise = pair
     assert torch.allclose(flow.interpolate(clean, noise, 0.0, path), clean, atol=1e-15)
-    assert torch.allclose(flow.interpolate(clean, noise, 1.0, path), noise, atol=1e-15)
+    # The vp path ends at exp(-5.025) of the data.
+    left = 0.0066 if path == "vp" else 0.0
+    assert torch.allclose(flow.interpolate(clean, noise, 1.0, path), noise, atol=1e-15 + 4 * left)
 
 
 def test_linear_path_is_diffusers_convention(pair, sigmas):
@@ -88,28 +92,82 @@ def test_score_of_gaussian_data_is_the_gradient_of_its_log_density(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_agreement_with_sit_on_its_own_axis(path, pair, sigmas):
-    """SiT: t = 1 - sigma, x_t = a x1 + b x0, v = d x_t / dt, score = (a/a' v - x) / (b^2 - a/a' b' b)."""
-    velocity, x = pair
-    t = (1 - sigmas).view(-1, 1, 1, 1)
-    half_pi = math.pi / 2
-    if path == "linear":
-        a, b, da, db = t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
-    else:
-        a, b = torch.sin(half_pi * t), torch.cos(half_pi * t)
-        da, db = half_pi * torch.cos(half_pi * t), -half_pi * torch.sin(half_pi * t)
-    ratio = a / da
-    expected = (ratio * -velocity - x) / (b**2 - ratio * db * b)
-    assert torch.allclose(flow.velocity_to_score(velocity, x, sigmas, path), expected, atol=1e-9)
-    if path == "linear":
-        assert torch.allclose(expected, (t * -velocity - x) / (1 - t), atol=1e-10)
-    assert torch.allclose(-flow.velocity_target(velocity, x, sigmas, path), da * velocity + db * x)
+@pytest.mark.parametrize("kind", FLOW_PREDICTIONS)
+def test_agreement_with_sit_on_its_own_axis(kind, path, pair, sigmas):
+    """An independent transcription, on t = 1 - sigma with v = d x / d t."""
+    theirs = {"flow_prediction": "velocity", "epsilon": "noise", "sample": "clean", "score": "score"}[kind]
+    sign = -1 if kind == "flow_prediction" else 1
+    clean, noise = pair
+    x = flow.interpolate(clean, noise, sigmas, path)
+    target = flow.prediction_target(clean, noise, sigmas, prediction_type=kind, path=path)
+    velocity = flow.to_velocity(noise, x, sigmas, prediction_type=kind, path=path)  # of any prediction
+    for index, t in enumerate(1 - sigmas.numpy()):
+        one = (path, float(t))
+        expected = sign * reference.target(theirs, *one, clean[index].numpy(), noise[index].numpy())
+        assert torch.allclose(target[index], torch.from_numpy(expected), rtol=1e-12)
+        expected = -reference.convert(theirs, "velocity", *one, x[index].numpy(), sign * noise[index].numpy())
+        assert torch.allclose(velocity[index], torch.from_numpy(expected), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("sigma", [0.0, 1.0])
-def test_clean_and_noise_are_finite_at_both_ends(path, sigma, pair):
+@pytest.mark.parametrize("kind", ["epsilon", "score", "flow_prediction"])
+@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
+def test_loss_weights_are_sits(kind, weighting, path, sigmas):
+    if kind == "flow_prediction" and weighting != "none":
+        pytest.skip("refused, see below")
+    theirs = {"flow_prediction": "velocity", "epsilon": "noise", "score": "score"}[kind]
+    weights = flow.loss_weight(sigmas, prediction_type=kind, weighting=weighting, path=path)
+    for weight, sigma in zip(weights.tolist(), SIGMAS, strict=True):
+        expected = reference.loss_weight(path, theirs, weighting, 1 - sigma)
+        beta = reference.path_by_level(path, sigma).noise
+        assert weight == pytest.approx(expected * (beta**2 if kind == "score" else 1), rel=1e-12)
+        alone = flow.loss_weight(sigma, prediction_type=kind, weighting=weighting, path=path)
+        assert alone == pytest.approx(weight, rel=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["epsilon", "score", "sample"])
+def test_the_velocity_weighting_is_the_velocitys_error(kind, path, pair, sigmas):
+    clean, noise = pair
+    x = flow.interpolate(clean, noise, sigmas, path)
+    options = {"prediction_type": kind, "path": path}
+    target = flow.prediction_target(clean, noise, sigmas, **options)
+    prediction = target + 0.1
+    error = flow.to_velocity(prediction, x, sigmas, **options) - flow.velocity_target(clean, noise, sigmas, path)
+    weight = flow.loss_weight(sigmas.view(-1, 1, 1, 1), weighting="velocity", **options)
+    assert torch.allclose(weight * (prediction - target) ** 2, error**2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["flow_prediction", "epsilon", "score"])
+def test_intervals_are_sits(kind, path):
+    theirs = "velocity" if kind == "flow_prediction" else {"epsilon": "noise", "score": "score"}[kind]
+    for training, use in ((True, "train"), (False, "ode")):
+        start, end = reference.sit_interval(path, theirs, use)
+        low, high = flow.sigma_interval(path, kind, training=training)
+        # SiT starts at t = .001 for every such prediction; on the vp path nothing is infinite there, and it does not.
+        assert (low, high) == pytest.approx((1 - end, 1 - start), abs=1e-12)
+
+
+def test_the_shift_multiplies_the_odds(sigmas):
+    for shift in (0.3, 1.0, 2.0):
+        moved = flow.shift_sigma(sigmas, shift)
+        assert torch.allclose(moved / (1 - moved), shift * sigmas / (1 - sigmas), rtol=1e-12)
+        for value, sigma in zip(moved.tolist(), SIGMAS, strict=True):
+            assert value == pytest.approx(reference.shift_level(sigma, shift)) == flow.shift_sigma(sigma, shift)
+    assert [flow.default_shift(*shape) for shape in ((4, 32, 32), (4, 64, 64), (16, 32, 32), (16, 16, 16))] == [
+        1.0,
+        1.0,
+        2.0,
+        1.0,
+    ]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("end", [0, 1])
+def test_clean_and_noise_are_finite_at_both_ends(path, end, pair):
     velocity, x = pair
+    sigma = flow.sigma_interval(path)[end]
     assert flow.velocity_to_clean(velocity, x, sigma, path).isfinite().all()
     assert flow.velocity_to_noise(velocity, x, sigma, path).isfinite().all()
 
@@ -166,8 +224,11 @@ def test_diffusion_forms_in_closed_form(path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: flow.alpha_beta(0.5, "quadratic"), "path must be one of linear, cosine; got 'quadratic'"),
-        (lambda: flow.derivatives(0.5, "vp"), "path must be one of"),
+        (lambda: flow.alpha_beta(0.5, "quadratic"), "path must be one of linear, cosine, vp; got 'quadratic'"),
+        (lambda: flow.derivatives(0.5, "ve"), "path must be one of"),
+        (lambda: flow.to_velocity(None, None, 0.5, prediction_type="v"), "prediction_type must be one of"),
+        (lambda: flow.loss_weight(0.5, weighting="velocity"), "no velocity weighting of a flow_prediction"),
+        (lambda: flow.loss_weight(0.5, prediction_type="sample", weighting="likelihood"), "no likelihood weighting"),
         (lambda: flow.sample_sigmas(torch.rand(2), "beta"), "distribution must be one of"),
         (lambda: flow.sample_sigmas(torch.rand(2), "logit_normal", std=0.0), "std of the logit-normal"),
         (lambda: flow.diffusion_coefficient(0.5, "quadratic"), "diffusion form must be one of"),

@@ -11,7 +11,17 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from diffusers_eqvae.flow import DIFFUSION_FORMS, PATHS, alpha_beta, derivatives
+from diffusers_eqvae.flow import (
+    DIFFUSION_FORMS,
+    FLOW_PREDICTIONS,
+    PATHS,
+    alpha_beta,
+    derivatives,
+    sigma_interval,
+    velocity_to_clean,
+    velocity_to_noise,
+    velocity_to_score,
+)
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
@@ -27,12 +37,28 @@ def gaussian_velocity(x: Tensor, sigma: float, path: str = "linear") -> Tensor:
     return d_alpha * MEAN + slope * (x - alpha * MEAN)
 
 
+def gaussian_prediction(x: Tensor, sigma: float, config) -> Tensor:
+    """The exact predictor of the scheduler's prediction type."""
+    velocity = gaussian_velocity(x, sigma, config.path)
+    convert = {"sample": velocity_to_clean, "epsilon": velocity_to_noise, "score": velocity_to_score}
+    kind = config.prediction_type
+    return velocity if kind == "flow_prediction" else convert[kind](velocity, x, sigma, config.path)
+
+
+def flow_map(noise: Tensor, config) -> Tensor:
+    """Where the exact ODE takes `noise` from the highest noise level to the lowest: it keeps (x - mean) / std."""
+    low, high = sigma_interval(config.path, config.prediction_type)
+    (alpha, beta), (first, second) = alpha_beta(low, config.path), alpha_beta(high, config.path)
+    standardised = (noise - first * MEAN) / math.hypot(first * STD, second)
+    return alpha * MEAN + math.hypot(alpha * STD, beta) * standardised
+
+
 def sample(scheduler, steps: int, noise: Tensor, *, generator=None) -> Tensor:
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigma_list, strict=True):
-        velocity = gaussian_velocity(scheduler.scale_model_input(x, timestep), sigma, scheduler.config.path)
-        x = scheduler.step(velocity, timestep, x, generator=generator).prev_sample
+        prediction = gaussian_prediction(scheduler.scale_model_input(x, timestep), sigma, scheduler.config)
+        x = scheduler.step(prediction, timestep, x, generator=generator).prev_sample
     return x
 
 
@@ -40,17 +66,46 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-def test_the_ode_converges_with_its_order(solver, order, path):
-    """The flow map of Gaussian data takes noise e to MEAN + STD * e, whatever the path."""
+def test_the_ode_converges_with_its_order(solver, order, path, shift):
+    """The vp path's velocity rises steeply towards sigma = 0 and takes smaller steps to show it."""
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    steps = (32, 64, 128, 256)
-    scheduler = FlowMatchODEScheduler(solver=solver, path=path)
-    errors = [(sample(scheduler, n, noise) - (MEAN + STD * noise)).abs().max().item() for n in steps]
+    steps = (2048, 4096, 8192) if path == "vp" else (128, 256, 512)
+    scheduler = FlowMatchODEScheduler(solver=solver, path=path, shift=shift)
+    exact = flow_map(noise, scheduler.config)
+    errors = [(sample(scheduler, n, noise) - exact).abs().max().item() for n in steps]
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.08)
     assert slopes[-2] == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", FLOW_PREDICTIONS)
+def test_every_prediction_gives_the_samples_of_the_velocity(kind, path):
+    """The same end to the errors of the grid, which begins .001 lower and ends .001 higher for some."""
+    noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    scheduler = FlowMatchODEScheduler(solver="heun", path=path, prediction_type=kind)
+    exact = flow_map(noise, scheduler.config)
+    assert torch.allclose(sample(scheduler, 500, noise), exact, atol=2e-3)
+    assert torch.allclose(exact, MEAN + STD * noise, atol=2e-2)
+    sde = FlowMatchSDEScheduler(path=path, prediction_type=kind, last_step="Euler", last_step_size=0.01)
+    drawn = sample(sde, 250, randn(10_000), generator=torch.Generator().manual_seed(1))
+    assert drawn.mean().item() == pytest.approx(MEAN, abs=4 * STD / 100 + 0.005)
+    assert drawn.std().item() == pytest.approx(STD, rel=0.05)
+
+
+@pytest.mark.parametrize("build", SCHEDULERS)
+def test_a_shift_moves_the_grid_towards_noise(build):
+    scheduler = type(build()).from_config(build().config, shift=3.0)
+    plain = build()
+    for each in (scheduler, plain):
+        each.set_timesteps(10)
+    low = plain.sigma_list[-1] if isinstance(plain, FlowMatchSDEScheduler) else 0.0
+    for moved, sigma in zip(scheduler.sigma_list, plain.sigma_list, strict=True):
+        fraction = (sigma - low) / (1 - low)
+        assert moved == pytest.approx(low + (1 - low) * 3 * fraction / (1 + 2 * fraction))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
@@ -195,8 +250,9 @@ def test_scale_noise_is_the_interpolant(build, path):
     clean, noise = randn(3, 2, 2), randn(3, 2, 2, seed=1)
     timestep = torch.tensor([0.0, 250.0, 1000.0], dtype=torch.float64)
     out = scheduler.scale_noise(clean, timestep, noise)
-    alpha, beta = alpha_beta(0.25, path)
-    assert torch.allclose(out, torch.stack([clean[0], alpha * clean[1] + beta * noise[1], noise[2]]), atol=1e-12)
+    mixed = [alpha_beta(float(t) / 1000, path) for t in timestep]
+    expected = torch.stack([alpha * x + beta * e for (alpha, beta), x, e in zip(mixed, clean, noise, strict=True)])
+    assert torch.allclose(out, expected, atol=1e-12)
 
 
 @pytest.fixture
@@ -263,7 +319,12 @@ def stepped(scheduler, **kwargs):
     ("call", "message"),
     [
         (lambda: FlowMatchODEScheduler(solver="rk4"), "solver must be one of euler, heun; got 'rk4'"),
-        (lambda: FlowMatchODEScheduler(path="vp"), "path must be one of"),
+        (lambda: FlowMatchODEScheduler(path="quadratic"), "path must be one of linear, cosine, vp"),
+        (
+            lambda: FlowMatchODEScheduler(prediction_type="v"),
+            "prediction_type must be one of flow_prediction, epsilon",
+        ),
+        (lambda: FlowMatchSDEScheduler(shift=0.0), "shift is a factor and must be positive; got 0.0"),
         (lambda: FlowMatchODEScheduler(num_train_timesteps=0), "num_train_timesteps must be at least 1"),
         (lambda: FlowMatchODEScheduler().set_timesteps(0), "num_inference_steps must be at least 1"),
         (lambda: FlowMatchODEScheduler().step(torch.zeros(1), 1000.0, torch.zeros(1)), "call set_timesteps"),

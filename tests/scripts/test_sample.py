@@ -140,7 +140,7 @@ def test_a_killed_run_continues_and_refuses_other_settings(repository, script, m
 
 
 def test_names_balance_and_a_finished_set(script, model, tmp_path):
-    flags = {"class_labels": ("class 3", "7"), "label_policy": "balanced", "scheduler": "ode-heun"}
+    flags = {"class_labels": ("class 3", "7"), "label_policy": "balanced", "scheduler": "heun"}
     script.main(words(model, tmp_path / "set", **flags))
     assert read(tmp_path / "set")[1].tolist() == [3, 7] * 5
     written = (tmp_path / "set" / "samples.npz").stat().st_mtime_ns

@@ -217,10 +217,13 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
     [
         ({"num_classes": 1000}, "3 classes, but --num_classes says 1000"),
         ({"config_overrides": "num_classes=1000"}, "num_classes = 1000, but the latents have 3"),
-        ({"config_overrides": "objective=denoising"}, "no objective 'denoising'"),
+        (
+            {"config_overrides": "objective=denoising"},
+            "trains models that predict epsilon; this one predicts flow_pred",
+        ),
         ({"objective": "autoencoder"}, "trains autoencoders"),
         ({"model": "SiT-Q/2"}, "Unknown model 'SiT-Q/2'"),
-        ({"model": "DiT-S/2"}, "no objective 'denoising'; there are autoencoder, flow_matching"),
+        ({"model": "SiT-S/2", "objective": "denoise"}, "no objective 'denoise'; there are autoencoder, denoising"),
         ({"model": "SiT-S/8"}, "multiple of `patch_size`"),
         ({"train_data_dir": "images"}, "either --latents_dir"),
         ({"sigma_std": 0}, "sigma_std must be positive"),

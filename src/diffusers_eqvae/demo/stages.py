@@ -71,7 +71,7 @@ TRANSFORMER_TRAINING: Flags = TRAINING | {
     "lr_warmup_steps": 50,
     "sigma_distribution": "logit_normal",
 }
-SAMPLING: Flags = {"num_samples": 30, "batch_size": 30, "label_policy": "balanced", "scheduler": "ode-heun"}
+SAMPLING: Flags = {"num_samples": 30, "batch_size": 30, "label_policy": "balanced", "scheduler": "heun"}
 
 
 @dataclass

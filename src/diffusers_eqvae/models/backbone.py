@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _registration
 
-PREDICTION_TYPES = ("flow_prediction", "epsilon", "v_prediction", "sample", "logits")
+PREDICTION_TYPES = ("flow_prediction", "epsilon", "score", "v_prediction", "sample", "logits")
 _BACKBONES: dict[str, type[Backbone]] = {}
 B = TypeVar("B", bound="type[Backbone]")
 
@@ -47,7 +47,8 @@ class Backbone(ModelMixin, ConfigMixin):
 
     config:
         objective: "flow_matching" (time is 1000 sigma), "denoising" (time is a step of 0 .. 999) or "masked_tokens".
-        prediction_type: what the output is, in diffusers' words: "flow_prediction", "epsilon", ...
+        prediction_type: what the output is, in diffusers' words: "flow_prediction" (velocity), "epsilon" (noise),
+            "sample" (clean data), and "score".
         sample_size, in_channels: of the latents.
         num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null class.
         class_dropout_prob: share of samples trained without their label; 0 = there is no null class to guide with.

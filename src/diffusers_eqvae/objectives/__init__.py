@@ -5,8 +5,9 @@ from .._lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "base": ["OBJECTIVES", "Objective", "register_objective", "tie_idle"],
+        "base": ["OBJECTIVES", "LatentObjective", "Objective", "register_objective", "tie_idle"],
         "autoencoder": ["AutoencoderLossWeights", "AutoencoderObjective", "AutoencoderStep"],
+        "denoising": ["DenoisingObjective"],
         "flow_matching": ["FlowMatchingArguments", "FlowMatchingObjective"],
     },
 )

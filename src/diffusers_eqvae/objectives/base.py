@@ -16,14 +16,17 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from ..extensions import Registry
+from ..losses._checks import full_precision
+from ..models.backbone import Backbone
 from ..randomness import StepRandomness
-from ..regularizers.base import Regularizer
+from ..regularizers.base import GeneratorRegularizer, GeneratorState, Regularizer
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "diffusers_eqvae.objectives")
 register_objective = OBJECTIVES.register
 
 Reads = Literal["pixels", "latents", "tokens"]
 R = TypeVar("R", bound=Regularizer)
+NUM_TRAIN_TIMESTEPS = 1000  # what noise level 1 is on a backbone's time axis
 
 
 class Objective(nn.Module, ABC, Generic[R]):
@@ -117,6 +120,98 @@ class Objective(nn.Module, ABC, Generic[R]):
     def weight_of(self, term: str) -> float:
         """The factor of a term of the loss."""
         return self.regularizers[term].weight if term in self.regularizers else 1.0  # type: ignore[return-value]
+
+
+class LatentObjective(Objective[GeneratorRegularizer]):
+    """What the objectives of continuous latents share: noise, one call of the network, its regularizers.
+
+    A member says which noise levels it trains on, how they spoil the latents, and what it compares.
+
+    Args:
+        model: a backbone that predicts one of `prediction_types`.
+        regularizers: by name, applied in this order.
+
+    Raises:
+        ValueError: for a model with another prediction type.
+
+    Example:
+        >>> class Own(LatentObjective):
+        ...     own_terms, prediction_types = ("noise",), ("epsilon",)
+        ...     def sigmas(self, uniform):
+        ...         return uniform
+        ...     def corrupt(self, latents, noise, sigmas):
+        ...         return latents + sigmas.view(-1, 1, 1, 1) * noise, noise
+        ...     def losses(self, state, extra):
+        ...         return {"noise": (state.prediction - state.target).square().mean()}
+    """
+
+    reads = "latents"
+
+    def __init__(
+        self, model: Backbone | nn.Module, regularizers: Mapping[str, GeneratorRegularizer] | None = None
+    ) -> None:
+        super().__init__(model, regularizers)
+        config: Any = model.config
+        if config.prediction_type not in self.prediction_types:
+            raise ValueError(
+                f"{type(self).__name__} trains models that predict {' or '.join(self.prediction_types)}; this one "
+                f"predicts {config.prediction_type}."
+            )
+        self.prediction_type: Any = config.prediction_type
+
+    @abstractmethod
+    def sigmas(self, uniform: Tensor) -> Tensor:
+        """Noise levels (B,) in [0, 1] from uniform numbers (B,)."""
+
+    @abstractmethod
+    def corrupt(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy latents, and what the network shall say of them, both (B, C, h, w)."""
+
+    @abstractmethod
+    def losses(self, state: GeneratorState, extra: Tensor | None) -> dict[str, Tensor]:
+        """Its own terms: scalars by the names in `own_terms`. `extra` are the output's further channels, if any."""
+
+    def timestep(self, sigmas: Tensor) -> Tensor:
+        """The network's time axis."""
+        return NUM_TRAIN_TIMESTEPS * sigmas
+
+    def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
+        """Its "noise" (B, C, h, w), "sigmas" and "drop_labels" (B,), and "regularizers": each one's draw by name."""
+        latents = batch["latents"]
+        size, device = len(latents), latents.device
+        noise = randomness.randn(latents.shape, device=device)
+        sigmas = self.sigmas(randomness.rand((size,), device=device))
+        config: Any = self.model.config
+        drop_labels = randomness.rand((size,), device=device) < config.class_dropout_prob
+        regularizers = self.draw_regularizers((latents.shape[-2], latents.shape[-1]), randomness)
+        return {"noise": noise, "sigmas": sigmas, "drop_labels": drop_labels, "regularizers": regularizers}
+
+    def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            batch: "latents" (B, C, h, w) normalised, "class_labels" (B,), and the features a regularizer reads.
+            draw: from `draw`.
+        """
+        latents, noise, sigmas = batch["latents"], draw["noise"], draw["sigmas"]
+        noisy, target = self.corrupt(latents, noise, sigmas)
+        active = self.active(draw)
+        output = self.model(
+            noisy,
+            timestep=self.timestep(sigmas),
+            class_labels=batch["class_labels"],
+            drop_labels=draw["drop_labels"],
+            hidden_layers=tuple(sorted({layer for _, each, _ in active for layer in each.hidden_layers})),
+        )
+        prediction, extra = full_precision(output.sample), None
+        if prediction.shape[1] != latents.shape[1]:
+            prediction, extra = prediction.split(latents.shape[1], dim=1)
+        state = GeneratorState(prediction, target, noisy, latents, noise, sigmas, output.hidden_states or {})
+        terms = self.losses(state, extra)
+        for name, regularizer, drawn in active:
+            penalty = regularizer.penalty(state, batch, drawn)
+            if penalty is not None:
+                terms[name] = penalty
+        return {"terms": terms, "idle": tie_idle(self, terms.values())}
 
 
 def tie_idle(module: nn.Module, outputs: Iterable[Tensor]) -> Tensor:

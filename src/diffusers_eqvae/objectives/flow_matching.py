@@ -1,24 +1,35 @@
-"""Flow matching (SiT, arXiv 2401.08740): the mean square of the predicted velocity."""
+"""Flow matching (SiT, arXiv 2401.08740): the velocity from noise to data, or what it can be made of."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..flow import FlowPath, SigmaDistribution, interpolate, sample_sigmas, velocity_target
-from ..losses._checks import full_precision
+from ..flow import (
+    FLOW_PREDICTIONS,
+    FlowPath,
+    LossWeighting,
+    SigmaDistribution,
+    default_shift,
+    interpolate,
+    loss_weight,
+    prediction_target,
+    sample_sigmas,
+    shift_sigma,
+    sigma_interval,
+)
 from ..losses.diffusion import flow_matching_loss
 from ..models.backbone import Backbone
 from ..options import Checked
-from ..randomness import StepRandomness
 from ..regularizers.base import GeneratorRegularizer, GeneratorState
 from ..schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
-from .base import Objective, register_objective, tie_idle
+from .base import LatentObjective, register_objective
 
-NUM_TRAIN_TIMESTEPS = 1000
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,7 +41,20 @@ class FlowMatchingArguments(Checked):
     """
 
     flow_path: FlowPath = field(
-        default="linear", metadata={"help": "x = alpha * latents + beta * noise: (1 - sigma, sigma), or cosine."}
+        default="linear",
+        metadata={"help": "x = alpha * latents + beta * noise: linear (1 - sigma, sigma), cosine, or vp."},
+    )
+    flow_weighting: LossWeighting = field(
+        default="none",
+        metadata={"help": "Weight of the squared error of a noise, score or clean-data prediction, as in SiT."},
+    )
+    flow_shift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Noise levels become s * sigma / (1 + (s - 1) * sigma), in training and in the saved sampler; "
+            "unset, s = sqrt(C * h * w / 4096), at least 1, for latents of 16 channels or more, and 1 for fewer.",
+            "range": "(0, inf)",
+        },
     )
     sigma_distribution: SigmaDistribution = field(
         default="uniform", metadata={"help": "How noise levels are drawn in training."}
@@ -44,25 +68,29 @@ class FlowMatchingArguments(Checked):
 
 
 @register_objective("flow_matching")
-class FlowMatchingObjective(Objective[GeneratorRegularizer]):
-    """|v(x_sigma, sigma, y) - d x_sigma / d sigma|^2, with x_sigma = alpha(sigma) * latents + beta(sigma) * noise.
+class FlowMatchingObjective(LatentObjective):
+    """w |prediction - target|^2 at x_sigma = alpha(sigma) * latents + beta(sigma) * noise.
 
-    A model with a learned variance (2C channels) is trained on its first C; the others stay as they are.
+    The target is d x_sigma / d sigma, or what the model's prediction_type says: the noise, -noise / beta (the score)
+    or the clean latents; then w follows `flow_weighting` (`flow.loss_weight`). A model with a learned variance (2C
+    channels) is trained on its first C; the others stay as they are.
 
     Args:
-        model: a backbone that predicts "flow_prediction".
+        model: a backbone of time 1000 sigma.
         regularizers: by name, applied in this order.
-        arguments: path and noise levels; None takes the defaults.
+        arguments: path, weights and noise levels; None takes the defaults.
+
+    Attributes:
+        arguments: with the shift that is used.
 
     Raises:
-        ValueError: for a model with another prediction type.
+        ValueError: for a model with another prediction type, or a weighting that it does not have.
     """
 
     Arguments = FlowMatchingArguments
     prefixes = ("flow_", "sigma_")
-    reads = "latents"
     own_terms = ("flow",)
-    prediction_types = ("flow_prediction",)
+    prediction_types = FLOW_PREDICTIONS
 
     def __init__(
         self,
@@ -72,50 +100,47 @@ class FlowMatchingObjective(Objective[GeneratorRegularizer]):
         arguments: FlowMatchingArguments | None = None,
     ) -> None:
         super().__init__(model, regularizers)
-        self.arguments = arguments or FlowMatchingArguments()
+        given = arguments or FlowMatchingArguments()
+        shift = self._default_shift() if given.flow_shift is None else given.flow_shift
+        self.arguments = replace(given, flow_shift=shift)
+        self._weight(0.5)
 
-    def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
-        """Its "noise" (B, C, h, w), "sigmas" and "drop_labels" (B,), and "regularizers": each one's draw by name."""
-        latents, options = batch["latents"], self.arguments
-        size, device = len(latents), latents.device
-        noise = randomness.randn(latents.shape, device=device)
-        sigmas = sample_sigmas(
-            randomness.rand((size,), device=device),
-            options.sigma_distribution,
-            mean=options.sigma_mean,
-            std=options.sigma_std,
-        )
-        drop_labels = randomness.rand((size,), device=device) < self.model.config.class_dropout_prob
-        regularizers = self.draw_regularizers((latents.shape[-2], latents.shape[-1]), randomness)
-        return {"noise": noise, "sigmas": sigmas, "drop_labels": drop_labels, "regularizers": regularizers}
+    def _default_shift(self) -> float:
+        config: Any = self.model.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shift = default_shift(config.in_channels, height, width)
+        if shift != 1.0:
+            numbers = (config.in_channels, height, width, shift)
+            logger.info("Noise levels are shifted by sqrt(%d * %d * %d / 4096) = %.3g towards noise.", *numbers)
+        return shift
 
-    def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
-        """
-        Args:
-            batch: "latents" (B, C, h, w) normalised, "class_labels" (B,), and the features a regularizer reads.
-            draw: from `draw`.
-        """
-        latents, noise, sigmas, path = batch["latents"], draw["noise"], draw["sigmas"], self.arguments.flow_path
-        noisy, target = interpolate(latents, noise, sigmas, path), velocity_target(latents, noise, sigmas, path)
-        active = self.active(draw)
-        output = self.model(
-            noisy,
-            timestep=NUM_TRAIN_TIMESTEPS * sigmas,
-            class_labels=batch["class_labels"],
-            drop_labels=draw["drop_labels"],
-            hidden_layers=tuple(sorted({layer for _, each, _ in active for layer in each.hidden_layers})),
-        )
-        prediction = full_precision(output.sample)
-        if prediction.shape[1] != latents.shape[1]:  # a learned variance
-            prediction = prediction[:, : latents.shape[1]]
-        state = GeneratorState(prediction, target, noisy, latents, noise, sigmas, output.hidden_states or {})
-        terms = {"flow": flow_matching_loss(prediction, target).mean()}
-        for name, regularizer, drawn in active:
-            penalty = regularizer.penalty(state, batch, drawn)
-            if penalty is not None:
-                terms[name] = penalty
-        return {"terms": terms, "idle": tie_idle(self, terms.values())}
+    def sigmas(self, uniform: Tensor) -> Tensor:
+        options = self.arguments
+        assert options.flow_shift is not None
+        drawn = sample_sigmas(uniform, options.sigma_distribution, mean=options.sigma_mean, std=options.sigma_std)
+        low, high = sigma_interval(options.flow_path, self.prediction_type, training=True)
+        return low + (high - low) * shift_sigma(drawn, options.flow_shift)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        path = self.arguments.flow_path
+        target = prediction_target(latents, noise, sigmas, prediction_type=self.prediction_type, path=path)
+        return interpolate(latents, noise, sigmas, path), target
+
+    def losses(self, state: GeneratorState, extra: Tensor | None) -> dict[str, Tensor]:
+        loss = flow_matching_loss(state.prediction, state.target)
+        weighted = loss if self.prediction_type == "flow_prediction" else self._weight(state.sigmas) * loss
+        return {"flow": weighted.mean()}
+
+    def _weight(self, sigmas: Any) -> Any:
+        options = self.arguments
+        chosen = {"prediction_type": self.prediction_type, "weighting": options.flow_weighting}
+        return loss_weight(sigmas, **chosen, path=options.flow_path)
 
     def scheduler(self) -> FlowMatchODEScheduler:
         """An Euler solver of the path's ODE."""
-        return FlowMatchODEScheduler(path=self.arguments.flow_path)
+        options = self.arguments
+        assert options.flow_shift is not None
+        return FlowMatchODEScheduler(
+            path=options.flow_path, prediction_type=self.prediction_type, shift=options.flow_shift
+        )

@@ -23,7 +23,7 @@ from ..images import to_image
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork
 from ..provenance import require_same_autoencoder
-from ..schedulers.capabilities import integrates_velocity, takes_variance
+from ..schedulers.capabilities import integrates_velocity, noise_levels, takes_variance
 from .labels import parse_id2label, resolve_class_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -130,6 +130,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(
                 f"The transformer was trained with objective={objective!r}, whose prediction "
                 f"{type(self.scheduler).__name__} does not integrate: use {remedy}."
+            )
+        predicts = getattr(self.transformer.config, "prediction_type", None)
+        takes = self.scheduler.config.get("prediction_type", "flow_prediction" if flow else None)
+        if None not in (predicts, takes) and predicts != takes:
+            raise ValueError(
+                f"The transformer predicts {predicts!r}, and the {type(self.scheduler).__name__} takes {takes!r}: set "
+                f"it up with prediction_type={predicts!r}, or use a scheduler that has it."
             )
         parse_id2label(self.config.id2label, self.transformer.config.num_classes)
         self._checked_parts = parts
@@ -261,8 +268,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator} if _accepts(self.scheduler.step, "generator") else {}
 
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                sigma = timestep.item() / self.scheduler.config.num_train_timesteps
+            calls = zip(self.scheduler.timesteps, noise_levels(self.scheduler), strict=True)
+            for index, (timestep, sigma) in enumerate(calls):
                 prediction = self._drop_variance(guidance(self._scale(latents, timestep), sigma, labels), latents)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:

@@ -1,10 +1,11 @@
-"""Samplers of flow matching: an ODE and an SDE, exchangeable by `from_config`."""
+"""Samplers: an ODE and an SDE of flow matching, exchangeable by `from_config`, and diffusers' own by name."""
 
 from .._lazy import face
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "choices": ["SAMPLERS", "choose_scheduler"],
         "scheduling_flow_match_ode": ["FlowMatchODEScheduler"],
         "scheduling_flow_match_sde": ["FlowMatchSDEScheduler"],
     },

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from ..flow import interpolate
+from ..flow import FLOW_PREDICTIONS, PATHS, interpolate, shift_sigma, sigma_interval, to_velocity
 
 
 class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     """Not used by itself: subclasses lay the grid and take the step.
 
+    Every one has in its config: `num_train_timesteps`; `path`; `prediction_type`, what the network says (a velocity,
+    "epsilon", "score" or "sample", turned into the velocity before the step); and `shift`, which moves its grid
+    towards noise (`flow.shift_sigma`).
+
     Attributes:
         timesteps: one per model call, on the device of `set_timesteps`.
         sigma_list: the noise level of each model call, floats on the host.
-        sigmas: the same and the final 0 as a tensor on the CPU.
+        sigmas: the same and the noise level it ends at as a tensor on the CPU.
     """
 
     init_noise_sigma = 1.0
@@ -79,10 +85,35 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self._lay(())
 
-    def _lay(self, sigmas: Sequence[float], device: str | torch.device | None = None) -> None:
+    def _check_config(self, **choices: tuple[Any, Sequence[Any]]) -> None:
+        """Refuses what no scheduler of this family takes, and values outside `choices`: name -> (value, allowed)."""
+        config = self.config
+        shared = {"path": (config.path, PATHS), "prediction_type": (config.prediction_type, FLOW_PREDICTIONS)}
+        for name, (value, allowed) in {**choices, **shared}.items():
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
+        if config.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1; got {config.num_train_timesteps}.")
+        if not 0.0 < config.shift < math.inf:
+            raise ValueError(f"shift is a factor and must be positive; got {config.shift}.")
+
+    def _grid(self, steps: int, *, lowest: float | None = None) -> list[float]:
+        """steps + 1 noise levels from the highest to the lowest, shifted towards noise."""
+        low, high = sigma_interval(self.config.path, self.config.prediction_type)
+        low = low if lowest is None else lowest
+        if self.config.shift == 1.0:
+            return [low + (high - low) * k / steps for k in range(steps, -1, -1)]
+        return [low + (high - low) * shift_sigma(k / steps, self.config.shift) for k in range(steps, -1, -1)]
+
+    def _velocity(self, model_output: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """d x / d sigma of what the network predicts at noise level `sigma`."""
+        config = self.config
+        return to_velocity(model_output, x, sigma, prediction_type=config.prediction_type, path=config.path)
+
+    def _lay(self, sigmas: Sequence[float], device: str | torch.device | None = None, *, end: float = 0.0) -> None:
         """Takes over a grid of noise levels, one per model call, and forgets any sampling under way."""
-        self.sigma_list = list(sigmas)
-        self.sigmas = torch.tensor([*self.sigma_list, 0.0])
+        self.sigma_list, self._end = list(sigmas), end
+        self.sigmas = torch.tensor([*self.sigma_list, end])
         self.timesteps = torch.tensor([self.config.num_train_timesteps * s for s in self.sigma_list]).to(device)
         self._step_index = self._begin_index = None
 

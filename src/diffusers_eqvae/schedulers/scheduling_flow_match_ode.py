@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ..flow import PATHS, FlowPath
+from ..flow import FlowPath, FlowPrediction
 from .flow_match_base import FlowMatchScheduler
 
 Solver = Literal["euler", "heun"]
@@ -23,24 +23,27 @@ class FlowMatchODEScheduler(FlowMatchScheduler):
         heun:   x' = x + dsigma / 2 * (v(x, sigma) + v(x + dsigma * v(x, sigma), sigma'))    two model calls per step
 
     on sigma = 1, 1 - 1/N, ..., 1/N, 0 (SiT, arXiv 2401.08740, section 3). The model predicts the velocity
-    d x / d sigma (noise - clean on the linear path).
+    d x / d sigma (noise - clean on the linear path), or what `prediction_type` says; the grid then keeps inside
+    `flow.sigma_interval`.
 
     Args:
         num_train_timesteps: timestep = num_train_timesteps * sigma.
         solver: "euler" (order 1) or "heun" (order 2).
-        path: how `scale_noise` mixes data and noise, and what the SDE scheduler needs to know when it takes over this
-            config; the ODE itself is the same for every path.
+        path: how `scale_noise` mixes data and noise, and how other predictions become velocities; of velocities the
+            ODE is the same for every path.
+        prediction_type: "flow_prediction" (velocity), "epsilon", "score" or "sample".
+        shift: factor s > 0 that moves the grid towards noise, s sigma / (1 + (s - 1) sigma); 1 = uniform.
 
     Attributes:
         timesteps: one per model call, on the device of `set_timesteps`: N for Euler, 2N for Heun.
         sigma_list: the noise level of each model call, floats on the host.
-        sigmas: the same and the final 0 as a tensor on the CPU.
+        sigmas: the same and the noise level it ends at as a tensor on the CPU.
 
     Differs from the reference: SiT's fixed-step solvers take N - 1 steps for N. diffusers' default flow grid ends at
     .001 before 0; this one equals `FlowMatchEulerDiscreteScheduler` with sigmas = linspace(1, 1/N, N).
 
     Raises:
-        ValueError: an unknown solver or path, or num_train_timesteps < 1.
+        ValueError: an unknown solver, path or prediction type, num_train_timesteps < 1, or shift <= 0.
     """
 
     _compatibles: ClassVar[list[str]] = [
@@ -50,12 +53,15 @@ class FlowMatchODEScheduler(FlowMatchScheduler):
     ]
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, solver: Solver = "euler", path: FlowPath = "linear") -> None:
-        for name, value, choices in (("solver", solver, get_args(Solver)), ("path", path, PATHS)):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        solver: Solver = "euler",
+        path: FlowPath = "linear",
+        prediction_type: FlowPrediction = "flow_prediction",
+        shift: float = 1.0,
+    ) -> None:
+        self._check_config(solver=(solver, get_args(Solver)))
         self._predictor: tuple[Tensor, Tensor] | None = None
         self._forget()
 
@@ -73,9 +79,12 @@ class FlowMatchODEScheduler(FlowMatchScheduler):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}.")
         n = self.num_inference_steps = num_inference_steps
-        grid = [(n - i) / n for i in range(n + 1)]
+        grid = self._grid(n)
+        uniform = self.config.shift == 1.0  # all steps bit for bit alike
+        self._step_sizes = [(grid[-1] - grid[0]) / n if uniform else after - now for now, after in pairwise(grid)]
         heun = self.config.solver == "heun"
-        self._lay([sigma for pair in pairwise(grid) for sigma in pair] if heun else grid[:-1], device)
+        calls = [sigma for pair in pairwise(grid) for sigma in pair] if heun else grid[:-1]
+        self._lay(calls, device, end=grid[-1])
         self._predictor = None
 
     def step(
@@ -90,7 +99,7 @@ class FlowMatchODEScheduler(FlowMatchScheduler):
         """Takes in one model call and gives the sample that the next one sees.
 
         Args:
-            model_output: the velocity at `sample` and `timestep`, (B, C, h, w).
+            model_output: the prediction at `sample` and `timestep`, (B, C, h, w).
             timestep: the entry of `timesteps` that the model was called with.
             sample: (B, C, h, w); its dtype is kept, the arithmetic is float32 or better.
             generator: taken for the sake of the SDE scheduler's callers; nothing here is random.
@@ -100,9 +109,9 @@ class FlowMatchODEScheduler(FlowMatchScheduler):
         """
         index = self._advance(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        velocity, x = model_output.to(dtype), sample.to(dtype)
-        assert self.num_inference_steps is not None
-        dsigma = -1.0 / self.num_inference_steps
+        x = sample.to(dtype)
+        velocity = self._velocity(model_output.to(dtype), x, self.sigma_list[index])
+        dsigma = self._step_sizes[index // self.order]
         if index % self.order == 0:
             self._predictor = (x, velocity) if self.order == 2 else None
             previous = x + dsigma * velocity

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..flow import (
     DIFFUSION_FORMS,
-    PATHS,
     DiffusionForm,
     FlowPath,
+    FlowPrediction,
     diffusion_coefficient,
     velocity_to_clean,
     velocity_to_score,
@@ -30,10 +30,11 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
 
         x' = x + (w score - v) dt + sqrt(2 w dt) noise,   dt = sigma - sigma'      (SiT, arXiv 2401.08740, section 2)
 
-    with v = d x / d sigma the model's prediction, score = -E[noise | x] / beta and w(sigma) any diffusion coefficient.
-    Of N steps, N - 1 run on a uniform grid from 1 to `last_step_size`, and one last step without noise reaches 0:
-    "Mean" is the drift alone, x + (w score - v) dt; "Tweedie" the expected clean data E[clean | x]; "Euler" the ODE's
-    step x - v dt. With `last_step` None all N steps are noisy and the grid is 1, 1 - 1/N, ..., 0.
+    with v = d x / d sigma the model's prediction (or made of it, see `prediction_type`), score = -E[noise | x] / beta
+    and w(sigma) any diffusion coefficient. Of N steps, N - 1 run on a uniform grid from 1 to `last_step_size`, and one
+    last step without noise reaches 0: "Mean" is the drift alone, x + (w score - v) dt; "Tweedie" the expected clean
+    data E[clean | x]; "Euler" the ODE's step x - v dt. With `last_step` None all N steps are noisy and the grid is
+    1, 1 - 1/N, ..., 0.
 
     Args:
         num_train_timesteps: timestep = num_train_timesteps * sigma.
@@ -43,17 +44,19 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
         last_step: "Mean", "Tweedie", "Euler" or None.
         last_step_size: sigma of the last step, in (0, 1).
         path: the interpolant the model was trained on.
+        prediction_type: "flow_prediction" (velocity), "epsilon", "score" or "sample".
+        shift: factor s > 0 that moves the grid towards noise, s sigma / (1 + (s - 1) sigma); 1 = uniform.
 
     Attributes:
         timesteps: one per model call, N of them, on the device of `set_timesteps`.
         sigma_list: the noise level of each model call, floats on the host.
-        sigmas: the same and the final 0 as a tensor on the CPU.
+        sigmas: the same and the noise level it ends at as a tensor on the CPU.
 
     Differs from the reference: the "SBDM" form is infinite at sigma = 1, where the first step takes the value it has
     at the end of that step. Any w >= 0 leaves the distribution in place, so this is a choice, not an approximation.
 
     Raises:
-        ValueError: an unknown form, last step or path, or a number outside its range.
+        ValueError: an unknown form, last step, path or prediction type, or a number outside its range.
     """
 
     _compatibles: ClassVar[list[str]] = [
@@ -71,17 +74,12 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
         last_step: LastStep | None = "Mean",
         last_step_size: float = 0.04,
         path: FlowPath = "linear",
+        prediction_type: FlowPrediction = "flow_prediction",
+        shift: float = 1.0,
     ) -> None:
-        choices = {
-            "diffusion_form": (diffusion_form, DIFFUSION_FORMS),
-            "last_step": (last_step, (*get_args(LastStep), None)),
-            "path": (path, PATHS),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
+        self._check_config(
+            diffusion_form=(diffusion_form, DIFFUSION_FORMS), last_step=(last_step, (*get_args(LastStep), None))
+        )
         if not (diffusion_norm >= 0.0 and math.isfinite(diffusion_norm)):
             raise ValueError(f"diffusion_norm must be finite and >= 0; got {diffusion_norm}.")
         if not 0.0 < last_step_size < 1.0:
@@ -102,10 +100,10 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
             )
         n = self.num_inference_steps = num_inference_steps
         if self.config.last_step is None:
-            self._lay([(n - i) / n for i in range(n)], device)
+            *grid, end = self._grid(n)
+            self._lay(grid, device, end=end)
         else:
-            last = self.config.last_step_size
-            self._lay([last + (1.0 - last) * (n - 1 - i) / (n - 1) for i in range(n)], device)
+            self._lay(self._grid(n - 1, lowest=self.config.last_step_size), device)
 
     def step(
         self,
@@ -119,7 +117,7 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
         """Takes in one model call and gives the sample that the next one sees.
 
         Args:
-            model_output: the velocity at `sample` and `timestep`, (B, C, h, w).
+            model_output: the prediction at `sample` and `timestep`, (B, C, h, w).
             timestep: the entry of `timesteps` that the model was called with.
             sample: (B, C, h, w); its dtype is kept, the arithmetic is float32 or better.
             generator: of the noise; a list of B makes each sample independent of the rest of its batch.
@@ -132,10 +130,10 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
             raise ValueError(f"A list of generators needs one per sample, {len(sample)}; got {len(generator)}.")
         index = self._advance(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        velocity, x = model_output.to(dtype), sample.to(dtype)
-        sigma = self.sigma_list[index]
+        x, sigma = sample.to(dtype), self.sigma_list[index]
+        velocity = self._velocity(model_output.to(dtype), x, sigma)
         is_last = index == len(self.sigma_list) - 1
-        dt = sigma if is_last else sigma - self.sigma_list[index + 1]
+        dt = sigma - (self._end if is_last else self.sigma_list[index + 1])
         if is_last and self.config.last_step == "Tweedie":
             previous = velocity_to_clean(velocity, x, sigma, self.config.path)
         elif is_last and self.config.last_step == "Euler":

@@ -93,11 +93,6 @@ def build_objective(
     if kind.reads != "latents":
         raise ValueError(f"The objective {name} reads {kind.reads}, and these data are latents; choose another.")
     model = build_transformer(arguments, source, latents, gradient_checkpointing=gradient_checkpointing)
-    if model.config.prediction_type not in kind.prediction_types:
-        raise ValueError(
-            f"The objective {name} trains models that predict {' or '.join(kind.prediction_types)}; "
-            f"{arguments.model} predicts {model.config.prediction_type}."
-        )
     regularizers = build_regularizers(arguments.regularizers, methods, model)
     objective: Objective = kind.from_arguments(methods.get(name), model, regularizers)
     _refuse_other_path(Path(arguments.model), objective)
