@@ -51,7 +51,11 @@ class SampleArguments(Checked):
         default=0, metadata={"help": "Seed of the set; image n is a function of (seed, n).", "range": "[0, 2**64)"}
     )
     class_labels: list[str] | None = field(
-        default=None, metadata={"help": "Class ids or label names to sample from; all classes when absent."}
+        default=None,
+        metadata={
+            "help": "Class ids or label names to sample from (id:7 or name:7 where a number could be either); when "
+            "absent, all classes that training had images of."
+        },
     )
     label_policy: Literal["random", "balanced"] = field(
         default="random", metadata={"help": "random draws a class per image; balanced takes the classes in turn."}
@@ -135,8 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     state, output_dir = build_state(), Path(arguments.output_dir)
     pipeline = load_pipeline(arguments, state.device)
-    wanted = arguments.class_labels or range(pipeline.transformer.config.num_classes)
-    class_ids = pipeline.resolve_class_labels([int(each) if str(each).isdecimal() else each for each in wanted])
+    class_ids = pipeline.resolve_class_labels(arguments.class_labels or pipeline.class_ids)
     settings = what_decides_the_images(arguments, pipeline, class_ids)
     with state.main_process_first():
         finished = sampling.claim_directory(output_dir, settings)

@@ -22,6 +22,7 @@ LAYERS = (
         "_lazy",
         "_registration",
         "autoencoders",
+        "classes",
         "diffusion",
         "equivariance",
         "extensions",

@@ -22,7 +22,7 @@ from diffusers_eqvae.training_utils.transformer import arguments as cli
 from diffusers_eqvae.training_utils.transformer.build import (
     build_objective,
     build_pipeline,
-    check_guidance,
+    check_sampling,
     load_latents,
 )
 from diffusers_eqvae.training_utils.transformer.evaluate import GenerationEvaluation
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     latents = load_latents(model, data)
     checkpointing = run_arguments.gradient_checkpointing
     objective = build_objective(model, methods, latents, gradient_checkpointing=checkpointing)
-    check_guidance(objective.model, sampling)
+    check_sampling(objective.model, sampling)
     for helper in (latents.vae, *objective.frozen_modules()):
         run.add_frozen(helper)
     wrapped = run.add(

@@ -19,8 +19,8 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from .classes import parse_id2label
 from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card
-from .pipelines.labels import parse_id2label
 
 __all__ = ["prepare_push", "push_run"]
 
@@ -169,8 +169,10 @@ def _metadata_of(root: Path) -> RunMetadata:
     model = {"class": config.get("_class_name"), "padding_mode": config.get("padding_mode")}
     model["normalization"] = _normalization(config, vae / STATISTICS)
     if index:
-        model["num_classes"] = _read_json(root / "transformer" / "config.json").get("num_classes")
-        names = parse_id2label(index.get("id2label"), model["num_classes"] or noted.model.get("num_classes"))
+        trained = _read_json(root / "transformer" / "config.json")
+        model["num_classes"] = trained.get("num_classes")
+        named = index.get("id2label") or trained.get("id2label")
+        names = parse_id2label(named, model["num_classes"] or noted.model.get("num_classes"))
         model["labels"] = [names[key][0] for key in sorted(names)]
     model = noted.model | {key: value for key, value in model.items() if value}
     images = [image for image in noted.evaluation.get("images", []) if _is_image(root, image["path"])]

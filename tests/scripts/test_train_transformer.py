@@ -229,7 +229,7 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
         ({"sigma_std": 0}, "sigma_std must be positive"),
         ({"num_inference_steps": 0}, "num_inference_steps must be positive"),
         ({"num_validation_images": 0}, "num_validation_images must be positive"),
-        ({"validation_labels": -1}, "validation_labels must not be negative"),
+        ({"validation_labels": -1}, "Class ids must lie in 0.."),
         ({"class_dropout_prob": 0}, "use --guidance_scale 1"),
     ],
 )

@@ -16,6 +16,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from ..classes import in_order
+
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -78,7 +80,7 @@ def undecoded(table: datasets.Dataset, image_column: str) -> datasets.Dataset:
 def read_labels(
     table: datasets.Dataset, label_column: str, *, required: bool = False
 ) -> tuple[np.ndarray | None, list[str] | None]:
-    """Class ids (N,) int64 and class names; text labels are numbered in sorted order.
+    """Class ids (N,) int64 and class names; text labels are numbered in the order of `classes.in_order`.
 
     Returns (None, None) without labels, and no names for plain integers.
 
@@ -99,8 +101,9 @@ def read_labels(
     feature = table.features[label_column]
     column = np.asarray(table[label_column][:])
     if column.dtype.kind in "US":
-        names, column = np.unique(column, return_inverse=True)
-        return column.astype(np.int64), names.tolist()
+        names = in_order(column.tolist())
+        ids = {name: each for each, name in enumerate(names)}
+        return np.array([ids[name] for name in column.tolist()], dtype=np.int64), names
     if column.dtype.kind not in "iu" or column.ndim != 1:
         raise ValueError(
             f"The label column {label_column!r} must hold one integer or text per image; it holds {feature}"
@@ -127,7 +130,7 @@ def _image_folder(root: Path, split: str) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image()})
     folders = [Path(path).relative_to(top).parts[0] for path in paths if Path(path).parent != top]
     if len(folders) == len(paths):
-        columns["label"], features["label"] = folders, datasets.ClassLabel(names=sorted(set(folders)))
+        columns["label"], features["label"] = folders, datasets.ClassLabel(names=in_order(folders))
     return datasets.Dataset.from_dict(columns, features=features)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import struct
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from ..classes import ClassTable
 from ..images import adm_center_crop, evenly_spaced, random_crop_resize, to_pixels, to_rgb
 
 logger = logging.getLogger(__name__)
@@ -66,12 +68,15 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def classes(self) -> ClassTable:
+        """Names and counts by class id; empty without labels."""
+        return ClassTable.of_labels(self.labels, self.names)
+
     @property
     def id2label(self) -> dict[int, str]:
         """Class names by id; ids without names are their own names; empty without labels."""
-        if self.labels is None:
-            return {}
-        return dict(enumerate(self.names or map(str, range(int(self.labels.max()) + 1))))
+        return self.classes.id2label
 
     def name(self, index: int) -> str:
         """The image's file, or its row where the dataset keeps no file names."""
@@ -244,6 +249,8 @@ def load_image_dataset(
         images, image_column=image_column, labels=labels, names=names, root=root.resolve() if local else None
     )
     source.check()
+    if note := source.classes.describe_empty():
+        logger.warning("%s", note)
     return source
 
 

@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ..autoencoders import Posterior, downsampling_factor, encode
+from ..classes import ClassTable
 from ..latents import LatentNormalization
 from ..randomness import StepRandomness
 from .image_datasets import PixelDataset
@@ -22,9 +23,9 @@ class LatentData:
     """Training data of a transformer: posteriors with labels, and the autoencoder that they belong to.
 
     Args:
-        dataset: a `LatentStore` ("moments") or a `PixelDataset` ("pixel_values"), both with "class_labels".
+        dataset: a `LatentStore` ("moments") or a `PixelDataset` ("pixel_values").
         vae: float32 and frozen.
-        id2label: class names; empty where there are none.
+        classes: names and counts by class id; a single one for data without labels.
         latent_shape: (C, h, w).
         name: of the data, for the model card.
 
@@ -34,8 +35,7 @@ class LatentData:
 
     dataset: LatentStore | PixelDataset
     vae: ModelMixin
-    num_classes: int
-    id2label: dict[int, str]
+    classes: ClassTable
     latent_shape: tuple[int, int, int]
     name: str | None
 
@@ -59,11 +59,12 @@ class LatentData:
 
         Returns:
             "latents" (B, C, h, w): a sample of the posterior that was stored, or is encoded now, normalised; and
-            whatever else the batch holds ("class_labels", features).
+            whatever else the batch holds (features); "class_labels" are all 0 where the data have none.
         """
         posterior = self._posterior(batch)
         raw_latents = posterior.sample(randomness.randn(posterior.mean.shape, device=posterior.mean.device))
         rest = {key: value for key, value in batch.items() if key not in ("moments", "pixel_values")}
+        rest.setdefault("class_labels", torch.zeros(len(raw_latents), dtype=torch.int64, device=raw_latents.device))
         return {"latents": self.normalization.normalize(raw_latents), **rest}
 
     def _posterior(self, batch: Mapping[str, Tensor]) -> Posterior:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..autoencoders import Posterior
+from ..classes import ClassTable
 from ..files import UNFINISHED, atomic_path, require_writable, write_json
 from ..latents import LatentStatistics
 from ..provenance import require_same_autoencoder
@@ -134,16 +135,17 @@ class LatentStoreWriter:
             id2label: class names.
         """
         headers = self._headers()
-        counts = np.zeros(0, dtype=np.int64)
+        classes = ClassTable()
         if self.settings.labelled:
             maps = (h.map(self.path / shard_name(s), "labels", np.int64) for s, h in enumerate(headers))
-            counts = np.bincount(np.concatenate(list(maps)), minlength=len(id2label or {}))
+            classes = ClassTable.of_labels(
+                np.concatenate(list(maps)), [name for _, name in sorted((id2label or {}).items())]
+            )
         manifest = {
             "format_version": FORMAT_VERSION,
             "settings": self.settings.to_json(),
             "autoencoder": autoencoder,
-            "id2label": {str(key): value for key, value in sorted((id2label or {}).items())},
-            "class_counts": {str(key): int(count) for key, count in enumerate(counts)},
+            **classes.to_config(),
             "statistics": self.statistics().state_dict(),
             "skipped": [name for header in headers for name in header.notes["skipped"]],
             "shards": [
@@ -212,13 +214,18 @@ class LatentStore(Dataset):
         return self.manifest["autoencoder"]
 
     @property
+    def classes(self) -> ClassTable:
+        """Names and counts by class id; empty without labels."""
+        return ClassTable.from_config(self.manifest) or ClassTable()
+
+    @property
     def id2label(self) -> dict[int, str]:
-        return {int(key): value for key, value in self.manifest["id2label"].items()}
+        return self.classes.id2label
 
     @property
     def num_classes(self) -> int:
         """Of the data set, including classes without examples; 0 without labels."""
-        return len(self.manifest["class_counts"])
+        return len(self.classes)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

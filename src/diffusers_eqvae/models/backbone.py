@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .. import _registration
+from ..classes import ClassTable
 
 PREDICTION_TYPES = ("flow_prediction", "epsilon", "score", "v_prediction", "sample", "logits")
 _BACKBONES: dict[str, type[Backbone]] = {}
@@ -53,13 +55,16 @@ class Backbone(ModelMixin, ConfigMixin):
         num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null class.
         class_dropout_prob: share of samples trained without their label; 0 = there is no null class to guide with.
         autoencoder: identity of the autoencoder whose latents it knows (`provenance.autoencoder_identity`).
+        id2label, class_counts: names and numbers of training images by class id (`classes.ClassTable.to_config`).
 
     Attributes:
+        label_table: the parameter with a row for each class and, where there is one, a last row for no class.
         PRESETS: model name ("SiT-B/2") -> constructor arguments, objective and prediction_type included.
         hidden_size: D. num_layers: blocks. token_grid: tokens along height and width.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    label_table: ClassVar[str] = "class_embedder.weight"
     hidden_size: int
     num_layers: int
     token_grid: tuple[int, int]
@@ -79,6 +84,31 @@ class Backbone(ModelMixin, ConfigMixin):
     def null_class(self) -> int:
         """The label that means "no class"."""
         return self.config.num_classes
+
+    @property
+    def classes(self) -> ClassTable | None:
+        """Names and counts of the classes, as the config states them."""
+        return ClassTable.from_config(self.config)
+
+    @torch.no_grad()
+    def with_classes(self, classes: ClassTable) -> Self:
+        """A copy for other classes: every weight but the label table, of which classes of equal names keep their row.
+
+        Rows of new names are freshly initialised; the row for no class stays.
+
+        Example:
+            >>> model.with_classes(ClassTable(("daisy", "rose"))).config.num_classes
+            2
+        """
+        fresh = type(self).from_config({**self.config, "num_classes": len(classes), **classes.to_config()})
+        state = self.state_dict()
+        saved, table = state[self.label_table], fresh.state_dict()[self.label_table].clone()
+        for here, there in classes.rows_from(self.classes).items():
+            table[here] = saved[there]
+        if len(saved) > self.config.num_classes:
+            table[len(classes) :] = saved[self.config.num_classes :]
+        fresh.load_state_dict({**state, self.label_table: table.to(saved.dtype)})
+        return fresh.to(saved.dtype)
 
     @abstractmethod
     def forward(

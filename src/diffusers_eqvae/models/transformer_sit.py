@@ -166,6 +166,7 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
             the conversion negates their last layer), or "epsilon", the noise (DiT).
         norm_eps: of the LayerNorms without parameters.
         autoencoder: whose latents these are (`provenance.autoencoder_identity`).
+        id2label, class_counts: names and numbers of training images by class id (`classes.ClassTable.to_config`).
 
     Raises:
         ValueError: for sizes that do not divide or an unknown convention.
@@ -207,6 +208,8 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         prediction_type: str = "flow_prediction",
         norm_eps: float = 1e-6,
         autoencoder: dict[str, Any] | None = None,
+        id2label: dict[str, Any] | None = None,
+        class_counts: dict[str, int] | None = None,
     ):
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim

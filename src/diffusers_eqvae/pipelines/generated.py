@@ -61,7 +61,7 @@ class GeneratedImages:
         }
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        class_ids = range(self.pipeline.transformer.config.num_classes)
+        class_ids = self.pipeline.class_ids
         for block in self.blocks:
             made = sample_block(self.pipeline, block, class_ids, **self.options)
             self.settings["nfe"] = made["nfe"]

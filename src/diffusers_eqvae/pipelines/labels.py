@@ -7,26 +7,9 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+from ..classes import is_integer, parse_id2label
 
-def parse_id2label(id2label: Mapping[Any, Any] | None, num_classes: int | None = None) -> dict[int, tuple[str, ...]]:
-    """The names of every class id; with `num_classes`, ids must lie in 0..num_classes-1.
-
-    A label is one name or several (a list, or one string with commas as in ImageNet's "tench, Tinca tinca"); the first
-    entry is the label as written, the others its synonyms. JSON's string keys and lists are read as ids and tuples.
-
-    Example:
-        >>> parse_id2label({"0": "tench, Tinca tinca"})
-        {0: ('tench, Tinca tinca', 'tench', 'Tinca tinca')}
-    """
-    names: dict[int, tuple[str, ...]] = {}
-    for key, label in (id2label or {}).items():
-        if not str(key).isdecimal() or (num_classes is not None and int(key) >= num_classes):
-            limit = "a non-negative integer" if num_classes is None else f"one of the class ids 0..{num_classes - 1}"
-            raise ValueError(f"Every key of id2label must be {limit}; got {key!r}. Check the classes it was made for.")
-        written = [label] if isinstance(label, str) else [str(name) for name in label]
-        synonyms = [part.strip() for name in written for part in name.split(",")]
-        names[int(key)] = tuple(dict.fromkeys(written + synonyms))
-    return names
+__all__ = ["parse_id2label", "resolve_class_labels"]
 
 
 def resolve_class_labels(
@@ -34,10 +17,12 @@ def resolve_class_labels(
 ) -> list[int]:
     """Flat list of class ids in 0..num_classes-1 from an id, a name, a tensor, or nested lists of them.
 
-    Names, as `parse_id2label` gives them, are compared without regard to case.
+    Names, as `parse_id2label` gives them, are compared without regard to case. Text that is a number is a name where
+    classes are called by numbers, else an id; "id:7" and "name:7" say which is meant.
 
     Raises:
-        ValueError: an id out of range, an unknown name (with the nearest ones), a name that several classes share.
+        ValueError: an id out of range, an unknown name (with the nearest ones), a name that several classes share, a
+            number that is the name of one class and the id of another.
         TypeError: something that is neither an id nor a name.
 
     Example:
@@ -71,16 +56,21 @@ def _checked_id(label: Any) -> int:
 
 
 def _id_of_name(name: str, id2label: Mapping[int, tuple[str, ...]], num_classes: int) -> int:
+    kind, _, rest = name.strip().partition(":")
+    if kind == "id" and is_integer(rest):
+        return int(rest)
+    wanted = (rest if kind == "name" else name).strip().casefold()
+    known = {class_id: {each.casefold() for each in names} for class_id, names in id2label.items()}
+    found = [class_id for class_id, names in known.items() if wanted in names]
+    if len(found) > 1:
+        raise ValueError(f"{name!r} is the name of classes {found}: pass the class id instead.")
+    if kind != "name" and is_integer(wanted):
+        return _id_of_number(wanted, found, known, num_classes)
     if not id2label:
         raise ValueError(
             f"This pipeline has no label names (id2label), so {name!r} cannot be looked up; "
             f"pass class ids 0..{num_classes - 1}."
         )
-    wanted = name.strip().casefold()
-    known = {class_id: {each.casefold() for each in names} for class_id, names in id2label.items()}
-    found = [class_id for class_id, names in known.items() if wanted in names]
-    if len(found) > 1:
-        raise ValueError(f"{name!r} is the name of classes {found}: pass the class id instead.")
     if not found:
         nearest = difflib.get_close_matches(wanted, sorted(set().union(*known.values())), n=3)
         hint = (
@@ -88,3 +78,20 @@ def _id_of_name(name: str, id2label: Mapping[int, tuple[str, ...]], num_classes:
         )
         raise ValueError(f"{name!r} is not a label name of this pipeline. {hint}")
     return found[0]
+
+
+def _id_of_number(text: str, found: list[int], known: Mapping[int, set[str]], num_classes: int) -> int:
+    """A number in text is a name first; refused where it could as well be meant as the id of another class."""
+    number = int(text)
+    if found and (found[0] == number or not 0 <= number < num_classes):
+        return found[0]
+    if found:
+        raise ValueError(
+            f"'{text}' is the name of class {found[0]} and the id of class {number}: write id:{number} or name:{text}."
+        )
+    if any(is_integer(each) for names in known.values() for each in names) and 0 <= number < num_classes:
+        raise ValueError(
+            f"'{text}' is not a label name of this pipeline, whose classes are called by numbers: write id:{number} "
+            "for the id, or one of the names."
+        )
+    return number

@@ -18,13 +18,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..autoencoders import decode_upcast, latent_channels
+from ..classes import ClassTable, parse_id2label
 from ..guidance import IntervalGuidance
 from ..images import to_image
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork
 from ..provenance import require_same_autoencoder
 from ..schedulers.capabilities import integrates_velocity, noise_levels, takes_variance
-from .labels import parse_id2label, resolve_class_labels
+from .labels import resolve_class_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Whether what an objective trains is sampled by integrating a velocity; of others the scheduler alone decides.
@@ -62,7 +63,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         vae: any diffusers autoencoder (AutoencoderKL, AutoencoderTiny, their subclasses) with the same channels.
         scheduler: a flow-matching one for a transformer of `objective="flow_matching"`, a DDPM-style one for
             "denoising".
-        id2label: class id -> name (or names, or one string with commas); saved with the pipeline.
+        id2label: class id -> name (or names, or one string with commas); saved with the pipeline. Without it, the
+            names in the transformer's config count; where both name a class, they must agree.
         alignment_network: the `AlignmentNetwork` that was trained with the VAE, where there is one; sampling does not
             use it, `perception.perception_image` does.
 
@@ -97,8 +99,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def id2label(self) -> dict[int, tuple[str, ...]]:
-        """Class id -> its names; empty where the pipeline has none."""
-        return parse_id2label(self.config.id2label, self.transformer.config.num_classes if self.transformer else None)
+        """Class id -> its names, the pipeline's own or those of its transformer; empty where neither has any."""
+        if self.transformer is None:
+            return parse_id2label(self.config.id2label)
+        config = self.transformer.config
+        return parse_id2label(self.config.id2label or getattr(config, "id2label", None), config.num_classes)
+
+    @property
+    def class_ids(self) -> list[int]:
+        """The classes to sample where none are named: all, without those that the training data had no images of."""
+        config = self.transformer.config
+        table = ClassTable.from_config({key: getattr(config, key, None) for key in ("id2label", "class_counts")})
+        return table.present if table and table.counts else list(range(config.num_classes))
 
     def resolve_class_labels(self, class_labels: Any) -> list[int]:
         """Flat class ids of ids, names or nested lists of them; see `labels.resolve_class_labels`."""
@@ -138,8 +150,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"The transformer predicts {predicts!r}, and the {type(self.scheduler).__name__} takes {takes!r}: set "
                 f"it up with prediction_type={predicts!r}, or use a scheduler that has it."
             )
-        parse_id2label(self.config.id2label, self.transformer.config.num_classes)
+        self._check_names()
         self._checked_parts = parts
+
+    def _check_names(self) -> None:
+        own = parse_id2label(self.config.id2label, self.transformer.config.num_classes)
+        trained = parse_id2label(getattr(self.transformer.config, "id2label", None))
+        for class_id in own.keys() & trained.keys():
+            if not {name.casefold() for name in own[class_id]} & {name.casefold() for name in trained[class_id]}:
+                raise ValueError(
+                    f"The transformer was trained with class {class_id} as {trained[class_id][0]!r}, and the "
+                    f"pipeline's id2label calls it {own[class_id][0]!r}: leave id2label out, or use the transformer "
+                    "that these names belong to."
+                )
 
     def check_inputs(
         self,

@@ -40,7 +40,17 @@ class TransformerArguments(Checked):
     )
     num_classes: int | None = field(
         default=None,
-        metadata={"help": "Number of classes; unset, that of the data. Checked where given.", "range": "(0, inf)"},
+        metadata={
+            "help": "Number of classes; unset, that of the data. Checked where given; 1 takes images without labels.",
+            "range": "(0, inf)",
+        },
+    )
+    new_classes: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a saved model with other classes: every weight is kept but the label table, in which "
+            "classes of equal names keep their embedding."
+        },
     )
     class_dropout_prob: float | None = field(
         default=None,
@@ -88,9 +98,9 @@ def transformer_choices(given: Mapping[str, Any]) -> list[Choice]:
 class SamplingArguments(Checked):
     """How validation images are sampled."""
 
-    validation_labels: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3],
-        metadata={"help": "Classes shown; those beyond the last are left out.", "range": "[0, inf)"},
+    validation_labels: list[str] | None = field(
+        default=None,
+        metadata={"help": "Classes shown, by id or name as sample takes them; unset, the first four with images."},
     )
     num_validation_images: int = field(
         default=4, metadata={"help": "Images per class; none at all with --validation_steps 0.", "range": "(0, inf)"}

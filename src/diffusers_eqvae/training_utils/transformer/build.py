@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,22 @@ from typing import Any
 import torch
 
 from ...autoencoders import downsampling_factor, latent_channels, load_autoencoder, require_fitting
+from ...classes import ClassTable, listed, parse_id2label
 from ...data.image_datasets import PixelDataset
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
 from ...models.alignment_network import AlignmentNetwork
 from ...models.backbone import Backbone
 from ...objectives.base import OBJECTIVES, Objective
+from ...pipelines.labels import resolve_class_labels
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...regularizers.base import build_regularizers
 from ..arguments import DataArguments, warn_without_effect
 from .arguments import SamplingArguments, TransformerArguments
 from .model_source import ModelSource
+
+logger = logging.getLogger(__name__)
 
 
 def load_latents(arguments: TransformerArguments, data: DataArguments) -> LatentData:
@@ -40,12 +45,21 @@ def load_latents(arguments: TransformerArguments, data: DataArguments) -> Latent
     else:
         warn_without_effect(data, vars(data), "--latents_dir fixes the images")
         latents = _from_store(arguments)
-    if arguments.num_classes not in (None, latents.num_classes):
+    if note := latents.classes.describe_empty():
+        logger.warning("%s", note)
+    if arguments.num_classes not in (None, len(latents.classes)):
         raise ValueError(
-            f"The data have {latents.num_classes} classes, but --num_classes says {arguments.num_classes}; "
+            f"The data have {len(latents.classes)} classes, but --num_classes says {arguments.num_classes}; "
             "leave it out, or train on the data it was meant for."
         )
     return latents
+
+
+def _one_class(arguments: TransformerArguments, what: str, remedy: str, count: int) -> ClassTable:
+    """Data without labels are one class, where that is asked for."""
+    if arguments.num_classes != 1:
+        raise ValueError(f"{what} no labels; {remedy}, or give --num_classes 1 for a model of one class, all images.")
+    return ClassTable(("image",), (count,))
 
 
 def _from_store(arguments: TransformerArguments) -> LatentData:
@@ -55,9 +69,9 @@ def _from_store(arguments: TransformerArguments) -> LatentData:
         raise ValueError(f"The store {path} holds no vae/; say with --vae which autoencoder encoded it.")
     vae = load_autoencoder(arguments.vae or str(path / "vae"))
     store = LatentStore(path, vae=vae)
-    if not store.settings.labelled:
-        raise ValueError(f"The store {path} has no labels; encode a dataset with labels (--label_column).")
-    return LatentData(store, vae, store.num_classes, store.id2label, store.latent_shape, name=None)
+    remedy = "encode a dataset with labels (--label_column, or one folder per class)"
+    classes = store.classes or _one_class(arguments, f"The store {path} has", remedy, len(store))
+    return LatentData(store, vae, classes, store.latent_shape, name=None)
 
 
 def _from_images(arguments: TransformerArguments, data: DataArguments) -> LatentData:
@@ -66,10 +80,12 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
     vae = load_autoencoder(arguments.vae)
     factor = downsampling_factor(vae)
     require_fitting(data.resolution, factor, name="--resolution")
-    source = data.load(require_labels=True)
+    source = data.load()
+    remedy = "name their column by --label_column, or give each class its own folder"
+    classes = source.classes or _one_class(arguments, f"The images of {data.name} have", remedy, len(source))
     dataset = PixelDataset(source, resolution=data.resolution, random_flip=data.random_flip)
     shape = (latent_channels(vae), data.resolution // factor, data.resolution // factor)
-    return LatentData(dataset, vae, len(source.id2label), source.id2label, shape, name=data.name)
+    return LatentData(dataset, vae, classes, shape, name=data.name)
 
 
 def build_objective(
@@ -123,27 +139,65 @@ def build_transformer(
     fitting = {
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
-        "num_classes": latents.num_classes,
+        "num_classes": len(latents.classes),
     }
     identity = autoencoder_identity(latents.vae)
-    _refuse_mismatch(arguments.model, source.config, fitting)
+    free = ("num_classes",) if arguments.new_classes else ()
+    _refuse_mismatch(arguments.model, source.config, {key: fitting[key] for key in fitting if key not in free})
     if source.directory is not None:
         warn_without_effect(arguments, ["class_dropout_prob"], f"the saved model {source.directory} has its own")
         model = source.cls.from_pretrained(source.directory, torch_dtype=torch.float32)
         require_same_autoencoder(model.config.autoencoder, identity, whose=f"the model {source.directory}")
-        model.register_to_config(autoencoder=identity)
+        model = _with_classes_of(latents, model, source.directory, new=arguments.new_classes)
     else:
+        if arguments.new_classes:
+            raise ValueError(f"--new_classes goes on from a saved model, and {arguments.model} is a new one.")
         dropout = arguments.class_dropout_prob
         given = source.config | ({} if dropout is None else {"class_dropout_prob": dropout})
-        given |= {**fitting, "autoencoder": identity}
-        model = source.cls(**given)
+        model = source.cls(**given | fitting)
+    model.register_to_config(autoencoder=identity, **latents.classes.to_config())
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
 
 
-def check_guidance(model: Backbone, sampling: SamplingArguments) -> None:
-    """Raises ValueError where validation would guide a model that learns no null class."""
+def _with_classes_of(latents: LatentData, model: Backbone, directory: Path, *, new: bool) -> Backbone:
+    """A saved model on the data's classes: the same by name and id, or with a label table of its own."""
+    classes, saved = latents.classes, model.classes
+    if new:
+        kept = [classes.names[each] for each in classes.rows_from(saved)]
+        others = [name for name in classes.names if name not in kept]
+        logger.warning(
+            "Every weight of %s is kept but its label table: %d of %d classes keep their embedding by name%s, %d "
+            "start anew%s.",
+            directory,
+            len(kept),
+            len(classes),
+            f" ({listed(kept)})" if kept else "",
+            len(others),
+            f" ({listed(others)})" if others else "",
+        )
+        return model.with_classes(classes).train()
+    if saved is None:
+        logger.warning(
+            "%s does not say what its classes are called; its embeddings 0..%d are taken to be %s.",
+            directory,
+            len(classes) - 1,
+            listed(classes.names),
+        )
+    else:
+        remedy = (
+            "use data of the same classes, or give --new_classes to keep embeddings by name and start the others anew"
+        )
+        saved.require_same(classes, whose=f"the model {directory}", remedy=remedy)
+    return model
+
+
+def check_sampling(model: Backbone, sampling: SamplingArguments) -> None:
+    """Raises ValueError where validation would guide a model that learns no null class, or show classes it lacks."""
+    if sampling.validation_labels:
+        names = parse_id2label(model.config.id2label)
+        resolve_class_labels(sampling.validation_labels, model.config.num_classes, id2label=names)
     if sampling.guidance_scale != 1.0 and model.config.class_dropout_prob == 0.0:
         raise ValueError(
             f"--guidance_scale {sampling.guidance_scale} needs a model that learns to do without labels, but its "
@@ -157,7 +211,10 @@ def _refuse_mismatch(path: str, config: dict[str, Any], fitting: dict[str, Any])
         saved = list(saved) if isinstance(saved, tuple) else saved
         saved = saved[0] if isinstance(saved, list) and len(set(saved)) == 1 else saved  # [32, 32] is 32
         if saved is not None and saved != value:
-            raise ValueError(f"The model {path} has {key} = {saved}, but the latents have {value}: they do not fit.")
+            remedy = " Give --new_classes to keep all but the label table." if key == "num_classes" else ""
+            raise ValueError(
+                f"The model {path} has {key} = {saved}, but the latents have {value}: they do not fit.{remedy}"
+            )
 
 
 def build_pipeline(objective: Objective, latents: LatentData) -> ClassConditionalPipeline:
@@ -166,7 +223,6 @@ def build_pipeline(objective: Objective, latents: LatentData) -> ClassConditiona
         transformer=objective.model,
         vae=latents.vae,
         scheduler=objective.scheduler(),
-        id2label=latents.id2label or None,
         alignment_network=AlignmentNetwork.beside(latents.vae),
     )
     pipeline.set_progress_bar_config(disable=True)

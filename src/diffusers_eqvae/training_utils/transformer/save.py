@@ -22,9 +22,8 @@ _NO_ARGUMENTS = SimpleNamespace()
 
 def sample_grid(pipeline: ClassConditionalPipeline, sampling: SamplingArguments, *, seed: int) -> list[Image.Image]:
     """The same noise at every call: what changes from grid to grid is the model."""
-    labels = [label for label in sampling.validation_labels if label < pipeline.transformer.config.num_classes]
     return pipeline(
-        labels or [0],
+        sampling.validation_labels or pipeline.class_ids[:4],
         num_images_per_label=sampling.num_validation_images,
         guidance_scale=sampling.guidance_scale,
         guidance_interval=(sampling.guidance_interval[0], sampling.guidance_interval[1]),
@@ -57,7 +56,7 @@ def save_pipeline(
         model={
             "architecture": arguments.model if arguments.model in backbones() else None,
             "autoencoder": arguments.vae,
-            "num_classes": latents.num_classes,
+            "num_classes": len(latents.classes),
             "sampling": {
                 "guidance_scale": sampling.guidance_scale,
                 "guidance_interval": sampling.guidance_interval,

@@ -1,0 +1,161 @@
+"""The classes of a data set: one table of ids, names and image counts, which stores, models and pipelines compare."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LISTED = 5
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Names and numbers of images by class id 0 .. N-1.
+
+    Args:
+        names: by id; a class without a name has its id as one.
+        counts: images by id, or None where nobody counted.
+
+    Example:
+        >>> table = ClassTable.of_labels(np.array([0, 2, 2]), ["cat", "dog", "owl"])
+        >>> table.id2label, table.counts, table.present, table.empty
+        ({0: 'cat', 1: 'dog', 2: 'owl'}, (1, 0, 2), [0, 2], [1])
+    """
+
+    names: tuple[str, ...] = ()
+    counts: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_labels(cls, labels: np.ndarray | None, names: Sequence[str] | None = None) -> ClassTable:
+        """Of class ids (N,); without names, ids are their own. No classes where there are no labels."""
+        if labels is None:
+            return cls()
+        counts = np.bincount(labels, minlength=len(names or ()))
+        if names and len(counts) > len(names):
+            raise ValueError(f"Labels must be ids of the {len(names)} classes that are named; got {len(counts) - 1}.")
+        return cls(tuple(names or map(str, range(len(counts)))), tuple(counts.tolist()))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ClassTable | None:
+        """The table that `to_config` wrote, also after JSON; None where it states no names."""
+        names = parse_id2label(config.get("id2label"))
+        if not names:
+            return None
+        counted = {int(key): int(count) for key, count in (config.get("class_counts") or {}).items()}
+        ids = range(max(names) + 1)
+        counts = tuple(counted.get(each, 0) for each in ids) if counted else None
+        return cls(tuple(names[each][0] if each in names else str(each) for each in ids), counts)
+
+    def to_config(self) -> dict[str, Any]:
+        """{"id2label": {"0": name, ...}, "class_counts": {"0": images, ...}}: of a manifest, or a model's config."""
+        named = {str(key): name for key, name in enumerate(self.names)}
+        return {"id2label": named, "class_counts": {str(key): count for key, count in enumerate(self.counts or ())}}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.names))
+
+    @property
+    def present(self) -> list[int]:
+        """The ids that have images; all where nobody counted."""
+        return [each for each in range(len(self)) if self.counts is None or self.counts[each]]
+
+    @property
+    def empty(self) -> list[int]:
+        """The ids without images."""
+        return [each for each, count in enumerate(self.counts or ()) if not count]
+
+    def describe_empty(self) -> str | None:
+        """Names the classes without images and says what follows; None where every class has some."""
+        if not self.empty:
+            return None
+        called = listed(self._called(self.empty))
+        return (
+            f"{len(self.empty)} of {len(self)} classes have no images: {called}. They cannot be "
+            "learnt and are left out where all classes are sampled; number the labels from 0 without gaps to be rid "
+            "of them."
+        )
+
+    def require_same(self, given: ClassTable, *, whose: str, remedy: str) -> None:
+        """Refuses a table of other names, or of the same in another order; counts may differ.
+
+        Example:
+            >>> model.require_same(store.classes, whose="the model runs/sit", remedy="train a new model")
+        """
+        if self.names == given.names:
+            return
+        if len(self) != len(given):
+            what = f"{len(self)} classes there, {len(given)} here"
+        else:
+            differing = [each for each in range(len(self)) if self.names[each] != given.names[each]]
+            order = ", the same ones in another order" if sorted(self.names) == sorted(given.names) else ""
+            pairs = [f"{each} is {self.names[each]!r} there and {given.names[each]!r} here" for each in differing]
+            what = f"{len(differing)} of {len(self)} names differ{order}: {listed(pairs)}"
+        raise ValueError(f"The classes of {whose} are not those of these data: {what}; {remedy}.")
+
+    def rows_from(self, saved: ClassTable | None) -> dict[int, int]:
+        """id -> id in `saved` of the class of the same name; a name that several classes share is nobody's."""
+        theirs = list(saved.names) if saved is not None else []
+        return {
+            each: theirs.index(name)
+            for each, name in enumerate(self.names)
+            if theirs.count(name) == self.names.count(name) == 1
+        }
+
+    def _called(self, ids: Iterable[int]) -> list[str]:
+        return [str(each) if self.names[each] == str(each) else f"{each} ({self.names[each]})" for each in ids]
+
+
+def listed(names: Sequence[str], *, limit: int = LISTED) -> str:
+    """The first few of many names: `listed(["a", "b", "c"], limit=2)` is "a, b, ...".
+
+    Example:
+        >>> listed(["a", "b"])
+        'a, b'
+    """
+    return ", ".join([*names[:limit], *(["..."] if len(names) > limit else [])])
+
+
+def is_integer(name: str) -> bool:
+    """Whether a class is called by a number: `is_integer("007")`."""
+    return _INTEGER.fullmatch(name.strip()) is not None
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Class names as ids number them: by value where all are integers, else by text.
+
+    Example:
+        >>> in_order({"10", "9", "1"}), in_order({"10", "9", "a"})
+        (['1', '9', '10'], ['10', '9', 'a'])
+    """
+    names = sorted(set(names))
+    return sorted(names, key=int) if all(map(is_integer, names)) else names
+
+
+def parse_id2label(id2label: Mapping[Any, Any] | None, num_classes: int | None = None) -> dict[int, tuple[str, ...]]:
+    """The names of every class id; with `num_classes`, ids must lie in 0..num_classes-1.
+
+    A label is one name or several (a list, or one string with commas as in ImageNet's "tench, Tinca tinca"); the first
+    entry is the label as written, the others its synonyms. JSON's string keys and lists are read as ids and tuples.
+
+    Example:
+        >>> parse_id2label({"0": "tench, Tinca tinca"})
+        {0: ('tench, Tinca tinca', 'tench', 'Tinca tinca')}
+    """
+    names: dict[int, tuple[str, ...]] = {}
+    for key, label in (id2label or {}).items():
+        if not str(key).isdecimal() or (num_classes is not None and int(key) >= num_classes):
+            limit = "a non-negative integer" if num_classes is None else f"one of the class ids 0..{num_classes - 1}"
+            raise ValueError(f"Every key of id2label must be {limit}; got {key!r}. Check the classes it was made for.")
+        written = [label] if isinstance(label, str) else [str(name) for name in label]
+        synonyms = [part.strip() for name in written for part in name.split(",")]
+        names[int(key)] = tuple(dict.fromkeys(written + synonyms))
+    return names
