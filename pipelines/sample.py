@@ -35,7 +35,7 @@ GRID_SAMPLES = 64
 class SampleArguments(Checked):
     """What to sample; a resumed run must repeat everything that decides the images."""
 
-    model: str = field(metadata={"help": "Pipeline directory or Hub repository."})
+    model: str = field(metadata={"reads": True, "help": "Pipeline directory or Hub repository."})
     output_dir: str = field(
         metadata={"help": "Receives samples.npz (arr_0: uint8 NHWC, arr_1: class ids), sampling.json and grid.png."}
     )

@@ -24,6 +24,7 @@ LAYERS = (
         "autoencoders",
         "classes",
         "diffusion",
+        "directories",
         "equivariance",
         "extensions",
         "files",

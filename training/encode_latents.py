@@ -43,7 +43,9 @@ class ImageArguments(DataArguments):
 class EncodeArguments(Checked):
     """What to encode with, and what the store looks like."""
 
-    vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
+    vae: str = field(
+        metadata={"reads": True, "help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."}
+    )
     output_dir: str = field(metadata={"help": "Directory of the store."})
     batch_size: int = field(default=32, metadata={"help": "Images per forward of the encoder.", "range": "(0, inf)"})
     dtype: Literal["bf16", "fp16", "fp32"] = field(default="bf16", metadata={"help": "Number format on disk."})

@@ -43,7 +43,9 @@ from diffusers_eqvae.training_utils.launch import build_state, run_script
 class ImageArguments(DataArguments):
     """Which images to measure on; always ADM's centre crop."""
 
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of images; or give --dataset_name."})
+    data_dir: str | None = field(
+        default=None, metadata={"reads": True, "help": "Folder of images; or give --dataset_name."}
+    )
     train_data_dir: str | None = field(init=False, default=None)
     center_crop: bool = field(init=False, default=True)
     random_flip: bool = field(init=False, default=False)
@@ -59,7 +61,9 @@ class ImageArguments(DataArguments):
 class EvaluateArguments(Checked):
     """What to measure, and where the card goes."""
 
-    vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
+    vae: str = field(
+        metadata={"reads": True, "help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."}
+    )
     output: str = field(metadata={"help": "The card, a JSON file."})
     metrics: list[str] | None = field(
         default=None, metadata={"help": "NAME ... of what is computed; unset: all that it has the weights for."}
@@ -67,8 +71,9 @@ class EvaluateArguments(Checked):
     feature_networks: list[str] = field(
         default_factory=list,
         metadata={
+            "reads": True,
             "help": "NAME[=WEIGHTS] for rFID: inception gives rfid; dinov2, squeezenet and cifar_resnet name "
-            "themselves in the number."
+            "themselves in the number.",
         },
     )
     num_images: int | None = field(

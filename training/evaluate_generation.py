@@ -48,11 +48,17 @@ class EvaluationArguments(Checked):
     """What to compare with what, and by which network."""
 
     samples: str = field(
-        metadata={"help": "An .npz with arr_0, a folder of images, or a pipeline (directory or Hub name)."}
+        metadata={
+            "reads": True,
+            "help": "An .npz with arr_0, a folder of images, or a pipeline (directory or Hub name).",
+        }
     )
     reference: str | None = field(
         default=None,
-        metadata={"help": "An ADM reference .npz, saved statistics, a folder of images, or a dataset's name."},
+        metadata={
+            "reads": True,
+            "help": "An ADM reference .npz, saved statistics, a folder of images, or a dataset's name.",
+        },
     )
     reference_split: str | None = field(
         default=None, metadata={"help": "Read --reference as a dataset, and this split of it (needs --resolution)."}
@@ -63,8 +69,9 @@ class EvaluationArguments(Checked):
     feature_networks: list[str] = field(
         default_factory=lambda: ["inception"],
         metadata={
+            "reads": True,
             "help": "NAME[=WEIGHTS] ..., with a card for each: inception gives FID; dinov2, squeezenet and "
-            "cifar_resnet name themselves in every number. Loaded only for metrics that need them."
+            "cifar_resnet name themselves in every number. Loaded only for metrics that need them.",
         },
     )
     output: str | None = field(default=None, metadata={"help": "The card; default: beside the samples."})

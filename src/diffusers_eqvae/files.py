@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -23,9 +24,10 @@ UNFINISHED = ".tmp"
 def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """A hidden sibling to write to; when the block ends, it has the name `path`.
 
-    The parent folders are created. An error in the block leaves `path` as it was and no sibling; a kill may leave the
-    sibling, which ends in .tmp. Where `durable`, the content is on disk before the name is, and the name when this
-    returns, so a power cut changes nothing; that costs two flushes per file, too many for thousands of small ones.
+    The parent folders are created; the sibling is a new file under a name that nobody can foresee. An error in the
+    block leaves `path` as it was and no sibling; a kill may leave the sibling, which ends in .tmp. Where `durable`,
+    the content is on disk before the name is, and the name when this returns, so a power cut changes nothing; that
+    costs two flushes per file, too many for thousands of small ones.
 
     Example:
         >>> with atomic_path("figures/grid.png") as sibling:
@@ -33,7 +35,8 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    sibling = temporary_sibling(path)
+    os.close(os.open(sibling, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield sibling
         if durable:
@@ -44,6 +47,11 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
         raise
     if durable:
         flush_to_disk(path.parent)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A hidden name beside `path` that nobody can foresee; short, since that of `path` may be as long as names get."""
+    return path.with_name(f".{secrets.token_hex(8)}{UNFINISHED}")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -69,22 +77,23 @@ def replace_directory(source: Path, target: Path) -> None:
     Example:
         >>> replace_directory(Path("runs/x/step-8.tmp"), Path("runs/x/step-8"))
     """
-    if target.is_dir() and not target.is_symlink():
-        old = target.with_name(f"{target.name}.old{UNFINISHED}")
-        shutil.rmtree(old, ignore_errors=True)
+    if target.is_dir():
+        old = temporary_sibling(target)
         target.rename(old)
         source.rename(target)
-        shutil.rmtree(old)
+        delete(old)
     else:
         os.replace(source, target)
 
 
-def delete_atomically(directory: Path) -> None:
-    """Deletes a directory so that a kill halfway leaves one that ends in .tmp, and not a seemingly complete one."""
-    aside = directory.with_name(directory.name + UNFINISHED)
-    shutil.rmtree(aside, ignore_errors=True)
-    directory.rename(aside)
-    shutil.rmtree(aside)
+def delete(path: Path) -> None:
+    """Deletes a file, a link (not what it leads to), or a directory, which first gets a name that nothing reads."""
+    if path.is_dir() and not path.is_symlink():
+        aside = temporary_sibling(path)
+        path.rename(aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

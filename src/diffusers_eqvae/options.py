@@ -6,7 +6,9 @@ choices by the type `Literal`:
     p_shift: float = field(default=0.5, metadata={"help": "Share of shifted steps.", "range": "[0, 1]"})
 
 Ranges are intervals as in mathematics; "(-inf, inf)", which is also what holds where none is stated, is any finite
-number. NaN and infinity lie in no range. The elements of a list have the range of their field.
+number. NaN and infinity lie in no range. The elements of a list have the range of their field. An option that names
+what is read (a file, a directory, a repository) says `"reads": True`: no output is ever written there, and a resumed
+run compares what it holds, not what it is called.
 """
 
 from __future__ import annotations
@@ -60,6 +62,23 @@ def check_ranges(kind: type, values: Mapping[str, Any], *, spelling: str = "{}")
         each = value if option.is_list and isinstance(value, list | tuple) else [value]
         for reason in filter(None, map(option.complaint, each)):
             raise ValueError(f"{spelling.format(name)} must {reason}; got {value!r}.")
+
+
+def inputs_of(*groups: Any) -> dict[str, str]:
+    """What the options of these dataclasses name to be read, by option; of NAME=PATH words the path.
+
+    Example:
+        >>> inputs_of(DataArguments(train_data_dir="photographs"))
+        {'train_data_dir': 'photographs'}
+    """
+    found = {}
+    for group in groups:
+        kind: type = type(group)
+        for name, option in options_of(kind).items():
+            value = getattr(group, name) if option.field.metadata.get("reads") else None
+            for number, each in enumerate(value if isinstance(value, list) else filter(None, [value])):
+                found[f"{name} {number + 1}" if number else name] = each.partition("=")[2] or each
+    return found
 
 
 @dataclass(frozen=True)

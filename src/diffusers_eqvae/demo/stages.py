@@ -80,11 +80,16 @@ class DemoArguments(Checked):
 
     output_dir: str = field(default="runs/demo", metadata={"help": "Directory of everything the demo writes."})
     train_data_dir: str | None = field(
-        default=None, metadata={"help": "Your own images, in class folders, instead of the built-in photographs."}
+        default=None,
+        metadata={"reads": True, "help": "Your own images, in class folders, instead of the built-in photographs."},
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"aliases": ["--dataset"], "help": "Or a dataset on the Hub with columns image and label."},
+        metadata={
+            "reads": True,
+            "aliases": ["--dataset"],
+            "help": "Or a dataset on the Hub with columns image and label.",
+        },
     )
     resolution: int = field(default=64, metadata={"help": "Side of the images in pixels.", "range": "(0, inf)"})
     autoencoder_steps: int = field(

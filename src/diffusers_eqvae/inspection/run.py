@@ -43,11 +43,16 @@ class InspectArguments(Checked):
     """
 
     vae: str = field(
-        metadata={"help": "Diffusers autoencoder, or pipeline with one in vae/: a directory or Hub name."}
+        metadata={
+            "reads": True,
+            "help": "Diffusers autoencoder, or pipeline with one in vae/: a directory or Hub name.",
+        }
     )
-    data_dir: str = field(metadata={"help": "Folder of images to measure on."})
+    data_dir: str = field(metadata={"reads": True, "help": "Folder of images to measure on."})
     output_dir: str = field(metadata={"help": "Where the card is written."})
-    compare: str | None = field(default=None, metadata={"help": "A second autoencoder, drawn beside the first."})
+    compare: str | None = field(
+        default=None, metadata={"reads": True, "help": "A second autoencoder, drawn beside the first."}
+    )
     subfolder: str | None = field(default=None, metadata={"help": "Folder of the autoencoder inside vae."})
     compare_subfolder: str | None = field(default=None, metadata={"help": "The same for compare."})
     resolution: int = field(default=256, metadata={"help": "Side of the centre crops in pixels.", "range": "(0, inf)"})
@@ -55,9 +60,9 @@ class InspectArguments(Checked):
     device: str = field(default="cpu", metadata={"help": "Where the networks run, e.g. cuda."})
     lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="squeeze", metadata={"help": "LPIPS network."})
     lpips_backbone_weights: str | None = field(
-        default=None, metadata={"help": "Its ImageNet weights; LPIPS is measured if these are given."}
+        default=None, metadata={"reads": True, "help": "Its ImageNet weights; LPIPS is measured if these are given."}
     )
-    lpips_linear_weights: str | None = field(default=None, metadata={"help": "Its linear heads, v0.1."})
+    lpips_linear_weights: str | None = field(default=None, metadata={"reads": True, "help": "Its linear heads, v0.1."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,10 @@ class AlignmentArguments(Checked):
 
     alignment_teacher: str = field(
         default="facebook/dinov2-with-registers-large",
-        metadata={"help": "Feature network of the alignment regularizer: a transformers name or directory."},
+        metadata={
+            "reads": True,
+            "help": "Feature network of the alignment regularizer: a transformers name or directory.",
+        },
     )
     alignment_weight: float = field(
         default=1.0, metadata={"help": "Weight of the alignment loss.", "range": "[0, inf)"}

@@ -162,11 +162,13 @@ class DataArguments(Checked):
     """Which images to train on: exactly one of dataset_name and train_data_dir."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset on the Hub, or a local directory that `datasets` understands."}
+        default=None,
+        metadata={"reads": True, "help": "Dataset on the Hub, or a local directory that `datasets` understands."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     train_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of images; one subfolder per class where labels are needed."}
+        default=None,
+        metadata={"reads": True, "help": "Folder of images; one subfolder per class where labels are needed."},
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     image_column: str = field(default="image", metadata={"help": "Column that holds the images."})

@@ -13,7 +13,7 @@ import torch
 
 from ..files import (
     UNFINISHED,
-    delete_atomically,
+    delete,
     flush_to_disk,
     flush_tree,
     replace_directory,
@@ -195,7 +195,7 @@ def write_checkpoint(
     flush_to_disk(output_dir)
     if limit is not None:
         for old in complete_checkpoints(output_dir, warn=False)[:-limit]:
-            delete_atomically(old)
+            delete(old)
     return target
 
 

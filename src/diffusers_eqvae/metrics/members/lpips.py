@@ -28,9 +28,12 @@ class PerceptualDistance(PerImageMetric):
 
         lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS network."})
         lpips_backbone_weights: str | None = field(
-            default=None, metadata={"help": "Its ImageNet weights; LPIPS is measured if these are given."}
+            default=None,
+            metadata={"reads": True, "help": "Its ImageNet weights; LPIPS is measured if these are given."},
         )
-        lpips_linear_weights: str | None = field(default=None, metadata={"help": "Its linear heads, v0.1."})
+        lpips_linear_weights: str | None = field(
+            default=None, metadata={"reads": True, "help": "Its linear heads, v0.1."}
+        )
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -16,8 +16,9 @@ class AutoencoderArguments(Checked):
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
+            "reads": True,
             "help": "Autoencoder to fine-tune (AutoencoderKL, VQModel, AutoencoderTiny or a subclass), or a pipeline "
-            "with one in vae/: a directory or Hub name in diffusers layout."
+            "with one in vae/: a directory or Hub name in diffusers layout.",
         },
     )
     subfolder: str | None = field(
@@ -27,8 +28,9 @@ class AutoencoderArguments(Checked):
     model_config: str | None = field(
         default=None,
         metadata={
+            "reads": True,
             "help": "Train from scratch instead: a JSON file with the init arguments of AutoencoderKLEQ, or of the "
-            "class that it names as _class_name (VQModelEQ)."
+            "class that it names as _class_name (VQModelEQ).",
         },
     )
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] | None = field(
@@ -59,10 +61,11 @@ class AutoencoderLossArguments(Checked):
     )
     perceptual_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS backbone."})
     lpips_backbone_weights: str | None = field(
-        default=None, metadata={"help": "Local file with the backbone's ImageNet weights (torchvision key names)."}
+        default=None,
+        metadata={"reads": True, "help": "Local file with the backbone's ImageNet weights (torchvision key names)."},
     )
     lpips_linear_weights: str | None = field(
-        default=None, metadata={"help": "Local file with the LPIPS v0.1 linear heads of that backbone."}
+        default=None, metadata={"reads": True, "help": "Local file with the LPIPS v0.1 linear heads of that backbone."}
     )
     kl_weight: float = field(
         default=1e-6, metadata={"help": "Weight of the KL divergence to N(0, I).", "range": "[0, inf)"}
@@ -84,7 +87,7 @@ class AutoencoderLossArguments(Checked):
     )
     disc_channels: int = field(default=64, metadata={"help": "Filters of its first layer.", "range": "(0, inf)"})
     disc_pretrained: str | None = field(
-        default=None, metadata={"help": "Directory of a saved discriminator to continue with."}
+        default=None, metadata={"reads": True, "help": "Directory of a saved discriminator to continue with."}
     )
     adaptive_disc_weight: bool = field(
         default=True,
@@ -115,7 +118,10 @@ class AutoencoderEvaluationArguments(Checked):
 
     validation_data_dir: str | None = field(
         default=None,
-        metadata={"help": "Images to validate on (ADM centre crops); unset takes the first training images."},
+        metadata={
+            "reads": True,
+            "help": "Images to validate on (ADM centre crops); unset takes the first training images.",
+        },
     )
     num_validation_images: int = field(default=24, metadata={"help": "How many of them.", "range": "(0, inf)"})
     validation_resolution: int | None = field(

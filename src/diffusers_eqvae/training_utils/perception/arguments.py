@@ -14,11 +14,17 @@ from ..arguments import warn_without_effect
 class PerceptionArguments(Checked):
     """What to measure on which images, and where the results go."""
 
-    vae: str = field(metadata={"help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."})
-    images: str = field(metadata={"help": "Folder of images, taken as ADM centre crops."})
+    vae: str = field(
+        metadata={"reads": True, "help": "Autoencoder or pipeline: a directory or Hub name in diffusers layout."}
+    )
+    images: str = field(metadata={"reads": True, "help": "Folder of images, taken as ADM centre crops."})
     output: str = field(metadata={"help": "The card, a JSON file; the overview gets the same name with .png."})
-    masks: str | None = field(default=None, metadata={"help": "Folder of classes: 8-bit masks named as the images."})
-    depths: str | None = field(default=None, metadata={"help": "Folder of depths: 16 bits in mm, where 0 is invalid."})
+    masks: str | None = field(
+        default=None, metadata={"reads": True, "help": "Folder of classes: 8-bit masks named as the images."}
+    )
+    depths: str | None = field(
+        default=None, metadata={"reads": True, "help": "Folder of depths: 16 bits in mm, where 0 is invalid."}
+    )
     num_annotated: int = field(
         default=5, metadata={"help": "Images whose annotations may be used; 0 with heads.", "range": "[0, inf)"}
     )
@@ -32,10 +38,15 @@ class PerceptionArguments(Checked):
     seed: int = field(default=0, metadata={"help": "Of the random order.", "range": "[0, 2**64)"})
     resolution: int = field(default=256, metadata={"help": "Side in pixels of the centre crops.", "range": "(0, inf)"})
     alignment_network: str | None = field(
-        default=None, metadata={"help": "Its directory or Hub name, or that of its autoencoder or pipeline."}
+        default=None,
+        metadata={"reads": True, "help": "Its directory or Hub name, or that of its autoencoder or pipeline."},
     )
-    segmentation_head: str | None = field(default=None, metadata={"help": "File of DINOv2's linear head of classes."})
-    depth_head: str | None = field(default=None, metadata={"help": "File of DINOv2's linear head of depth."})
+    segmentation_head: str | None = field(
+        default=None, metadata={"reads": True, "help": "File of DINOv2's linear head of classes."}
+    )
+    depth_head: str | None = field(
+        default=None, metadata={"reads": True, "help": "File of DINOv2's linear head of depth."}
+    )
     head_teacher_type: str = field(
         default="dinov2", metadata={"help": "Backbone that the heads were fitted to, a transformers type."}
     )

@@ -22,20 +22,25 @@ class TransformerArguments(Checked):
     model: str = field(
         default="SiT-B/2",
         metadata={
+            "reads": True,
             "help": "A model name (SiT-S/2, SiT-B/2, SiT-L/2, SiT-XL/2; patch 1, 2, 4 or 8), a JSON file with the "
             "_class_name and constructor arguments of one, or the directory of a saved one or of its pipeline, to "
-            "continue from."
+            "continue from.",
         },
     )
     latents_dir: str | None = field(
         default=None,
-        metadata={"help": "Latent store of training/encode_latents.py; without it, images are encoded on the fly."},
+        metadata={
+            "reads": True,
+            "help": "Latent store of training/encode_latents.py; without it, images are encoded on the fly.",
+        },
     )
     vae: str | None = field(
         default=None,
         metadata={
+            "reads": True,
             "help": "Autoencoder (or pipeline with one), a directory or Hub name; needed without --latents_dir, and "
-            "otherwise the one saved in the store."
+            "otherwise the one saved in the store.",
         },
     )
     num_classes: int | None = field(
@@ -138,8 +143,9 @@ class GenerationEvaluationArguments(Checked):
     evaluation_reference: str | None = field(
         default=None,
         metadata={
+            "reads": True,
             "help": "An ADM reference .npz, statistics kept by evaluate_generation.py --save_reference, or a folder "
-            "of images (centre-cropped to the size of the samples)."
+            "of images (centre-cropped to the size of the samples).",
         },
     )
     num_evaluation_samples: int = field(
@@ -152,8 +158,9 @@ class GenerationEvaluationArguments(Checked):
     feature_networks: list[str] = field(
         default_factory=lambda: ["inception"],
         metadata={
+            "reads": True,
             "help": "NAME[=WEIGHTS] ... of what samples are measured by: inception (the one that gives FID), dinov2, "
-            "squeezenet, cifar_resnet; the others name themselves in every number."
+            "squeezenet, cifar_resnet; the others name themselves in every number.",
         },
     )
 
