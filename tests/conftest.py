@@ -89,6 +89,36 @@ def tiny_autoencoder_tiny():
 
 
 @pytest.fixture
+def tiny_vq_model():
+    """A seeded f4 VQModel with 16 codebook vectors of width 4, in eval mode; images of 16 px give 4x4 tokens."""
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    vae = VQModel(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).eval()
+    torch.nn.init.normal_(vae.quantize.embedding.weight)
+    return vae
+
+
+@pytest.fixture
+def tiny_maskgit():
+    """A seeded 2-layer MaskGIT for 4x4 tokens of 16 and three classes, in eval mode."""
+    from diffusers_eqvae.models.transformer_maskgit import MaskGITTransformer2DModel
+
+    torch.manual_seed(0)
+    return MaskGITTransformer2DModel(
+        sample_size=4, codebook_size=16, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=3
+    ).eval()
+
+
+@pytest.fixture
 def tiny_sit():
     """A seeded 2-layer SiT for 4x4x4 latents and ten classes, in eval mode; zero-initialised layers are filled."""
     from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel

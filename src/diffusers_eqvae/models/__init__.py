@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = face(
         "backbone": ["Backbone", "BackboneOutput", "backbone_class", "backbones", "register_backbone"],
         "discriminator": ["PatchDiscriminator"],
         "feature_teacher": ["FeatureTeacher"],
+        "transformer_maskgit": ["MaskGITTransformer2DModel"],
         "transformer_sit": ["SiTTransformer2DModel"],
     },
 )

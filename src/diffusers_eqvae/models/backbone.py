@@ -58,13 +58,11 @@ class Backbone(ModelMixin, ConfigMixin):
         id2label, class_counts: names and numbers of training images by class id (`classes.ClassTable.to_config`).
 
     Attributes:
-        label_table: the parameter with a row for each class and, where there is one, a last row for no class.
         PRESETS: model name ("SiT-B/2") -> constructor arguments, objective and prediction_type included.
         hidden_size: D. num_layers: blocks. token_grid: tokens along height and width.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    label_table: ClassVar[str] = "class_embedder.weight"
     hidden_size: int
     num_layers: int
     token_grid: tuple[int, int]
@@ -101,14 +99,24 @@ class Backbone(ModelMixin, ConfigMixin):
             2
         """
         fresh = type(self).from_config({**self.config, "num_classes": len(classes), **classes.to_config()})
-        state = self.state_dict()
-        saved, table = state[self.label_table], fresh.state_dict()[self.label_table].clone()
-        for here, there in classes.rows_from(self.classes).items():
-            table[here] = saved[there]
-        if len(saved) > self.config.num_classes:
-            table[len(classes) :] = saved[self.config.num_classes :]
-        fresh.load_state_dict({**state, self.label_table: table.to(saved.dtype)})
-        return fresh.to(saved.dtype)
+        state, begun = self.state_dict(), fresh.state_dict()
+        for name, (dimension, first) in self.label_tables().items():
+            saved, table = state[name].movedim(dimension, 0), begun[name].to(state[name].dtype).movedim(dimension, 0)
+            table[:first] = saved[:first]
+            for here, there in classes.rows_from(self.classes).items():
+                table[first + here] = saved[first + there]
+            table[first + len(classes) :] = saved[first + self.config.num_classes :]
+            state[name] = table.movedim(0, dimension)
+        fresh.load_state_dict(state)
+        return fresh.to(self.dtype)
+
+    def label_tables(self) -> dict[str, tuple[int, int]]:
+        """Parameters with a row for each class and, where there is one, a last row for no class.
+
+        Returns:
+            name -> (dimension of the rows, row of class 0).
+        """
+        return {"class_embedder.weight": (0, 0)}
 
     @abstractmethod
     def forward(

@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = face(
         "autoencoder": ["AutoencoderLossWeights", "AutoencoderObjective", "AutoencoderStep"],
         "denoising": ["DenoisingObjective"],
         "flow_matching": ["FlowMatchingArguments", "FlowMatchingObjective"],
+        "masked_tokens": ["MaskedTokensArguments", "MaskedTokensObjective"],
     },
 )

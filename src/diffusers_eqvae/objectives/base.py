@@ -40,6 +40,7 @@ class Objective(nn.Module, ABC, Generic[R]):
         reads: the data that it is trained on; data of another kind are refused at start-up.
         prediction_types: what a model's config may say that its output is.
         own_terms: names of its own terms, which a regularizer cannot have.
+        pipeline: the class that samples what it trains, by the name that a saved pipeline has.
 
     Args:
         model: what is trained.
@@ -55,6 +56,7 @@ class Objective(nn.Module, ABC, Generic[R]):
     reads: ClassVar[Reads]
     prediction_types: ClassVar[tuple[str, ...]] = ()
     own_terms: ClassVar[tuple[str, ...]] = ()
+    pipeline: ClassVar[str] = "ClassConditionalPipeline"
 
     def __init__(self, model: nn.Module, regularizers: Mapping[str, R] | None = None) -> None:
         super().__init__()

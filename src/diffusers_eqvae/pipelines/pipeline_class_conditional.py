@@ -127,14 +127,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
             new is old for new, old in zip(parts, self._checked_parts, strict=True)
         ):
             return
+        self._check_autoencoder()
+        identity = getattr(self.transformer.config, "autoencoder", None)
+        require_same_autoencoder(identity, self.vae, whose="the transformer")
+        self._check_scheduler()
+        self._check_names()
+        self._checked_parts = parts
+
+    def _check_autoencoder(self) -> None:
         expected, given = self.transformer.config.in_channels, latent_channels(self.vae)
         if expected != given:
             raise ValueError(
                 f"The transformer works on {expected} latent channels but the {type(self.vae).__name__} has {given}: "
                 "load the VAE that the transformer was trained with."
             )
-        identity = getattr(self.transformer.config, "autoencoder", None)
-        require_same_autoencoder(identity, self.vae, whose="the transformer")
+
+    def _check_scheduler(self) -> None:
         objective = getattr(self.transformer.config, "objective", "flow_matching")
         flow = INTEGRATE_A_VELOCITY.get(objective)
         if flow is not None and flow != integrates_velocity(self.scheduler):
@@ -150,8 +158,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"The transformer predicts {predicts!r}, and the {type(self.scheduler).__name__} takes {takes!r}: set "
                 f"it up with prediction_type={predicts!r}, or use a scheduler that has it."
             )
-        self._check_names()
-        self._checked_parts = parts
 
     def _check_names(self) -> None:
         own = parse_id2label(self.config.id2label, self.transformer.config.num_classes)
@@ -172,7 +178,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_inference_steps: int,
         generator: Generators,
         output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        guided_channels: int | None = None,
     ) -> None:
         """Raises ValueError for anything the loop could only trip over later; `IntervalGuidance` checks its own."""
         if guidance_scale != 1.0 and getattr(self.transformer.config, "class_dropout_prob", None) == 0.0:
@@ -273,6 +280,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             generator=generator,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            guided_channels=guided_channels,
         )
         guidance = IntervalGuidance(
             self._denoise,
@@ -280,7 +288,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             guidance_interval=guidance_interval,
             null_class=self.transformer.config.num_classes,
             guided_channels=guided_channels,
-            latent_channels=self.transformer.config.in_channels,
+            latent_channels=self._predicted_channels,
             batched=not sequential_guidance,
             num_train_timesteps=self._model_timesteps,
         )
@@ -293,6 +301,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             calls = zip(self.scheduler.timesteps, noise_levels(self.scheduler), strict=True)
             for index, (timestep, sigma) in enumerate(calls):
+                guidance.guidance_scale = self._guidance_scale(guidance_scale, index)
                 prediction = self._drop_variance(guidance(self._scale(latents, timestep), sigma, labels), latents)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
@@ -310,6 +319,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
             images=images, nfe=float(guidance.nfe), seconds=time.perf_counter() - started
         )
         return output if return_dict else output.to_tuple()
+
+    @property
+    def _predicted_channels(self) -> int:
+        """Channels of the prediction that guidance acts on."""
+        return self.transformer.config.in_channels
+
+    def _guidance_scale(self, guidance_scale: float, step: int) -> float:
+        """Of one step, for a call with `guidance_scale`."""
+        return float(guidance_scale)
 
     @property
     def _model_timesteps(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,15 +59,16 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
         raise ValueError(f"{model} does not hold a pipeline (model_index.json); name the directory of one.")
     config = ClassConditionalPipeline.load_config(model)
     kind = config["_class_name"]
-    if kind != ClassConditionalPipeline.__name__:
+    found = getattr(sys.modules[_registration.LIBRARY], str(kind), None)
+    if not (isinstance(found, type) and issubclass(found, ClassConditionalPipeline)):
         raise ValueError(
-            f"{model} is a {kind}, and only a {ClassConditionalPipeline.__name__} is sampled here; sample it by its "
-            "own script."
+            f"{model} is a {kind}, and only a {ClassConditionalPipeline.__name__} (MaskGITPipeline and other "
+            "subclasses too) is sampled here; sample it by its own script."
         )
     for entry in config.values():
         if isinstance(entry, list) and entry[0] == _registration.LIBRARY:
             _registration.require_class(entry[1], model)
-    pipeline = ClassConditionalPipeline.from_pretrained(model, **options)
+    pipeline = found.from_pretrained(model, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

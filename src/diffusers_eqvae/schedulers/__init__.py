@@ -1,4 +1,4 @@
-"""Samplers: an ODE and an SDE of flow matching, exchangeable by `from_config`, and diffusers' own by name."""
+"""Samplers: an ODE and an SDE of flow matching, exchangeable by `from_config`; MaskGIT's; diffusers' own by name."""
 
 from .._lazy import face
 
@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = face(
         "choices": ["SAMPLERS", "choose_scheduler"],
         "scheduling_flow_match_ode": ["FlowMatchODEScheduler"],
         "scheduling_flow_match_sde": ["FlowMatchSDEScheduler"],
+        "scheduling_maskgit": ["MaskGITScheduler"],
     },
 )
