@@ -255,6 +255,22 @@ def last_encoder_layer(vae: Autoencoder) -> nn.Conv2d:
     return _last_convolution(vae.encoder)
 
 
+@contextmanager
+def encoder_features(vae: Autoencoder) -> Iterator[list[Tensor]]:
+    """Fills a list with what the encoder's last convolution reads, (B, F, h, w), at every encoding in the block.
+
+    Example:
+        >>> with encoder_features(vae) as seen:
+        ...     posterior = encode(vae, pixels)
+    """
+    seen: list[Tensor] = []
+    handle = last_encoder_layer(vae).register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def last_decoder_layer(vae: Autoencoder) -> nn.Conv2d:
     """The convolution that produces the pixels, where the adversarial weight is measured (VQGAN eq. 7)."""
     return _last_convolution(vae.decoder)

@@ -16,9 +16,13 @@ from PIL import Image
 
 from diffusers_eqvae.images import UINT8_RULE
 from diffusers_eqvae.metrics.result_card import sampling_settings
+from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+from diffusers_eqvae.objectives.denoising import DenoisingObjective
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.schedulers.choices import SDE_OPTIONS, choose_scheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_eqvae.training_utils.command_line import parse
 
 NUM_SAMPLES = 10
 FLAGS = {
@@ -245,3 +249,41 @@ def test_many_pngs_are_not_flushed_one_by_one(tmp_path, monkeypatch):
     sampling.write_pngs(samples, tmp_path)
     assert [np.array_equal(Image.open(tmp_path / f"{n:06d}.png"), samples[n]) for n in range(3)] == [True] * 3
     assert not flushed and len(list(tmp_path.iterdir())) == 3
+
+
+PRESETS = ("dit_ddpm_250", "reals_1_8", "repa_1_8", "sit_ode", "sit_sde_250")
+
+
+def test_presets_name_a_sampler_with_options_that_it_has(script, repository):
+    presets = sorted((repository / "pipelines" / "configs").glob("*.yaml"))
+    assert tuple(path.stem for path in presets) == PRESETS
+    for preset in presets:
+        (arguments,) = parse(script.SampleArguments, argv=[str(preset), "--model", "x", "--output_dir", "y"])
+        diffusion = "ddpm" in preset.stem
+        saved = DenoisingObjective.chain_scheduler(learned_variance=True) if diffusion else FlowMatchODEScheduler()
+        given = {name: getattr(arguments, name) for name in ("shift", *SDE_OPTIONS)}
+        options = {name: value for name, value in given.items() if value is not None}
+        assert choose_scheduler(arguments.scheduler, saved, **options) is not saved
+
+
+def test_a_diffusion_model_is_sampled_by_its_own_samplers(script, tmp_path, tiny_autoencoder_kl):
+    """Learned variance, guidance of three channels, and a sampler that drops the variance."""
+    config = {"objective": "denoising", "prediction_type": "epsilon", "learn_sigma": True, "num_classes": 3}
+    sizes = {"sample_size": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    objective = DenoisingObjective(SiTTransformer2DModel(**config, **sizes))
+    torch.nn.init.normal_(objective.model.proj_out.weight, std=0.1)
+    ClassConditionalPipeline(objective.model, tiny_autoencoder_kl, objective.scheduler()).save_pretrained(
+        tmp_path / "dit"
+    )
+    sets = {}
+    for name in ("saved", "ddpm", "ddim"):
+        flags = {"scheduler": name, "num_samples": 4, "guided_channels": 3}
+        script.main(words(tmp_path / "dit", tmp_path / name, **flags))
+        sets[name] = read(tmp_path / name)[0]
+    assert np.array_equal(sets["saved"], sets["ddpm"]) and not np.array_equal(sets["ddpm"], sets["ddim"])
+    for flags, message in (
+        ({"scheduler": "heun"}, "does not sample a diffusion model"),
+        ({"shift": 2}, "has no shift"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main(words(tmp_path / "dit", tmp_path / "other", **{"scheduler": "saved", **flags}))

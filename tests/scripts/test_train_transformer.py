@@ -19,6 +19,7 @@ from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
+from diffusers_eqvae.models.feature_projector import FeatureProjector
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.provenance import autoencoder_identity
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "training" / "train_transformer.py"
 SIZES = {"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 TINY = {"_class_name": "SiTTransformer2DModel", **SIZES}
-PRESETS = sorted((ROOT / "training" / "configs").glob("sit_*.yaml"))
+PRESETS = sorted((ROOT / "training" / "configs").glob("[sd]it_*.yaml"))
 GROUPS = (cli.TransformerArguments, cli.OptimizerArguments, cli.SamplingArguments, DataArguments, RunArguments)
 
 
@@ -133,17 +134,41 @@ def test_labels_drop_as_often_as_the_model_says(script, tmp_path, store, seen):
     assert 20 < dropped.sum() < 58  # 38.4 expected of 128, standard deviation 5.2
 
 
-def test_images_on_the_fly(script, tmp_path, tiny_autoencoder_kl):
+@pytest.fixture
+def image_flags(tmp_path, tiny_autoencoder_kl):
+    """Of a run that encodes a folder of images of three classes on the way."""
     tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
     for label in CLASS_NAMES.values():
         (tmp_path / "images" / label).mkdir(parents=True)
         for index in range(4):
             noise = np.random.default_rng(index).integers(0, 255, (20, 24, 3), dtype=np.uint8)
             Image.fromarray(noise).save(tmp_path / "images" / label / f"{index}.png")
-    arguments = flags(tmp_path, vae=tmp_path / "vae", train_data_dir=tmp_path / "images", resolution=16)
-    script.main([*arguments, "--random_flip", "--compile", "false"])
+    return flags(tmp_path, vae=tmp_path / "vae", train_data_dir=tmp_path / "images", resolution=16)
+
+
+def test_images_on_the_fly(script, tmp_path, image_flags):
+    script.main([*image_flags, "--random_flip", "--compile", "false"])
     config = json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
     assert (config["num_classes"], config["sample_size"], config["in_channels"]) == (3, 4, 4)
+
+
+def test_regularizers_that_read_the_images_features(script, tmp_path, image_flags):
+    """The projector is trained, saved as a component of its own, and no part of the pipeline."""
+    words = ["--regularizers", "vae_repa", "contrastive_flow", "velocity_direction", "--vae_repa_layer", "1"]
+    words += ["--vae_repa_projector_size", "8", "--no_use_ema", "--logging_steps", "1"]
+    script.main([*image_flags, *words])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss/flow", "loss/vae_repa", "loss/contrastive_flow", "loss/velocity_direction"} < lines[0].keys()
+    projector = FeatureProjector.from_pretrained(tmp_path / "run" / "vae_repa_projector")
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "objective.pt", weights_only=True)
+    for name, weight in projector.state_dict().items():
+        assert torch.equal(weight, saved["module"][f"regularizers.vae_repa.projector.{name}"])
+    assert "projector" not in " ".join(ClassConditionalPipeline.from_pretrained(tmp_path / "run").components)
+
+
+def test_a_store_holds_no_images_to_read(script, tmp_path, store):
+    with pytest.raises(ValueError, match="vae_repa reads the features vae_encoder, which these data do not hold"):
+        script.main([*flags(tmp_path, latents_dir=store), "--regularizers", "vae_repa"])
 
 
 def saved_network(folder) -> AlignmentNetwork:
@@ -274,7 +299,7 @@ def test_dry_run_leaves_nothing(script, tmp_path, store, capsys):
 
 
 @pytest.mark.parametrize(
-    "preset", sorted((ROOT / "training" / "configs").glob("sit_*.yaml")), ids=lambda path: path.stem
+    "preset", sorted((ROOT / "training" / "configs").glob("[sd]it_*.yaml")), ids=lambda path: path.stem
 )
 def test_presets_describe_models_that_exist(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

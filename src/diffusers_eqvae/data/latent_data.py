@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ..autoencoders import Posterior, downsampling_factor, encode
+from ..autoencoders import Posterior, downsampling_factor, encode, encoder_features, last_encoder_layer
 from ..classes import ClassTable
 from ..latents import LatentNormalization
 from ..randomness import StepRandomness
@@ -28,6 +28,7 @@ class LatentData:
         classes: names and counts by class id; a single one for data without labels.
         latent_shape: (C, h, w).
         name: of the data, for the model card.
+        wanted: what `read` gives besides: "pixel_values", or "features.NAME" of one in `features`.
 
     Example:
         >>> raw_latents = latents.posterior(batch).sample(noise)
@@ -38,6 +39,12 @@ class LatentData:
     classes: ClassTable
     latent_shape: tuple[int, int, int]
     name: str | None
+    wanted: frozenset[str] = field(default=frozenset())
+
+    @property
+    def features(self) -> dict[str, int]:
+        """Features of the images that `read` can give: name -> number of channels."""
+        return {} if self.stored else {"vae_encoder": last_encoder_layer(self.vae).in_channels}
 
     @property
     def resolution_px(self) -> int:
@@ -61,10 +68,13 @@ class LatentData:
             "latents" (B, C, h, w): a sample of the posterior that was stored, or is encoded now, normalised; and
             whatever else the batch holds (features); "class_labels" are all 0 where the data have none.
         """
-        posterior = self._posterior(batch)
+        with encoder_features(self.vae) as seen:
+            posterior = self._posterior(batch)
         raw_latents = posterior.sample(randomness.randn(posterior.mean.shape, device=posterior.mean.device))
         rest = {key: value for key, value in batch.items() if key not in ("moments", "pixel_values")}
         rest.setdefault("class_labels", torch.zeros(len(raw_latents), dtype=torch.int64, device=raw_latents.device))
+        more = {"pixel_values": batch.get("pixel_values"), "features.vae_encoder": seen[0] if seen else None}
+        rest |= {name: value for name, value in more.items() if name in self.wanted and value is not None}
         return {"latents": self.normalization.normalize(raw_latents), **rest}
 
     def _posterior(self, batch: Mapping[str, Tensor]) -> Posterior:

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = face(
         "autoencoder_vq_eq": ["VQModelEQ"],
         "backbone": ["Backbone", "BackboneOutput", "backbone_class", "backbones", "register_backbone"],
         "discriminator": ["PatchDiscriminator"],
+        "feature_projector": ["FeatureProjector"],
         "feature_teacher": ["FeatureTeacher"],
         "transformer_maskgit": ["MaskGITTransformer2DModel"],
         "transformer_sit": ["SiTTransformer2DModel"],

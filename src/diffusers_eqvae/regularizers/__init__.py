@@ -16,6 +16,10 @@ __getattr__, __dir__, __all__ = face(
             "register_regularizer",
         ],
         "alignment": ["AlignmentRegularizer"],
+        "contrastive_flow": ["ContrastiveFlowRegularizer"],
         "equivariance": ["EquivarianceDraw", "EquivarianceRegularizer"],
+        "repa": ["REPARegularizer"],
+        "vae_repa": ["VAEREPARegularizer"],
+        "velocity_direction": ["VelocityDirectionRegularizer"],
     },
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from diffusers import ModelMixin
@@ -40,7 +41,9 @@ class Regularizer(nn.Module):
         adaptive: whether the penalty is first scaled so that its gradient at the encoder's last layer is as large as
             that of the reconstruction (autoencoder side).
         couples_samples: whether it gathers samples over ranks, so that two ranks may still equal twice the batch.
-        features: teacher features that it reads as `batch["features.NAME"]`.
+        features: features of the clean images that it reads as `batch["features.NAME"]`; `from_arguments` is then also
+            given `features`, name -> number of channels.
+        reads_pixels: whether it reads the clean images as `batch["pixel_values"]` (generator side).
 
     Example:
         >>> class Toward(AutoencoderRegularizer):
@@ -56,6 +59,7 @@ class Regularizer(nn.Module):
     prefixes: ClassVar[tuple[str, ...]] = ()
     couples_samples: ClassVar[bool] = False
     features: ClassVar[tuple[str, ...]] = ()
+    reads_pixels: ClassVar[bool] = False
     weight: float = 1.0
     adaptive: bool = False
     _held: tuple[_Shared, ...] = ()
@@ -192,24 +196,40 @@ class GeneratorRegularizer(Regularizer):
     hidden_layers: tuple[int, ...] = ()
 
 
-def build_regularizers(names: Sequence[str], arguments: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def build_regularizers(
+    names: Sequence[str],
+    arguments: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    features: Mapping[str, int] = MappingProxyType({}),
+    pixels: bool = False,
+) -> dict[str, Any]:
     """The regularizers of these names for `model`, in this order.
 
     Args:
         names: "none" counts for nothing.
         arguments: instances of their `Arguments`, by name.
+        features: what the data can give, name -> number of channels.
+        pixels: whether the data can give images.
 
     Raises:
-        ValueError: an unknown name, or a method that reads stored teacher features, which no data hold yet.
+        ValueError: an unknown name, or a method that reads what the data do not give.
 
     Example:
         >>> build_regularizers(["equivariance"], {"equivariance": EquivarianceArguments()}, vae)
     """
-    chosen = [name for name in names if name != "none"]
-    built = {name: REGULARIZERS[name].from_arguments(arguments.get(name), model) for name in chosen}
-    for name, regularizer in built.items():
-        if regularizer.features:
+    built = {}
+    for name in names:
+        if name == "none":
+            continue
+        cls = REGULARIZERS[name]
+        missing = [each for each in cls.features if each not in features]
+        if missing or (cls.reads_pixels and not pixels):
+            lacking = f"the features {', '.join(missing)}" if missing else "images"
             raise ValueError(
-                f"The regularizer {name} reads the features {', '.join(regularizer.features)}; none are there."
+                f"The regularizer {name} reads {lacking}, which these data do not hold; train on images that are "
+                "encoded on the way."
             )
+        options = {"features": features} if cls.features else {}
+        built[name] = cls.from_arguments(arguments.get(name), model, **options)
     return built

@@ -109,7 +109,12 @@ def build_objective(
     if kind.reads != "latents":
         raise ValueError(f"The objective {name} reads {kind.reads}, and these data are latents; choose another.")
     model = build_transformer(arguments, source, latents, gradient_checkpointing=gradient_checkpointing)
-    regularizers = build_regularizers(arguments.regularizers, methods, model)
+    regularizers = build_regularizers(
+        arguments.regularizers, methods, model, features=latents.features, pixels=not latents.stored
+    )
+    wanted = {f"features.{feature}" for each in regularizers.values() for feature in each.features}
+    pixels = {"pixel_values"} if any(each.reads_pixels for each in regularizers.values()) else set()
+    latents.wanted = frozenset(wanted | pixels)
     objective: Objective = kind.from_arguments(methods.get(name), model, regularizers)
     _refuse_other_path(Path(arguments.model), objective)
     return objective

@@ -1,0 +1,122 @@
+"""REPA (arXiv 2410.06940): hidden states align with a vision model's features of the clean image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.backbone import Backbone
+from ..models.feature_projector import FeatureProjector
+from ..models.feature_teacher import FeatureTeacher, load_vision_model
+from ..options import Checked
+from ._hidden_alignment import HiddenAlignment, require_layer
+from .base import register_regularizer
+
+FOLDER = "repa_projector"
+
+
+@dataclass
+class REPAArguments(Checked):
+    """The teacher, where its features are met, and how they are compared.
+
+    Example:
+        >>> REPARegularizer.from_arguments(REPAArguments(repa_teacher="facebook/dinov2-base"), transformer)
+    """
+
+    repa_teacher: str = field(
+        default="facebook/dinov2-base", metadata={"help": "Feature network: a transformers name or directory."}
+    )
+    repa_weight: float = field(default=0.5, metadata={"help": "Weight of the alignment.", "range": "[0, inf)"})
+    repa_layer: int = field(
+        default=8, metadata={"help": "Block, counted from 1, after which features are predicted.", "range": "(0, inf)"}
+    )
+    repa_projector: Literal["mlp", "conv"] = field(
+        default="mlp", metadata={"help": "Head on the hidden states: REPA's mlp, or iREPA's 3x3 conv."}
+    )
+    repa_projector_size: int = field(default=2048, metadata={"help": "Width of the mlp.", "range": "(0, inf)"})
+    repa_spatial_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "iREPA: subtract this multiple of the features' mean over the tokens and divide by their "
+            "deviation over them; unset, features as they are.",
+            "range": "[0, 1]",
+        },
+    )
+    repa_stop_at: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer step from which on the alignment is off; unset, never.", "range": "[0, inf)"},
+    )
+
+
+@register_regularizer("repa")
+class REPARegularizer(HiddenAlignment):
+    """-mean cos(projector(hidden states after block n), teacher's patch features) over tokens and samples.
+
+    The teacher sees the clean images, so the run must read images and not stored latents; they are resized so that its
+    patches are the transformer's tokens. Its features are those after the last LayerNorm. Gradients reach the
+    projector and the blocks up to n. REPA's weight is .5, n = 8; it clips gradients at 1 (`max_grad_norm`).
+
+    Options of iREPA (arXiv 2512.10794): a convolution as projector, and features f as (f - gamma mean) / std, mean and
+    deviation over the tokens of an image.
+
+    Args:
+        projector: trained along.
+        teacher: frozen; `hold` keeps it.
+        grid: tokens along height and width.
+        layer, weight, stop_at: see `REPAArguments`.
+        spatial_norm: gamma, or None.
+    """
+
+    Arguments = REPAArguments
+    reads_pixels = True
+
+    def __init__(
+        self,
+        projector: FeatureProjector,
+        teacher: FeatureTeacher,
+        *,
+        grid: tuple[int, int],
+        layer: int = 8,
+        weight: float = 0.5,
+        stop_at: int | None = None,
+        spatial_norm: float | None = None,
+    ) -> None:
+        super().__init__(projector, grid, layer=layer, weight=weight, stop_at=stop_at, folder=FOLDER)
+        self.hold(teacher)
+        self.spatial_norm = spatial_norm
+
+    @classmethod
+    def from_arguments(cls, arguments: REPAArguments, model: nn.Module) -> Self:
+        assert isinstance(model, Backbone)
+        require_layer(model, arguments.repa_layer, name="repa_layer")
+        vision = load_vision_model(arguments.repa_teacher)
+        teacher = FeatureTeacher(vision, image_size=min(model.token_grid) * int(vision.config.patch_size))
+        projector = FeatureProjector(
+            hidden_size=model.hidden_size,
+            feature_size=teacher.feature_size,
+            kind=arguments.repa_projector,
+            projector_size=arguments.repa_projector_size,
+        )
+        return cls(
+            projector,
+            teacher,
+            grid=model.token_grid,
+            layer=arguments.repa_layer,
+            weight=arguments.repa_weight,
+            stop_at=arguments.repa_stop_at,
+            spatial_norm=arguments.repa_spatial_norm,
+        )
+
+    def target(self, batch: Mapping[str, Tensor]) -> Tensor:
+        patch, _ = self.frozen_modules()[0](batch["pixel_values"])
+        if self.spatial_norm is None:
+            return patch
+        mean, deviation = patch.mean((2, 3), keepdim=True), patch.std((2, 3), keepdim=True)
+        return (patch - self.spatial_norm * mean) / (deviation + 1e-6)
+
+    def compare(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return -F.cosine_similarity(predicted, target, dim=1).mean()
