@@ -303,11 +303,12 @@ def test_dry_run_leaves_nothing(script, tmp_path, store, capsys):
 )
 def test_presets_describe_models_that_exist(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments, *_ = parse(*GROUPS, argv=[str(preset), "--output_dir", "x"])
+    arguments, *_ = parse(*GROUPS, argv=[str(preset), "--output_dir", "x"], choices=cli.transformer_choices)
     source = ModelSource.find(arguments.model)
     with torch.device("meta"):
         model = source.cls(**source.config)
-    assert model.config.objective == "flow_matching" and model.config.prediction_type == "flow_prediction"
+    expected = ("denoising", "epsilon") if preset.stem.startswith("dit") else ("flow_matching", "flow_prediction")
+    assert (model.config.objective, model.config.prediction_type) == expected
 
 
 def test_what_was_resolved_repeats_the_run(script, tmp_path, store):
