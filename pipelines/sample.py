@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
 from diffusers_eqvae.flow import DIFFUSION_FORMS
 from diffusers_eqvae.images import image_grid
@@ -26,6 +25,7 @@ from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.schedulers.choices import SDE_OPTIONS, choose_scheduler
 from diffusers_eqvae.training_utils.arguments import DTYPES
 from diffusers_eqvae.training_utils.command_line import parse
+from diffusers_eqvae.training_utils.console import progress_bar, start_logging
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 GRID_SAMPLES = 64
@@ -136,7 +136,7 @@ def what_decides_the_images(
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse(SampleArguments, argv=argv, description=__doc__.partition("\n")[0])
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_logging(format="%(message)s")
     state, output_dir = build_state(), Path(arguments.output_dir)
     pipeline = load_pipeline(arguments, state.device)
     class_ids = pipeline.resolve_class_labels(arguments.class_labels or pipeline.class_ids)
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         rank, world_size = state.process_index, state.num_processes
         mine = sampling.pending_blocks(output_dir, blocks, rank=rank, world_size=world_size)
         state.wait_for_everyone()  # no part may be written before every rank has listed those that are missing
-        with tqdm(total=sum(map(len, mine)), unit="image", disable=not state.is_main_process) as progress:
+        with progress_bar(total=sum(map(len, mine)), unit="image", disable=not state.is_main_process) as progress:
             for block in mine:
                 part = sampling.sample_block(
                     pipeline,

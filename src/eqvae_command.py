@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -84,27 +83,28 @@ def version() -> str:
 def run(name: str, words: Sequence[str]) -> int:
     """Loads the extensions among `words`, then calls the command's `main` with the others.
 
-    An error that a user can fix ends in one sentence and status 2; EQVAE_TRACEBACK=1 shows where it was raised.
+    An error that a user can fix ends in one sentence and status 2 (`errors.run_program`).
     """
     command, arguments = COMMANDS[name], sys.argv
     sys.argv = [f"eqvae {name}", *words]  # what usage, errors and model cards call the program
     try:
         module = importlib.import_module(f"{PACKAGE}.{command.module}")
-        rest = importlib.import_module(f"{PACKAGE}.extensions").load_extensions(words)
-        result = module.main(with_own_preset(str(module.__file__), rest))
+        errors, extensions = (importlib.import_module(f"{PACKAGE}.{room}") for room in ("errors", "extensions"))
+
+        def called() -> object:
+            return module.main(with_own_preset(str(module.__file__), extensions.load_extensions(words)))
+
+        return errors.run_program(f"eqvae {name}", called)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in (PACKAGE, Path(__file__).stem):
             raise
         sys.stderr.write(f"eqvae {name} needs {error.name}: pip install '{PACKAGE}[{command.extra}]'\n")
         return 1
-    except (ValueError, OSError) as error:
-        if os.environ.get("EQVAE_TRACEBACK"):
-            raise
-        sys.stderr.write(f"eqvae {name}: error: {error}\n(EQVAE_TRACEBACK=1 shows the place in the code.)\n")
-        return 2
+    except KeyboardInterrupt:  # while the module was imported
+        sys.stderr.write(f"\neqvae {name}: stopped by Ctrl-C.\n")
+        return 130
     finally:
         sys.argv = arguments
-    return result if isinstance(result, int) else 0
 
 
 def with_own_preset(script: str, words: list[str]) -> list[str]:

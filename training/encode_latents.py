@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_image
@@ -26,6 +25,7 @@ from diffusers_eqvae.options import Checked
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments
 from diffusers_eqvae.training_utils.command_line import parse
+from diffusers_eqvae.training_utils.console import progress_bar, start_logging
 from diffusers_eqvae.training_utils.launch import build_state, run_script, runs_on_cpu
 
 logger = logging.getLogger("encode_latents")
@@ -79,7 +79,7 @@ class EncodeArguments(Checked):
 
 def main(argv: list[str] | None = None) -> None:
     arguments, data = parse(EncodeArguments, ImageArguments, argv=argv, description=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(logging.WARNING)
     output_dir = Path(arguments.output_dir)
     if found := model_files(output_dir):
         raise ValueError(
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(arguments.cpu_threads)  # torchrun and plain python start with different numbers
     vae.to(state.device, memory_format=torch.channels_last)
     shown = bool(total and state.is_main_process)
-    with tqdm(total=total, unit="img", desc="encoding (this process)", disable=not shown) as bar:
+    with progress_bar(total=total, unit="img", desc="encoding (this process)", disable=not shown) as bar:
         options = {"device": state.device, "num_workers": arguments.dataloader_num_workers}
         for shard in encode_shards(vae, source, settings, shards, progress=bar.update, **options):
             writer.write_shard(**shard)

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.extensions import loaded_extensions
 from diffusers_eqvae.files import require_writable
@@ -36,6 +34,7 @@ from diffusers_eqvae.options import Checked
 from diffusers_eqvae.provenance import autoencoder_identity, hardware, model_revision
 from diffusers_eqvae.training_utils.arguments import DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import Choice, parse
+from diffusers_eqvae.training_utils.console import progress_bar, start_logging
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, data, options = parse(
         EvaluateArguments, ImageArguments, argv=argv, description=__doc__, choices=chosen_metrics
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(logging.WARNING)
     state = build_state()
     require_writable(arguments.output)
     vae = load_autoencoder(arguments.vae).requires_grad_(False).to(state.device)
@@ -134,7 +133,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
 
     digests = ImageDigests()
     noise_seed = arguments.seed if arguments.sample_posterior else None
-    own = tqdm(images.batches(arguments.batch_size, state), disable=not state.is_main_process)
+    own = progress_bar(images.batches(arguments.batch_size, state), disable=not state.is_main_process)
     batches = reconstruction_batches(vae, own, networks=networks, noise_seed=noise_seed)
     measured = measure([*metrics, digests], batches, state)
 

@@ -10,7 +10,6 @@ computes others. Writes a result card (JSON) for each feature network, which `eq
 processes changes no bit, the batch size last digits.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from diffusers_eqvae.pipelines.sampling import load_pipeline
 from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.training_utils.arguments import warn_without_effect
 from diffusers_eqvae.training_utils.command_line import Choice, parse
+from diffusers_eqvae.training_utils.console import start_logging
 from diffusers_eqvae.training_utils.launch import build_state, run_script
 
 
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     arguments, sampling, options = parse(
         EvaluationArguments, PipelineArguments, argv=argv, description=__doc__, choices=chosen_metrics
     )
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    start_logging(format="%(levelname)s: %(message)s")
     state, path = build_state(), Path(arguments.samples)
     outputs = [card_path(arguments, name) for name in arguments.feature_networks or [None]]
     for written in filter(None, (*outputs, arguments.save_reference)):

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.images import evenly_spaced, grid
@@ -25,6 +24,7 @@ from diffusers_eqvae.perception.evaluation import AnnotatedReader, split_results
 from diffusers_eqvae.perception.tasks import Method, transfer_methods
 from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.training_utils.command_line import parse
+from diffusers_eqvae.training_utils.console import progress_bar, start_logging
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.perception.arguments import PerceptionArguments
 from diffusers_eqvae.training_utils.perception.build import Rows, build_tasks, choose_images, load_models
@@ -32,7 +32,7 @@ from diffusers_eqvae.training_utils.perception.build import Rows, build_tasks, c
 
 def main(argv: list[str] | None = None) -> ResultCard:
     (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(logging.WARNING)
     require_writable(arguments.output)
     rows = paired_files(arguments.images, *filter(None, (arguments.masks, arguments.depths)))
     annotated, tested = choose_images(arguments, rows)
@@ -73,7 +73,7 @@ def measure(
     """Scores every method on the tested images; rows of the overview."""
     overview: list[list[torch.Tensor]] = []
     shown = evenly_spaced(len(tested), arguments.num_shown)
-    for number, (pixels, features, truths) in enumerate(tqdm(reader.batches(tested), unit="batch")):
+    for number, (pixels, features, truths) in enumerate(progress_bar(reader.batches(tested), unit="batch")):
         first = number * arguments.batch_size
         drawn = {place - first: [pixels[place - first]] for place in shown if 0 <= place - first < len(pixels)}
         for task, own, truth in zip(reader.tasks, methods, truths, strict=True):

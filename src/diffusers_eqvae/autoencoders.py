@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from . import _registration
+from .files import read_json
+from .pretrained import hub_file, looking_for
 
 # AutoencoderKL, AutoencoderTiny or whatever else has encode, decode, encoder, decoder and config: diffusers has no
 # common base class to name here.
@@ -108,14 +108,12 @@ def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
     """
     location = autoencoder_location(name, subfolder=subfolder, revision=revision)
     try:
-        with _without_false_warning():
-            model = AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location)
+        with _without_false_warning(), looking_for(name, "an autoencoder") as options:
+            model = AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location, **options)
     except OSError as error:
         folder = Path(name) / location.get("subfolder", "")
-        if (folder / "config.json").is_file():
-            raise  # it is there, and something else is wrong with it
-        if not Path(name).is_dir():
-            raise OSError(f"{name} is not a directory here, and cannot be loaded from the Hub: {error}") from error
+        if (folder / "config.json").is_file() or not Path(name).is_dir():
+            raise  # it is there, and something else is wrong with it; or it is nowhere, which is said
         hint = f" Did you mean {folder / 'vae'}?" if (folder / "vae").is_dir() else ""
         raise OSError(f"{name} does not hold an autoencoder: there is no {folder / 'config.json'}.{hint}") from error
     except ValueError:
@@ -161,19 +159,16 @@ def autoencoder_location(name: str, *, subfolder: str | None = None, revision: s
     """The `subfolder` and `revision` that `from_pretrained(name)` needs: vae/ where `name` is a pipeline."""
     if subfolder is None and is_pipeline(name, revision):
         subfolder = "vae"
+    config = Path(name) / (subfolder or "") / "config.json"
+    if config.is_file():
+        read_json(config, needs={"_class_name": str})
     location = {"subfolder": subfolder, "revision": revision}
     return {key: value for key, value in location.items() if value is not None}
 
 
 def is_pipeline(name: str, revision: str | None = None) -> bool:
     """Whether a directory or Hub repository holds a pipeline."""
-    if Path(name).exists():
-        return (Path(name) / "model_index.json").is_file()
-    try:
-        hf_hub_download(name, "model_index.json", revision=revision)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-        return False  # whatever is wrong with the name, loading the model says it better
-    return True
+    return hub_file(name, "model_index.json", revision) is not None
 
 
 def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 UNFINISHED = ".tmp"
+JSON_KINDS = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+JSON_KINDS |= {bool: "true or false"}
 
 
 @contextmanager
@@ -126,12 +129,17 @@ def strict_json(content: Any) -> str:
     return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(
+    path: str | os.PathLike[str], *, needs: Mapping[str, type | tuple[type, ...]] | None = None
+) -> dict[str, Any]:
     """The object in a JSON file; the file is named in whatever is said against it.
+
+    Args:
+        needs: the type of what must stand under a key.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a regular file, not UTF-8, not JSON, or a list or a single value.
+        ValueError: not a regular file, not UTF-8, not JSON, a list or a single value, or something else under a key.
 
     Example:
         >>> read_json("runs/eq-vae/config.json")["_class_name"]
@@ -146,6 +154,12 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not a whole JSON file: {str(error).rstrip('.')}. Write it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object ({{...}}); it holds a {type(content).__name__}.")
+    for key, kind in (needs or {}).items():
+        if key not in content:
+            raise ValueError(f"{path} must hold {key!r}; it holds {', '.join(content) or 'nothing'}.")
+        if not isinstance(content[key], kind):
+            kinds = " or ".join(JSON_KINDS[each] for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{key!r} of {path} must be {kinds}; it is {JSON_KINDS.get(type(content[key]), 'null')}.")
     return content
 
 
@@ -235,7 +249,7 @@ def map_npz_array(path: str | Path, key: str) -> np.ndarray:
     """
     if _is_compressed(path, key):
         raise ValueError(f"{key} of {path} is compressed and cannot be mapped; write it with np.savez.")
-    with zipfile.ZipFile(path) as archive:
+    with _whole_archive(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
     with open(path, "rb") as file:
         # A zip entry's data follow its local header: 30 bytes, of which the last four give the two lengths to skip.
@@ -260,8 +274,8 @@ def map_npz_array(path: str | Path, key: str) -> np.ndarray:
 
 
 def npz_keys(path: str | Path) -> list[str]:
-    """Names of the arrays of an .npz."""
-    with zipfile.ZipFile(path) as archive:
+    """Names of the arrays of an .npz; raises ValueError where the file is not a whole one."""
+    with _whole_archive(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
@@ -274,13 +288,30 @@ def open_npz_array(path: str | Path, key: str) -> np.ndarray:
     """
     if not _is_compressed(path, key):
         return map_npz_array(path, key)
-    with np.load(path) as archive:
-        try:
-            return archive[key]
-        except ValueError as error:
-            raise ValueError(f"{key} of {path} cannot be read: {error}. Write the file again.") from error
+    return read_npz(path, key)[key]
+
+
+def read_npz(path: str | Path, *keys: str) -> dict[str, np.ndarray]:
+    """Arrays of an .npz by name, read into memory: `read_npz("part.npz", "arr_0", "arr_1")`.
+
+    Raises:
+        KeyError: no such array.
+        ValueError: a file that is not a whole .npz, or an array of Python objects, which is never unpickled.
+    """
+    with _whole_archive(path), np.load(path) as archive:
+        return {key: archive[key] for key in keys}
+
+
+@contextmanager
+def _whole_archive(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    """The archive, whose damage is named with its file wherever it shows while it is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole .npz archive: {error}. Write it again, with np.savez.") from error
 
 
 def _is_compressed(path: str | Path, key: str) -> bool:
-    with zipfile.ZipFile(path) as archive:
+    with _whole_archive(path) as archive:
         return archive.getinfo(f"{key}.npy").compress_type != zipfile.ZIP_STORED

@@ -6,7 +6,6 @@ never part of a log line, a file or a card.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
@@ -20,6 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from .classes import parse_id2label
+from .files import read_json
 from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card
 
 __all__ = ["prepare_push", "push_run"]
@@ -204,4 +204,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}

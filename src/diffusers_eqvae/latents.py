@@ -8,20 +8,18 @@ This is the only place of the package where latents are shifted or scaled. diffu
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autoencoders import Autoencoder, latent_channels
-from .files import write_json
+from .files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -155,9 +153,9 @@ class LatentNormalization:
         Raises:
             ValueError: neither pair is there.
         """
-        content = json.loads(Path(path).read_text())
+        content = read_json(path)
         for mean, std in (("latents_mean", "latents_std"), ("mean", "std")):
-            if isinstance(content, dict) and mean in content and std in content:
+            if mean in content and std in content:
                 return cls(mean=_as_tuple(content[mean]), std=_as_tuple(content[std]))
         raise ValueError(f'{path} must hold {{"mean": ..., "std": ...}} or "latents_mean" and "latents_std" lists.')
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
 
-from .files import write_json
+from .files import read_json, write_json
 from .templates import is_hub_id, render_template
 
 FORMAT_VERSION = 1
@@ -103,7 +102,7 @@ class RunMetadata:
     @classmethod
     def load(cls, path: str | Path) -> RunMetadata:
         """What `save` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         version = content.pop("format_version", 0)
         if version != FORMAT_VERSION:
             remedy = "update the package" if version > FORMAT_VERSION else "remove the file, or write it anew"

@@ -120,7 +120,7 @@ class Option:
         if self.choices:
             return None if value in self.choices else f"be one of {', '.join(map(str, self.choices))}"
         if not self.is_number:
-            return None
+            return "not hold a null byte" if isinstance(value, str) and "\0" in value else None
         whole = self.type is int
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             return "be a whole number" if whole else "be a number"

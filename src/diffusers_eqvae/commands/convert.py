@@ -6,8 +6,6 @@ eqvae convert sit-xl sit-xl.safetensors --to sit
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ import yaml
 
 from ..conversion import CONVERTERS, from_published, read_published, save_published, to_published
 from ..conversion._files import SUFFIXES
+from ..files import read_json
+from ..training_utils.console import start_logging
 from . import command_parser
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         help="options that shapes do not tell: num_classes=1000",
     )
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    start_logging(format="%(levelname)s: %(message)s")
 
     destination = Path(arguments.destination)
     if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
@@ -73,11 +73,11 @@ def _load_model(directory: Path, layout: str) -> Any:
     target = CONVERTERS[layout].target
     index = directory / "model_index.json"
     if index.is_file():
-        entries = json.loads(index.read_text())
+        entries = read_json(index)
         components = {entry[1]: name for name, entry in entries.items() if isinstance(entry, list)}
         directory /= components.get(target.__name__, "")
     config = directory / "config.json"
-    kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
+    kind = read_json(config).get("_class_name") if config.is_file() else None
     if kind != target.__name__:
         raise ValueError(f"{directory} does not hold a {target.__name__}, which the layout {layout} is for.")
     return target.from_pretrained(directory)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from ..hub import prepare_push, push_run
+from ..training_utils.console import start_logging
 from . import command_parser
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
     parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
     options = vars(parser.parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    start_logging(format="%(levelname)s: %(message)s")
     repo_id, dry_run = options.pop("hub_model_id"), options.pop("dry_run")
     if not dry_run:
         return 0 if push_run(repo_id=repo_id, **options) else 1

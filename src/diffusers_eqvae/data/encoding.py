@@ -21,6 +21,7 @@ from ..provenance import autoencoder_identity
 from .image_datasets import ImageSource, PixelDataset
 from .latent_format import TORCH_DTYPES, StoreSettings
 from .latent_store import LatentStore
+from .order import leave_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def encode_shards(
         _ImagesInOrder(source, settings.resolution),
         batch_sampler=[list(examples) for _, examples in batches],
         num_workers=num_workers,
+        worker_init_fn=leave_interrupts,
         pin_memory=torch.device(device).type == "cuda",
     )
     moments: list[Tensor] = []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import require_format_version
+from ..files import read_json, require_format_version
 
 FORMAT_VERSION = 2  # 1 knew its autoencoder by one string
 MANIFEST = "manifest.json"
@@ -164,14 +164,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         {'0': 732, '1': 650}
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path} does not hold a {MANIFEST}, so it is not a finished latent store; encode the data (again: "
             "finished shards are kept)."
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{path / MANIFEST} is not valid JSON ({error}); encode the data again.") from error
     found = manifest.get("format_version")
     require_format_version(found, FORMAT_VERSION, path=path / MANIFEST, remedy="encode the data again")
     return manifest

@@ -8,6 +8,7 @@ starting at a later batch.
 
 from __future__ import annotations
 
+import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -144,6 +145,11 @@ class DrawDataset(Dataset):
             return [self[number] for number in numbers]
         indices = [self.order.index(number) for number in numbers]
         return self.dataset.get_many(indices, random_words(self.order.seed, numbers))
+
+
+def leave_interrupts(worker: int) -> None:
+    """`worker_init_fn` of a DataLoader: Ctrl-C reaches the main process alone, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate_draws(batch: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,17 @@ from ..files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 DONE = "stage.json"
+
+
+_RUNNING: set[subprocess.Popen[bytes]] = set()
+
+
+def end_with_stages(number: int, frame: object) -> None:
+    """A signal handler: whoever ends the demo ends the stages that run, and then the demo by that signal."""
+    for process in _RUNNING:
+        process.send_signal(number)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,10 @@ class Stage:
         # The stages see the package that runs the demo, also when it is not installed.
         path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
         environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(bar)}
-        finished = subprocess.run([sys.executable, *self.command], env=os.environ | environment)
-        if finished.returncode:
-            raise SystemExit(f"The stage {self.name} failed (exit status {finished.returncode}); its output is above.")
+        with subprocess.Popen([sys.executable, *self.command], env=os.environ | environment) as process:
+            _RUNNING.add(process)
+            status = process.wait()
+            _RUNNING.discard(process)
+        if status:
+            raise SystemExit(f"The stage {self.name} failed (exit status {status}); its output is above.")
         write_json(self.directory / DONE, {"commands": commands, "seconds": time.perf_counter() - start})

@@ -6,6 +6,7 @@ on the number of threads in their last digits, and training amplifies those; so 
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from ..options import Checked
 from ..training_utils.command_line import parse
 from .photographs import write_photographs
 from .report import write_report
-from .stage import ROOT, Stage
+from .stage import ROOT, Stage, end_with_stages
 
 DESCRIPTION = """Runs the whole line on a few images in minutes and writes report.html.
 
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (arguments,) = parse(DemoArguments, argv=argv, description=DESCRIPTION)
     if not (ROOT / "training").is_dir():
         raise SystemExit("The demo runs the scripts of the repository: clone it, and call `make demo` there.")
+    signal.signal(signal.SIGTERM, end_with_stages)
     output_dir = Path(arguments.output_dir)
     write_json(output_dir / "autoencoder.json", AUTOENCODER)
     write_json(output_dir / "transformer.json", TRANSFORMER)

@@ -21,6 +21,7 @@ from ..metrics.image_sets import hash_digests, image_digests
 from ..options import Checked
 from ..provenance import hardware
 from ..training_utils.command_line import parse
+from ..training_utils.console import start_logging
 from .card import SHOWN_IMAGES, pyplot, strips, write_html, write_png
 from .health import Inspection, inspect_autoencoder, result_card
 
@@ -169,8 +170,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "--vae")
     (arguments,) = parse(InspectArguments, argv=argv, description=DESCRIPTION)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    start_logging(format="%(levelname)s: %(message)s")
     for inspection in run_inspection(arguments):
         print(f"{inspection.name}: {inspection.verdict.level}. {inspection.verdict.headline}")
         print(*(f"  - {reason}" for reason in inspection.verdict.reasons), sep="\n")

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import open_npz_array, require_format_version, write_npz
+from ..files import npz_keys, open_npz_array, require_format_version, write_npz
 from .base import Measurement, PerImageMetric, build_metrics, measure
 from .distances import FeatureStatistics
 from .feature_networks import FeatureNetwork
 from .image_sets import (
     Features,
     ImageSet,
-    archive_keys,
     extract,
     hash_digests,
     image_digests,
@@ -144,7 +143,7 @@ def load_reference(
         features = extract(network, source, batch_size=batch_size, processes=processes)
         return Reference.of(features, name=source.name, weights_hash=network.weights_hash)
     path = Path(source)
-    keys = archive_keys(path) if path.is_file() else []
+    keys = npz_keys(path) if path.is_file() else []
     if "weights_hash" in keys:
         return Reference.load(path, network)
     if "mu" in keys and network.suffix is None:

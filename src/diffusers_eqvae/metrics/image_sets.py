@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,17 +162,9 @@ def open_images(path: str | os.PathLike[str], *, resolution: int | None = None, 
         return ImageSet(files, name=path.name, resolution=resolution, limit=limit)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither an .npz nor a folder of images.")
-    if "arr_0" not in archive_keys(path):
-        raise ValueError(f"{path} must hold the images as arr_0; it holds {', '.join(archive_keys(path))}.")
+    if "arr_0" not in npz_keys(path):
+        raise ValueError(f"{path} must hold the images as arr_0; it holds {', '.join(npz_keys(path))}.")
     return ImageSet(open_npz_array(path, "arr_0"), name=path.name, resolution=resolution, limit=limit)
-
-
-def archive_keys(path: Path) -> list[str]:
-    """Names of the arrays of an .npz; raises ValueError where the file is not one."""
-    try:
-        return npz_keys(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a whole .npz archive: {error}. Write it with np.savez.") from error
 
 
 @dataclass

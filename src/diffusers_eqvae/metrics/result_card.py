@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import require_format_version, write_json
+from ..files import read_json, require_format_version, write_json
 
 FORMAT_VERSION = 2
 _NETWORK = {
@@ -146,12 +146,7 @@ class ResultCard:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ResultCard:
         """What `save` wrote; refused where the file is not a result card, or of an older or a newer format."""
-        try:
-            content = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a result card: {error}.") from error
-        if not isinstance(content, dict) or not {"metrics", "protocol"} <= content.keys():
-            raise ValueError(f"{path} is not a result card: it must hold metrics and protocol.")
+        content = read_json(path, needs={"metrics": dict, "protocol": dict})
         found = content.pop("format_version", content.pop("format", None))
         require_format_version(found, FORMAT_VERSION, path=path, remedy="measure again")
         if unknown := sorted(set(content) - {entry.name for entry in fields(cls)}):
@@ -175,7 +170,7 @@ def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], 
     folder = samples if samples.is_dir() and samples.name != "png" else samples.parent
     record = folder / "sampling.json"
     described = samples.is_dir() or samples.name == "samples.npz"
-    content = json.loads(record.read_text()) if described and record.is_file() else {}
+    content = read_json(record, needs={"settings": dict}) if described and record.is_file() else {}
     known = content.get("settings", {}) | {key: value for key, value in content.items() if key != "settings"}
     settings = {key: known[key] for key in SETTINGS if key in known}
     if "scheduler_config" in known:  # what the flag's word meant
@@ -187,7 +182,7 @@ def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], 
 def run_settings(model: str | os.PathLike[str]) -> dict[str, Any]:
     """`ema`, whether the weights are an average, where `model` is the directory of a training run; else nothing."""
     resolved = Path(model) / "resolved_arguments.json"
-    return {"ema": json.loads(resolved.read_text()).get("use_ema")} if resolved.is_file() else {}
+    return {"ema": read_json(resolved).get("use_ema")} if resolved.is_file() else {}
 
 
 @dataclass(frozen=True)

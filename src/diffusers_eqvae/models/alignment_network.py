@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,11 +12,11 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from ..autoencoders import Autoencoder, latent_channels
+from ..files import read_json
+from ..pretrained import hub_file, looking_for
 from .component import ComponentMixin
 from .feature_teacher import FeatureTeacher
 
@@ -110,7 +108,8 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
         beside = "/".join(filter(None, (subfolder, ALIGNMENT_FOLDER)))
         for folder in dict.fromkeys(("", beside, ALIGNMENT_FOLDER)):
             if _class_name(str(name), folder, revision) == cls.__name__:
-                return cls.from_pretrained(name, subfolder=folder or None, revision=revision)
+                with looking_for(name, "an alignment network") as options:
+                    return cls.from_pretrained(name, subfolder=folder or None, revision=revision, **options)
         return None
 
     @classmethod
@@ -173,11 +172,5 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
 
 def _class_name(name: str, folder: str, revision: str | None) -> str | None:
     """Which class the config in a folder of a directory or Hub repository names; None without a config."""
-    file = "/".join(filter(None, (folder, AlignmentNetwork.config_name)))
-    path = Path(name, file)
-    if not Path(name).exists():
-        try:
-            path = Path(hf_hub_download(name, file, revision=revision))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-            return None
-    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
+    path = hub_file(name, "/".join(filter(None, (folder, AlignmentNetwork.config_name))), revision)
+    return read_json(path).get("_class_name") if path else None

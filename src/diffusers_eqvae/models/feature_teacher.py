@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..pretrained import looking_for
 from ..provenance import weights_hash
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -143,8 +144,11 @@ def load_vision_model(name_or_path: str | os.PathLike[str], *, revision: str | N
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
-        model, found = AutoModel.from_pretrained(name_or_path, **options)
+        with looking_for(name_or_path, "a feature network of transformers") as known:
+            model, found = AutoModel.from_pretrained(name_or_path, **options, **known)
     except OSError as error:
+        if not Path(name_or_path).exists():
+            raise  # which says where it was looked for
         raise FileNotFoundError(
             f"There are no weights at {name_or_path}, which must be a directory with config.json and "
             "model.safetensors, or a Hub name. Fetch it with `hf download` to a directory, and name that."

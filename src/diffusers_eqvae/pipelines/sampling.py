@@ -26,6 +26,8 @@ from .. import _registration
 from ..files import (
     atomic_path,
     map_npz_array,
+    read_json,
+    read_npz,
     require_format_version,
     require_writable,
     strict_json,
@@ -33,6 +35,7 @@ from ..files import (
     write_npz,
 )
 from ..images import UINT8_RULE
+from ..pretrained import looking_for
 from ..provenance import autoencoder_identity, weights_hash
 from ..randomness import numpy_generator, torch_generator
 from .pipeline_class_conditional import ClassConditionalPipeline
@@ -57,8 +60,11 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
     """
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{model} does not hold a pipeline (model_index.json); name the directory of one.")
-    config = ClassConditionalPipeline.load_config(model)
-    kind = config["_class_name"]
+    if Path(model).is_dir():
+        read_json(Path(model) / "model_index.json", needs={"_class_name": str})
+    with looking_for(model, "a pipeline") as where:
+        config = ClassConditionalPipeline.load_config(model, **where)
+    kind = config.get("_class_name")
     found = getattr(sys.modules[_registration.LIBRARY], str(kind), None)
     if not (isinstance(found, type) and issubclass(found, ClassConditionalPipeline)):
         raise ValueError(
@@ -68,7 +74,8 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
     for entry in config.values():
         if isinstance(entry, list) and entry[0] == _registration.LIBRARY:
             _registration.require_class(entry[1], model)
-    pipeline = found.from_pretrained(model, **options)
+    with looking_for(model, "a pipeline") as where:
+        pipeline = found.from_pretrained(model, **options, **where)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -172,7 +179,7 @@ def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool
     for path in (finished, begun):
         if not path.exists():
             continue
-        content = json.loads(path.read_text())
+        content = read_json(path, needs={"settings": dict})
         remedy = "choose another output directory"
         require_format_version(content.get("format_version"), FORMAT_VERSION, path=path, remedy=remedy)
         present = content["settings"]
@@ -205,10 +212,10 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
     with atomic_path(Path(output_dir) / SAMPLES_FILE) as sibling, zipfile.ZipFile(sibling, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             for block in blocks:
-                with np.load(part_path(output_dir, block)) as part:
-                    samples = part["arr_0"]
-                    labels.append(part["arr_1"])
-                    seconds, nfe = seconds + float(part["seconds"]), float(part["nfe"])
+                part = read_npz(part_path(output_dir, block), "arr_0", "arr_1", "seconds", "nfe")
+                samples = part["arr_0"]
+                labels.append(part["arr_1"])
+                seconds, nfe = seconds + float(part["seconds"]), float(part["nfe"])
                 if block.start == 0:
                     shape = (blocks[-1].stop, *samples.shape[1:])
                     header = {**np.lib.format.header_data_from_array_1_0(samples), "shape": shape}

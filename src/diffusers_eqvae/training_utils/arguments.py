@@ -9,6 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.utils import validate_repo_id
+
 from ..data.image_datasets import ImageSource, load_image_dataset
 from ..options import Checked
 
@@ -155,6 +157,11 @@ class RunArguments(Checked):
         super().__post_init__()
         if self.lr_scheduler == "constant_with_warmup" and not self.lr_warmup_steps:
             raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps; use constant for none.")
+        if self.push_to_hub or self.hub_model_id is not None:
+            try:  # now, not after the training
+                validate_repo_id(self.hub_model_id or Path(self.output_dir).name)
+            except ValueError as error:
+                raise ValueError(f"--hub_model_id must be a repository's name, owner/name. {error}") from error
 
 
 @dataclass

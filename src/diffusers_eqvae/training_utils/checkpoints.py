@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from ..files import (
     delete,
     flush_to_disk,
     flush_tree,
+    read_json,
     replace_directory,
     require_format_version,
     write_json,
@@ -119,7 +119,8 @@ def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) ->
     Raises:
         ValueError: a marker that cannot be read.
     """
-    then = _read(checkpoint, MARKER, lambda file: json.loads(file.read_text()))
+    needs = {"step": int, "arguments": dict, "global_batch_size": int, "world_size": int, "extensions": dict}
+    then = _read(checkpoint, MARKER, lambda file: read_json(file, needs=needs))
     remedy = "start again in another output_dir"
     require_format_version(then.get("format_version"), FORMAT_VERSION, path=checkpoint / MARKER, remedy=remedy)
     if not warn:

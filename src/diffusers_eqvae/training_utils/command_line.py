@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..extensions import Registry, load_extensions
-from ..files import write_text
+from ..files import read_json, write_text
 from ..options import options_of
 from ..regularizers.base import REGULARIZERS, Regularizer
 from .option_parser import OptionParser, nearest
@@ -159,7 +159,12 @@ def _owner(name: str, chosen: Sequence[Choice]) -> tuple[Choice, str] | None:
 def _read_preset(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"The preset {path} does not exist; presets are in training/configs.")
-    content = yaml.safe_load(path.read_text()) or {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"The preset {path} is not YAML: {' '.join(str(error).split())}. Write one `flag: value` a line."
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"A preset must map flag names to values; {path} holds a {type(content).__name__}.")
     for key, value in content.items():
@@ -214,9 +219,7 @@ def read_model_config(path: str | Path, model_class: type) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"The model config {path} does not exist; it is a JSON file with init arguments.")
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"A model config must map init arguments to values; {path} holds a {type(content).__name__}.")
+    content = read_json(path)
     config = {key: value for key, value in content.items() if not key.startswith("_")}
     _require_known(config, model_class, str(path))
     return config
@@ -233,7 +236,10 @@ def parse_overrides(overrides: Sequence[str], model_class: type) -> dict[str, An
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--config_overrides takes KEY=VALUE words; got {word!r}.")
-        config[key] = yaml.safe_load(value)
+        try:
+            config[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config_overrides {word}: the value is not YAML, e.g. qk_norm=true.") from error
     _require_known(config, model_class, "--config_overrides")
     return config
 

@@ -20,6 +20,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, parse_flag_from_env
 from torch import nn
 
+from ..errors import run_program
 from .arguments import RunArguments
 
 
@@ -39,18 +40,9 @@ def build_state() -> PartialState:
 def run_script(main: Callable[[], object]) -> NoReturn:
     """Ends the program with what `main` has to say: status 0, or one sentence and status 2 for what a user can mend.
 
-    EQVAE_TRACEBACK=1 shows where that was said; other errors show it always.
+    See `errors.run_program`, which says what that is.
     """
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("EQVAE_TRACEBACK"):
-            raise
-        sys.stderr.write(
-            f"{Path(sys.argv[0]).name}: error: {error}\n(EQVAE_TRACEBACK=1 shows the place in the code.)\n"
-        )
-        sys.exit(2)
-    sys.exit(0)
+    sys.exit(run_program(Path(sys.argv[0]).name, main))
 
 
 # The other ranks wait while the main process validates, measures statistics and saves.

@@ -16,6 +16,7 @@ HOW_TO_READ = (
     "flag with neither is a switch. A YAML preset may come first; its keys are the flags' names, and flags given "
     "after it win."
 )
+IN_A_FILE = (119, 24)  # columns and lines, as the descriptions are set
 LIKE = 0.55  # least likeness of a name that is worth suggesting
 TAKES = {int: "N", float: "X", str: "TEXT"}
 
@@ -79,7 +80,7 @@ class OptionParser(argparse.ArgumentParser):
         return vars(given)
 
     def format_help(self) -> str:
-        width = max(shutil.get_terminal_size().columns - 2, 40)
+        width = max(shutil.get_terminal_size(IN_A_FILE).columns, 40)
         lines = [self.format_usage(), (self.description or "").strip(), "", *textwrap.wrap(HOW_TO_READ, width)]
         groups = [("required", self._required())]
         for kind in self.types:
@@ -89,7 +90,7 @@ class OptionParser(argparse.ArgumentParser):
             lines += ["", f"{title}:"] if options else []
             for option in options:
                 text = f"{_invocation(option)}  {_sentence(option)}"
-                lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=" " * 6)
+                lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=" " * 4)
         extension = "--extension FILE_OR_MODULE  Python file or module that adds a method or a model; repeatable."
         lines += ["", "every script:", f"  {extension}", "  --help  This page.", *("", *self.notes)]
         return "\n".join(lines) + "\n"

@@ -38,6 +38,7 @@ from ..randomness import StepRandomness, preserved_global_state, reseed_global
 from . import command_line
 from .arguments import RunArguments
 from .checkpoints import find_checkpoint, publish, read_module, resumed_step, write_checkpoint
+from .console import start_logging
 from .dry_run import SavedActivations, first_example, report
 from .launch import StopSignal, build_accelerator, wrap
 from .optimization import (
@@ -78,7 +79,7 @@ class TrainingRun:
         self.accelerator = build_accelerator(arguments)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         level = logging.INFO if self.is_main else logging.ERROR
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+        start_logging(level)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.allow_tf32
         reseed_global(arguments.seed, 0, 0, 0)
         # Without the resumption: what is saved is to repeat the run, not to open it again.
@@ -165,7 +166,7 @@ class TrainingRun:
             batch_size: per rank and micro-batch; None takes --train_batch_size.
             collate: as in DataLoader; None stacks.
         """
-        from ..data.order import DrawDataset, DrawSampler, collate_draws
+        from ..data.order import DrawDataset, DrawSampler, collate_draws, leave_interrupts
 
         batch_size = batch_size or self.arguments.train_batch_size
         accumulation = self.arguments.gradient_accumulation_steps
@@ -185,6 +186,7 @@ class TrainingRun:
             DrawDataset(dataset, seed=self.arguments.seed),
             batch_sampler=sampler,
             num_workers=workers,
+            worker_init_fn=leave_interrupts,
             collate_fn=collate or collate_draws,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..files import write_text
 from ..images import image_grid
+from .console import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Tracking:
         self._output_dir, self._accelerator = output_dir, accelerator
         self._is_main = accelerator.is_main_process
         self._last_time, self._last_step, self._first_step = time.perf_counter(), step, step
-        self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", disable=not self._is_main)
+        self._bar = progress_bar(total=total_steps, initial=step, desc=name, unit="step", disable=not self._is_main)
         if not self._is_main:
             return
         self._written_before = _drop_lines_after(output_dir / METRICS_FILE, step)
@@ -98,7 +99,7 @@ class Tracking:
         self._last_time, self._last_step = now, step
         self.figures(step, {**values, "images_per_second": rate})
         losses = {key: f"{value:.4g}" for key, value in values.items() if "loss" in key}
-        self._bar.set_postfix({**losses, "images/s": f"{rate:.1f}"})
+        self._bar.set_postfix({**losses, "images/s": f"{rate:.1f}"}, refresh=sys.stderr.isatty())
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and tells the tracker; NaN and infinity become null in the file."""

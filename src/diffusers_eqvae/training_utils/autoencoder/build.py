@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,13 @@ from torch import Tensor
 
 from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset, load_image_dataset
+from ...files import read_json
 from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ
 from ...models.autoencoder_vq_eq import VQModelEQ
 from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
+from ...pretrained import looking_for
 from ...regularizers.base import build_regularizers
 from ..arguments import DataArguments, warn_without_effect
 from ..command_line import read_model_config
@@ -64,9 +65,12 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
 
 def _load_pretrained(name: str, arguments: AutoencoderArguments, padding: dict[str, Any]) -> ModelMixin:
     location = autoencoder_location(name, subfolder=arguments.subfolder, revision=arguments.revision)
-    saved_class = AutoencoderKLEQ.load_config(name, **location).get("_class_name")
+    with looking_for(name, "an autoencoder") as options:
+        saved_class = AutoencoderKLEQ.load_config(name, **location, **options).get("_class_name")
     if saved_class in TRAINED_AS:
-        vae = TRAINED_AS[saved_class].from_pretrained(name, torch_dtype=torch.float32, **location, **padding)
+        with looking_for(name, "an autoencoder") as options:
+            options |= {**location, **padding}
+            vae = TRAINED_AS[saved_class].from_pretrained(name, torch_dtype=torch.float32, **options)
     elif padding:
         known = " and ".join(cls.__base__.__name__ for cls in dict.fromkeys(TRAINED_AS.values()))
         raise ValueError(f"--padding_mode exists for {known}; {name} is an {saved_class}. Leave it out.")
@@ -78,8 +82,8 @@ def _load_pretrained(name: str, arguments: AutoencoderArguments, padding: dict[s
 
 def _class_of_config(path: str) -> Any:
     """The class that a JSON of init arguments says, AutoencoderKLEQ where it says none."""
-    content = json.loads(Path(path).read_text()) if Path(path).is_file() else None
-    name = content.get("_class_name", "AutoencoderKLEQ") if isinstance(content, dict) else "AutoencoderKLEQ"
+    content = read_json(path) if Path(path).is_file() else {}
+    name = content.get("_class_name", "AutoencoderKLEQ")
     if name not in TRAINED_AS:
         raise ValueError(f"{path} says the class {name!r}; a new autoencoder is one of {', '.join(TRAINED_AS)}.")
     return TRAINED_AS[name]
@@ -193,13 +197,27 @@ def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int
     if arguments.disc_pretrained:
         own = ["disc_channels", "disc_num_layers", "disc_norm"]
         warn_without_effect(arguments, own, "--disc_pretrained has its own")
-        discriminator = PatchDiscriminator.from_pretrained(arguments.disc_pretrained).train()
+        discriminator = _load_discriminator(arguments.disc_pretrained).train()
     else:
         discriminator = PatchDiscriminator(
             base_channels=arguments.disc_channels, num_layers=arguments.disc_num_layers, norm=arguments.disc_norm
         )
     _check_smallest("The discriminator", discriminator.min_size_px, smallest_px, "lower --disc_num_layers")
     return discriminator
+
+
+def _load_discriminator(directory: str) -> PatchDiscriminator:
+    config = Path(directory) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"--disc_pretrained {directory} does not hold a saved discriminator: there is no {config}.")
+    name = read_json(config, needs={"_class_name": str})["_class_name"]
+    if name != PatchDiscriminator.__name__:
+        raise ValueError(
+            f"--disc_pretrained {directory} is an {name}, not a {PatchDiscriminator.__name__}; name the "
+            "discriminator/ of a run."
+        )
+    with looking_for(directory, "a discriminator"):
+        return PatchDiscriminator.from_pretrained(directory)
 
 
 def _check_smallest(who: str, needed_px: int, smallest_px: int, remedy: str) -> None:

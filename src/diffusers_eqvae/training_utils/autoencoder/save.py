@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import nn
-from tqdm.auto import tqdm
 
 from ...autoencoders import encode, evaluating
 from ...data.image_datasets import PixelDataset
@@ -18,6 +17,7 @@ from ...latents import LatentNormalization, LatentStatistics
 from ...model_card import METADATA_FILE, RunMetadata
 from ...objectives.autoencoder import AutoencoderObjective
 from ..arguments import DataArguments
+from ..console import progress_bar
 from ..run import TrainingRun
 from .arguments import (
     AutoencoderArguments,
@@ -63,7 +63,7 @@ def measure_normalization(vae: ModelMixin, images: PixelDataset, num_samples: in
     chosen = evenly_spaced(len(images), num_samples)
     batches = [chosen[start : start + NORMALIZATION_BATCH] for start in range(0, len(chosen), NORMALIZATION_BATCH)]
     with evaluating(vae), torch.no_grad():
-        for indices in tqdm(batches, desc="latent mean and std", unit="batch"):
+        for indices in progress_bar(batches, desc="latent mean and std", unit="batch"):
             pixels = torch.stack([images[index]["pixel_values"] for index in indices])
             posterior = encode(vae, pixels.to(vae.device))
             statistics.update(posterior.mean, posterior.logvar)

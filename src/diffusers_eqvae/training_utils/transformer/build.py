@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,13 @@ from ...classes import ClassTable, listed, parse_id2label
 from ...data.image_datasets import PixelDataset
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
+from ...files import read_json
 from ...models.alignment_network import AlignmentNetwork
 from ...models.backbone import Backbone
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.labels import resolve_class_labels
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ...pretrained import looking_for
 from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...regularizers.base import build_regularizers
 from ..arguments import DataArguments, warn_without_effect
@@ -123,7 +124,7 @@ def build_objective(
 def _refuse_other_path(pipeline: Path, objective: Objective) -> None:
     """A pipeline's scheduler says along which path from noise to data its weights were trained."""
     file = pipeline / "scheduler" / "scheduler_config.json"
-    trained = json.loads(file.read_text()).get("path") if file.is_file() else None
+    trained = read_json(file).get("path") if file.is_file() else None
     path = getattr(getattr(objective.scheduler(), "config", None), "path", None)
     if trained not in (None, path):
         raise ValueError(
@@ -151,7 +152,8 @@ def build_transformer(
     _refuse_mismatch(arguments.model, source.config, {key: fitting[key] for key in fitting if key not in free})
     if source.directory is not None:
         warn_without_effect(arguments, ["class_dropout_prob"], f"the saved model {source.directory} has its own")
-        model = source.cls.from_pretrained(source.directory, torch_dtype=torch.float32)
+        with looking_for(source.directory, "a transformer"):
+            model = source.cls.from_pretrained(source.directory, torch_dtype=torch.float32)
         require_same_autoencoder(model.config.autoencoder, identity, whose=f"the model {source.directory}")
         model = _with_classes_of(latents, model, source.directory, new=arguments.new_classes)
     else:

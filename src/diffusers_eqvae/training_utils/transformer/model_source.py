@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...autoencoders import is_pipeline
+from ...files import read_json
 from ...models.backbone import Backbone, backbone_class, backbones
 from ..command_line import parse_overrides, read_model_config
 
@@ -60,8 +60,8 @@ class ModelSource:
             file = directory / "config.json"
             if not file.is_file():
                 raise ValueError(f"{path} is neither a saved model nor a pipeline: there is no {file}.")
-            saved = json.loads(file.read_text())
-            kind = backbone_class(str(saved.get("_class_name")))
+            saved = read_json(file, needs={"_class_name": str})
+            kind = backbone_class(saved["_class_name"])
             return cls(kind, {key: value for key, value in saved.items() if not key.startswith("_")}, directory)
         if path.suffix == ".json":
             kind = backbone_class(_class_name(path))
@@ -82,8 +82,7 @@ class ModelSource:
 def _class_name(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"The model config {path} does not exist; it is a JSON file with constructor arguments.")
-    content = json.loads(path.read_text())
-    name = content.get("_class_name") if isinstance(content, dict) else None
+    name = read_json(path).get("_class_name")
     if name is None:
         classes = sorted({kind.__name__ for kind in backbones().values()})
         raise ValueError(f'{path} must say its "_class_name": one of {", ".join(classes)}.')
