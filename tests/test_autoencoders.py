@@ -47,7 +47,7 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_a_directory_without_an_autoencoder_says_what_is_missing(tmp_path, tiny_autoencoder_kl):
-    with pytest.raises(OSError, match=r"nowhere is not a directory here, and cannot be loaded from the Hub"):
+    with pytest.raises(OSError, match=r"There is no directory .*nowhere"):
         load_autoencoder(str(tmp_path / "nowhere"))
     tiny_autoencoder_kl.save_pretrained(tmp_path / "store" / "vae")
     with pytest.raises(OSError, match=r"does not hold an autoencoder: .*config\.json\. Did you mean .*vae\?"):

@@ -48,9 +48,9 @@ def test_what_is_not_finite_is_null(tmp_path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "card.json"
     for text, complaint in (
-        ("{", "not a result card"),
-        ("[]", "metrics and protocol"),
-        ("{}", "metrics and protocol"),
+        ("{", "is not a whole JSON file"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "must hold .metrics."),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=complaint):

@@ -38,14 +38,16 @@ def test_a_file_named_in_a_preset_is_the_one_beside_it(tmp_path, monkeypatch):
     (tmp_path / "elsewhere.json").touch()
     monkeypatch.chdir(tmp_path)
 
-    def hub_model_id(value, *flags):
-        path = preset(tmp_path / "presets", output_dir="a", hub_model_id=value)
-        return parse(RunArguments, argv=[path, *flags])[0].hub_model_id
+    def resume_from_checkpoint(value, *flags):
+        path = preset(tmp_path / "presets", output_dir="a", resume_from_checkpoint=value)
+        return parse(RunArguments, argv=[path, *flags])[0].resume_from_checkpoint
 
-    assert hub_model_id("model.json") == str(tmp_path / "presets" / "model.json")
-    assert hub_model_id("elsewhere.json") == "elsewhere.json"
-    assert hub_model_id("data") == "data", "a folder may be a name like any other"
-    assert hub_model_id("x", "--hub_model_id", "model.json") == "model.json", "the command line is not a preset"
+    assert resume_from_checkpoint("model.json") == str(tmp_path / "presets" / "model.json")
+    assert resume_from_checkpoint("elsewhere.json") == "elsewhere.json"
+    assert resume_from_checkpoint("data") == "data", "a folder may be a name like any other"
+    assert resume_from_checkpoint("x", "--resume_from_checkpoint", "model.json") == "model.json", (
+        "the command line is not a preset"
+    )
 
 
 def test_unknown_key_is_refused_with_the_nearest_name(tmp_path):

@@ -146,7 +146,7 @@ class ResultCard:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ResultCard:
         """What `save` wrote; refused where the file is not a result card, or of an older or a newer format."""
-        content = read_json(path, needs={"metrics": dict, "protocol": dict})
+        content = read_json(path, needs={"metrics": object, "protocol": object})
         found = content.pop("format_version", content.pop("format", None))
         require_format_version(found, FORMAT_VERSION, path=path, remedy="measure again")
         if unknown := sorted(set(content) - {entry.name for entry in fields(cls)}):
