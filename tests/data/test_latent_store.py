@@ -154,7 +154,7 @@ def test_unfinished_foreign_or_newer_directories_are_refused(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=f"manifest.json has format_version {version}, {message}"):
             LatentStore(tmp_path)
     manifest.write_text("{")
-    with pytest.raises(ValueError, match="is not a whole JSON file.* again"):
+    with pytest.raises(ValueError, match=r"is not a whole JSON file.* again"):
         LatentStore(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
