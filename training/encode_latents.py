@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = settings_of(arguments, data, vae, source)
     plan = f"{len(source)} images, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
     if source.labels is None:
-        state.print("No labels: train_transformer.py will read the store as one class (--num_classes 1).")
+        state.print("No labels: the store is good for statistics, not for train_transformer.py.")
+        state.print("(Except as one class of all images: --num_classes 1.)")
     if arguments.dry_run:
         state.print(f"{plan}; {check_disk(output_dir, settings.bytes(len(source)))}")
         return

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor, nn
 
 from .autoencoders import decode, encode, evaluating
 from .equivariance import rotation, scaling
+
+logger = logging.getLogger(__name__)
 
 CAPTIONS = ("image", "reconstruction", "latent rotated 90°", "latent downscaled", "latent PCA")
 CAPTION_PX = 16
@@ -107,6 +110,35 @@ def image_grid(
     return canvas
 
 
+# EXIF's orientation -> what turns such an image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's number, 1 = upright; metadata that cannot be read say nothing, and that is logged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception as error:  # a broken field raises nearly anything
+        name = getattr(image, "filename", "") or "an image"
+        logger.warning("The orientation of %s cannot be read (%s); it is taken as it lies.", name, error)
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says it is to be seen: `upright(Image.open("0001.jpg"))`."""
+    image.load()  # TIFF images turn upright then, and forget their orientation
+    turn = _UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB, rotated upright by its EXIF orientation: `to_rgb(Image.open("0001.jpg"))`.
 
@@ -116,7 +148,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: floating-point images and integer ones beyond 16 bits, whose range is unknown.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

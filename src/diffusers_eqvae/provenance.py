@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -138,6 +138,85 @@ def _part_hash(vae: Autoencoder, part: str, precision: str) -> str:
 def _normalization_hash(vae: Autoencoder) -> str:
     config = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
     return hashlib.sha256(config.encode()).hexdigest()[:16]
+
+
+# How many images' bytes always enter the identity of a data set.
+SAMPLED_IMAGES = 64
+_DATA = {
+    "images": "number of images",
+    "files": "names or sizes of files",
+    "labels": "labels",
+    "classes": "class names",
+    "sampled": "content of images",
+    "everything": "content of images",
+}
+
+
+def data_identity(
+    count: int,
+    *,
+    files: Iterable[tuple[str, int]] | None,
+    labels: Any,
+    classes: Mapping[int, str],
+    sampled: Iterable[bytes],
+    everything: Iterable[bytes] | None = None,
+) -> dict[str, Any]:
+    """Which images and labels a data set is made of, as a JSON value that travels with whatever was made from it.
+
+    Args:
+        files: names and sizes of the images' files, in order; None where there are no files.
+        labels: (N,) class ids, or None.
+        classes: class names by id.
+        sampled: the bytes of `SAMPLED_IMAGES` evenly spaced images.
+        everything: the bytes of all, where every one shall count.
+
+    Example:
+        >>> source.identity()
+        {'images': 1382, 'files': '81c0...', 'labels': '9af2...', 'classes': '07d1...', 'sampled': '5e0b...'}
+    """
+    named = None if files is None else (f"{name}\0{size}\n".encode() for name, size in files)
+    identity = {
+        "images": count,
+        "files": None if named is None else _digest(named),
+        "labels": None if labels is None else _digest([labels.astype("<i8").tobytes()]),
+        "classes": _digest([json.dumps(sorted(classes.items())).encode()]),
+        "sampled": _digest(map(_hashed, sampled)),
+    }
+    return identity if everything is None else identity | {"everything": _digest(map(_hashed, everything))}
+
+
+def data_difference(expected: Mapping[str, Any] | None, given: Mapping[str, Any]) -> str | None:
+    """In what two data identities differ, in words, or None; what one of them does not state is unknown and passes.
+
+    Example:
+        >>> data_difference({"images": 9, "labels": "aa"}, {"images": 8, "labels": "aa"})
+        'number of images'
+    """
+    known = [key for key in _DATA if (expected or {}).get(key) is not None and given.get(key) is not None]
+    return " and ".join(dict.fromkeys(_DATA[key] for key in known if (expected or {})[key] != given[key])) or None
+
+
+def require_same_data(
+    expected: Mapping[str, Any] | None, given: Mapping[str, Any], *, whose: str, remedy: str
+) -> None:
+    """Refuses the identity of a data set that differs from `expected`, of `whose`.
+
+    Example:
+        >>> require_same_data(saved, source.identity(), whose="the store latents/images", remedy="encode them anew")
+    """
+    if difference := data_difference(expected, given):
+        raise ValueError(f"These are not the data of {whose}: the {difference} differ; {remedy}.")
+
+
+def _hashed(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def weights_hash(*modules: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ def store_settings(
     """The settings of a store of `source` encoded by `vae` as centre crops of `resolution` pixels.
 
     Args:
-        description: names of the data; hashes of the labels and of the files are added.
+        description: names of the data; their identity is added.
         settings: dtype, views, shard_size, batch_size and mixed_precision of `StoreSettings`.
 
     Example:
@@ -43,11 +42,7 @@ def store_settings(
     factor, deterministic = downsampling_factor(vae), is_deterministic(vae)
     require_fitting(resolution, factor)
     side = resolution // factor
-    described = dict(description)
-    if source.labels is not None:
-        described["labels_sha256"] = hashlib.sha256(source.labels.astype("<i8").tobytes()).hexdigest()
-    if (digest := source.files_digest()) is not None:
-        described["files_sha256"] = digest
+    source.expect(resolution)
     return StoreSettings(
         num_examples=len(source),
         shape=(latent_channels(vae) * (1 if deterministic else 2), side, side),
@@ -56,7 +51,7 @@ def store_settings(
         downsampling_factor=factor,
         labelled=source.labels is not None,
         encoder=autoencoder_identity(vae)["encoder"]["float32"],
-        source=described,
+        source={**description, **source.identity()},
         **settings,
     )
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from ..classes import in_order
+from .image_files import IMAGE_SUFFIXES, ImageFiles, find_images
+from .label_files import read_label_files
+from .report import DataReport
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 SPLIT_FOLDERS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -28,12 +28,23 @@ SPLIT_FOLDERS = {
 }
 # What a directory may hold, as the builders of `datasets` are called; the earlier one where it holds as many of both.
 _KINDS = ("imagefolder", "parquet", "webdataset")
+_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+_REMEDY = "unpack an archive and name the folder, whose dataset.json, metadata.jsonl or class folders give the labels"
 
 
 def load_table(
-    source: Path | str, *, config_name: str | None = None, split: str = "train", cache_dir: str | None = None
+    source: Path | str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    label_column: str = "label",
+    report: DataReport | None = None,
 ) -> datasets.Dataset:
-    """One split of a local directory (images, parquet or webdataset tars) or of a dataset on the Hub.
+    """One split of a local directory or file, or of a dataset on the Hub.
+
+    A directory holds images, parquet files, webdataset tars, or what `save_to_disk` wrote; a file is one parquet file
+    or one tar. What is left out is noted in `report`.
 
     Raises:
         ValueError: nothing to read, a class folder without images, or an unknown split (the known ones are listed).
@@ -41,12 +52,32 @@ def load_table(
     Example:
         >>> table = load_table(Path("photographs"), split="validation")
     """
+    report = DataReport() if report is None else report
     if not isinstance(source, Path):
         return _choose(datasets.load_dataset(source, config_name, cache_dir=cache_dir), split, source)
-    kind = _directory_kind(source)
+    if source.is_file():
+        builder = _BUILDERS.get(source.suffix.lower())
+        if builder is None:
+            raise ValueError(f"{source} is a file, and only a .parquet or .tar file is read: {_REMEDY}.")
+        return _choose(_build(builder, source, data_files=str(source), cache_dir=cache_dir), split, source)
+    if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
+        saved = datasets.load_from_disk(str(source))
+        return _choose(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}, split, source)
+    kind = _directory_kind(find_images(source), report)
     if kind == "imagefolder":
-        return _image_folder(source.resolve(), split)
-    return _choose(datasets.load_dataset(kind, data_dir=str(source), cache_dir=cache_dir), split, source)
+        return _image_folder(source.resolve(), split, label_column=label_column, report=report)
+    return _choose(_build(kind, source, data_dir=str(source), cache_dir=cache_dir), split, source)
+
+
+def _build(builder: str, source: Path, **options: Any) -> Any:
+    """What a builder of `datasets` makes of local files; whatever hinders it is a sentence that names them."""
+    try:
+        return datasets.load_dataset(builder, **options)
+    except Exception as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(
+            f"{source} cannot be read as {builder} ({reason}): write the files again, or name another directory."
+        ) from error
 
 
 def _choose(splits: Mapping[Any, Any], split: str, source: Path | str) -> Any:
@@ -103,6 +134,14 @@ def read_labels(
     if column.dtype.kind in "US":
         names = in_order(column.tolist())
         ids = {name: each for each, name in enumerate(names)}
+        if 2 * len(names) > len(column):
+            logger.warning(
+                "The label column %r holds %d different texts for %d images: are they captions? Each is a class "
+                "of its own; name a column of classes as label_column.",
+                label_column,
+                len(names),
+                len(column),
+            )
         return np.array([ids[name] for name in column.tolist()], dtype=np.int64), names
     if column.dtype.kind not in "iu" or column.ndim != 1:
         raise ValueError(
@@ -115,47 +154,56 @@ def read_labels(
 
 
 def _unknown_column(role: str, name: str, table: datasets.Dataset) -> str:
-    return f"There is no {role} column {name!r}; the columns are {', '.join(table.column_names)}."
+    images = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    remedy = f"name {' or '.join(images)} as image_column" if role == "image" and images else f"name the {role} column"
+    return f"There is no {role} column {name!r}; the columns are {', '.join(table.column_names)}: {remedy}."
 
 
-def _image_folder(root: Path, split: str) -> datasets.Dataset:
-    """The images below a directory in the order of their paths; with "label" where each lies in a class folder.
+def _image_folder(root: Path, split: str, *, label_column: str, report: DataReport) -> datasets.Dataset:
+    """The images below a directory in the order of their paths, with the labels of a file or of class folders.
 
     The files are listed here since the library's own "imagefolder" reads splits out of any file or folder name
     (train_1.jpg, a class called test) and leaves out images that a metadata.csv does not name.
     """
     top = _choose(_split_folders(root) or {"train": root}, split, root)
-    paths = sorted(str(path) for path in image_files(top))
-    columns: dict[str, list] = {"image": paths}
+    found = find_images(top)
+    found.require_mostly_taken()
+    _refuse_empty(found)
+    report.notes |= found.report.notes
+    columns: dict[str, list] = {"image": found.images}
     features = datasets.Features({"image": datasets.Image()})
-    folders = [Path(path).relative_to(top).parts[0] for path in paths if Path(path).parent != top]
-    if len(folders) == len(paths):
-        columns["label"], features["label"] = folders, datasets.ClassLabel(names=in_order(folders))
+    labels = read_label_files(top, found.images, label_column)
+    if labels:
+        columns[label_column] = labels
+        features[label_column] = datasets.Value("int64" if isinstance(labels[0], int) else "string")
+    elif labels is None:
+        beside = [path for path in found.images if os.path.dirname(path) == str(top)]
+        folders = [os.path.relpath(path, top).split(os.sep)[0] for path in found.images]
+        if not beside:
+            columns["label"], features["label"] = folders, datasets.ClassLabel(names=in_order(folders))
+        elif len(beside) < len(found.images):
+            report.note(
+                "beside",
+                map(os.path.basename, beside),
+                "images lie beside the class folders, so that no image has a label",
+                remedy=f"move them into a class folder, or out of {top}",
+            )
     return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The split folders by name, where all subfolders are named like splits and one holds class folders."""
-    _, names, files = next(_walk(root))
+    entries = [entry for entry in os.scandir(root) if not entry.name.startswith((".", "__"))]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names or not set(names) <= SPLIT_FOLDERS.keys():
         return {}
     folders = {SPLIT_FOLDERS[name]: root / name for name in sorted(names, key=SPLIT_FOLDERS.__getitem__)}
-    if not any(map(is_image, files)) and any(
-        path.parent != folder for folder in folders.values() for path in image_files(folder)
+    if not any(is_image(entry.name) for entry in entries if not entry.is_dir()) and any(
+        os.path.dirname(path) != str(folder) for folder in folders.values() for path in find_images(folder).images
     ):
         return folders
     logger.warning("%s: the folders %s are read as classes; splits would hold class folders.", root, ", ".join(names))
     return {}
-
-
-def image_files(directory: Path) -> Iterator[Path]:
-    """Files below a directory whose names end as images' do, through links, without hidden ones.
-
-    Example:
-        >>> sorted(image_files(Path("photographs")))[0]
-        PosixPath('photographs/daisy/0001.jpg')
-    """
-    return (folder / name for folder, _, files in _walk(directory) for name in files if is_image(name))
 
 
 def is_image(name: str) -> bool:
@@ -168,29 +216,24 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """As os.walk, through links, without hidden files and folders."""
-    for folder, subfolders, files in os.walk(directory, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
-        yield Path(folder), subfolders, [name for name in files if not name.startswith(".")]
-
-
-def _directory_kind(directory: Path) -> str:
-    """Which of `_KINDS` a directory holds most of."""
-    builders = {".parquet": "parquet", ".tar": "webdataset"}
-    counts: Counter[str | None] = Counter()
-    empty = []
-    for folder, subfolders, files in _walk(directory):
-        kinds = ["imagefolder" if is_image(name) else builders.get(Path(name).suffix.lower()) for name in files]
-        counts.update(kinds)
-        if not subfolders and "imagefolder" not in kinds:
-            empty.append(str(folder.relative_to(directory)))
-    kind = max(_KINDS, key=lambda name: counts[name])
+def _directory_kind(found: ImageFiles, report: DataReport) -> str:
+    """Which of `_KINDS` a directory holds most of; the others are noted."""
+    counts = {"imagefolder": len(found.images), "parquet": found.kinds[".parquet"], "webdataset": found.kinds[".tar"]}
+    kind = max(_KINDS, key=counts.__getitem__)
     if not counts[kind]:
-        raise ValueError(f"The directory {directory} holds no images, parquet files or tar files.")
-    if kind == "imagefolder" and empty:
-        raise ValueError(
-            f"Folder(s) without images in {directory}: {', '.join(sorted(empty))}. Every class needs images: "
-            "fill or remove the folder."
-        )
+        _refuse_empty(found)
+        seen = " ".join(found.report) or f"Its files end in {', '.join(found.kinds) or 'nothing: it is empty'}."
+        raise ValueError(f"The directory {found.directory} holds no images, parquet files or tar files. {seen}")
+    others = sum(counts.values()) - counts[kind]
+    if others:
+        called = [f"{counts[each]} {each}" for each in _KINDS if each != kind and counts[each]]
+        report.note("kind", called, f"files are left out, since the directory is read as {kind}", count=others)
     return kind
+
+
+def _refuse_empty(found: ImageFiles) -> None:
+    if found.empty and found.images:
+        raise ValueError(
+            f"Folder(s) without images in {found.directory}: {', '.join(found.empty)}. Every class needs images: "
+            f"fill or remove the folder. {' '.join(found.report)}".rstrip()
+        )

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
-import struct
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..classes import ClassTable
-from ..images import adm_center_crop, evenly_spaced, random_crop_resize, to_pixels, to_rgb
+from ..classes import ClassTable, listed
+from ..images import adm_center_crop, evenly_spaced, random_crop_resize, to_pixels
+from ..provenance import SAMPLED_IMAGES, data_identity
+from .image_files import DECODE_ERRORS, note_small, open_image, read_image
+from .report import DataError, DataReport
 
 logger = logging.getLogger(__name__)
 
-MIN_SIDE_PX = 8
 MAX_UNREADABLE_SHARE = 0.01
 MIN_UNREADABLE_ALLOWED = 3
-START_CHECKS = 256
+# Headers that are looked at when a data set is opened.
+START_CHECKS = 10_000
 LABEL_COLUMN = "label"
 # At the root of a saved model, pipeline or training run.
 MODEL_FILES = ("config.json", "model_index.json", "run_metadata.json")
-# What Pillow raises for files that are absent, cut short, no images, or hostile.
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class ImageSource:
@@ -39,6 +39,7 @@ class ImageSource:
         labels: (N,) int64 class ids, or None.
         names: class names by id, or None.
         root: folder that image names are given relative to.
+        report: what was left out before; what is enlarged or replaced is added to it.
 
     More than 1 % unreadable images (at least 3 are allowed, a quarter of a smaller dataset) are an error: then
     something is wrong with the data as a whole.
@@ -55,6 +56,7 @@ class ImageSource:
         labels: np.ndarray | None = None,
         names: list[str] | None = None,
         root: Path | None = None,
+        report: DataReport | None = None,
     ) -> None:
         if not len(dataset):
             raise ValueError("The dataset holds no images; check the directory or the split.")
@@ -63,7 +65,10 @@ class ImageSource:
         self.labels = labels
         self.names = names
         self.root = root
-        self.unreadable: dict[int, str] = {}
+        self.sizes: dict[int, tuple[int, int]] = {}
+        self._report = DataReport() if report is None else report
+        # In shared memory, so that the workers of a loader keep one count.
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -82,15 +87,70 @@ class ImageSource:
         """The image's file, or its row where the dataset keeps no file names."""
         return self._name(index, self.dataset[index][self.image_column])
 
-    def files_digest(self) -> str | None:
-        """sha256 of the names and sizes of the images' files, in order; None where the rows hold the images."""
-        if self.root is None or self.dataset[0][self.image_column].get("bytes") is not None:
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Index -> name of the images that could not be read so far, by any worker."""
+        return {index: self.name(index) for index in self._unreadable.nonzero().flatten().tolist()}
+
+    @property
+    def report(self) -> DataReport:
+        """What was left out, is enlarged, and has been replaced so far."""
+        text = "images cannot be read and are replaced by the next that can"
+        self._report.note("unreadable", self.unreadable.values(), text, remedy="repair or remove them")
+        return self._report
+
+    def identity(self, *, everything: bool = False) -> dict[str, Any]:
+        """Which images and labels these are: see `provenance.data_identity`; with `everything`, every byte of them."""
+        return data_identity(
+            len(self),
+            files=self._files(),
+            labels=self.labels,
+            classes=self.classes.id2label,
+            sampled=map(self._content, evenly_spaced(len(self), SAMPLED_IMAGES)),
+            everything=map(self._content, range(len(self))) if everything else None,
+        )
+
+    def _files(self) -> Iterator[tuple[str, int]] | None:
+        """Names and sizes of the images' files; None where the rows hold the images."""
+        if self.root is None or (self._record(0) or {}).get("path") is None or self._record(0)["bytes"] is not None:
             return None
-        digest = hashlib.sha256()
-        for record in self.dataset[self.image_column]:
-            path = Path(record["path"])
-            digest.update(f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n".encode())
-        return digest.hexdigest()
+        records = enumerate(self.dataset[self.image_column])
+        return ((self._name(index, record), _size(record)) for index, record in records)
+
+    def _content(self, index: int) -> bytes:
+        record = self._record(index) or {}
+        if record.get("bytes") is not None:
+            return bytes(record["bytes"])
+        try:
+            return Path(record["path"]).read_bytes() if _size(record) else b""
+        except (KeyError, TypeError, OSError):
+            return b""
+
+    def _record(self, index: int) -> Any:
+        return self.dataset[index][self.image_column]
+
+    def without(self, indices: list[int]) -> ImageSource:
+        """The source without some of its images."""
+        kept = np.setdiff1d(np.arange(len(self)), indices)
+        if not len(kept):
+            raise DataError(f"All {len(self)} images would be left out: {listed(list(map(self.name, indices[:6])))}.")
+        labels = None if self.labels is None else self.labels[kept]
+        rest = ImageSource(
+            self.dataset.select(kept),
+            image_column=self.image_column,
+            labels=labels,
+            names=list(self.classes.names) if labels is not None else None,
+            root=self.root,
+            report=self._report,
+        )
+        rest.sizes = {new: self.sizes[old] for new, old in enumerate(kept.tolist()) if old in self.sizes}
+        rest._unreadable[:] = self._unreadable[torch.from_numpy(kept)]
+        return rest
+
+    def expect(self, resolution: int) -> None:
+        """Notes and says which images are smaller than `resolution` px and will be enlarged."""
+        small = {self.name(index): min(size) for index, size in self.sizes.items() if min(size) < resolution}
+        note_small(self._report, small, resolution, seen=len(self.sizes), total=len(self))
 
     def get(self, index: int) -> tuple[Image.Image, int | None]:
         """The RGB image and class id at `index`, or those of the next readable image."""
@@ -101,23 +161,24 @@ class ImageSource:
         """As `get`, with the index that was used: index..used-1 (modulo N) are unreadable."""
         for offset in range(len(self)):
             used = (index + offset) % len(self)
-            if used in self.unreadable:
+            if self._unreadable[used]:
                 continue
-            record = self.dataset[used][self.image_column]
+            record = self._record(used)
             try:
-                image = _decode(record)
+                image = read_image(_image_of(record))
             except DECODE_ERRORS as error:
                 self._count_unreadable(used, self._name(used, record), error)
                 continue
             return image, None if self.labels is None else int(self.labels[used]), used
-        raise ValueError("None of the images can be read.")
+        raise DataError("None of the images can be read.")
 
     def check(self, limit: int = START_CHECKS) -> None:
         """Opens up to `limit` evenly spaced images (their headers only), so that bad data fails at the start."""
         for index in evenly_spaced(len(self), limit):
-            record = self.dataset[index][self.image_column]
+            record = self._record(index)
             try:
-                _open(record).close()
+                with open_image(_image_of(record)) as image:
+                    self.sizes[index] = image.size
             except DECODE_ERRORS as error:
                 self._count_unreadable(index, self._name(index, record), error)
 
@@ -129,31 +190,31 @@ class ImageSource:
         return str(Path(path).relative_to(self.root)) if relative and self.root else Path(path).name
 
     def _count_unreadable(self, index: int, name: str, error: Exception) -> None:
-        self.unreadable[index] = name
-        logger.warning("Skipped image %s (%d so far): %s", name, len(self.unreadable), error)
+        self._unreadable[index] = True
+        count = int(self._unreadable.sum())
+        logger.warning("Skipped image %s (%d so far): %s", name, count, error)
         allowed = max(int(MAX_UNREADABLE_SHARE * len(self)), min(MIN_UNREADABLE_ALLOWED, len(self) // 4))
-        if len(self.unreadable) > allowed:
-            listed = ", ".join(list(self.unreadable.values())[:5])
-            raise ValueError(
-                f"At most {allowed} of the {len(self)} images may be unreadable, but {len(self.unreadable)} are, "
-                f"among them {listed}. Last reason: {error}. Repair or remove them."
+        if count > allowed:
+            raise DataError(
+                f"At most {allowed} of the {len(self)} images may be unreadable, but {count} are, among them "
+                f"{listed(list(self.unreadable.values()))}. Last reason: {error}. Repair or remove them."
             ) from error
 
 
-def _open(record: Any) -> Image.Image:
-    """The image of a dataset row with its header read; too small ones are refused."""
+def _image_of(record: Any) -> bytes | str:
+    """The bytes or the path of a dataset's row."""
     if not isinstance(record, dict) or (record.get("bytes") is None and not record.get("path")):
         raise ValueError("the row holds no image")
-    image = Image.open(io.BytesIO(record["bytes"]) if record.get("bytes") is not None else record["path"])
-    if min(image.size) < MIN_SIDE_PX:
-        image.close()
-        raise ValueError(f"{image.width}x{image.height} px is smaller than {MIN_SIDE_PX} px")
-    return image
+    return record["path"] if record.get("bytes") is None else bytes(record["bytes"])
 
 
-def _decode(record: Any) -> Image.Image:
-    with _open(record) as image:
-        return to_rgb(image)
+def _size(record: Any) -> int:
+    """Of a row's file, 0 where it is not a regular one."""
+    try:
+        path = Path(record["path"])
+        return path.stat().st_size if path.is_file() else 0
+    except (KeyError, TypeError, OSError):
+        return 0
 
 
 class PixelDataset(Dataset):
@@ -179,6 +240,7 @@ class PixelDataset(Dataset):
         self.resolution = resolution
         self.random_crop = random_crop
         self.random_flip = random_flip
+        source.expect(resolution)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -210,20 +272,23 @@ def load_image_dataset(
     label_column: str = LABEL_COLUMN,
     require_labels: bool = False,
     cache_dir: str | None = None,
+    skip_below: int | None = None,
 ) -> ImageSource:
-    """Images of a Hub dataset, of a folder (one subfolder per class), or of a directory of parquet or tar files.
+    """Images of a Hub dataset, of a folder (one subfolder per class), or of parquet or tar files.
 
     Args:
         dataset_name: name on the Hub, or a local directory; exclusive with `train_data_dir`.
         dataset_config_name: configuration of a Hub dataset.
-        train_data_dir: local directory of images, parquet files or webdataset tars.
+        train_data_dir: local directory of images (their labels in class folders, dataset.json or metadata.jsonl), of
+            parquet files or webdataset tars; one that `save_to_disk` wrote; or one .parquet or .tar file.
         split: split to read.
         image_column, label_column: columns; a `label_column` other than the default must exist.
         require_labels: refuse a dataset without labels.
         cache_dir: of the `datasets` library.
+        skip_below: leave out images whose shorter side has fewer pixels.
 
-    An unknown directory, split or column (the known ones are listed), an empty class folder, missing labels and too
-    many unreadable images are refused.
+    What is left out is logged and stands in the source's `report`. An unknown directory, split or column (the known
+    ones are listed), an empty class folder, missing labels and too many unreadable images are refused.
 
     Example:
         >>> source = load_image_dataset(train_data_dir="photographs", require_labels=True)
@@ -235,22 +300,49 @@ def load_image_dataset(
     if dataset_name is not None and train_data_dir is not None:
         raise ValueError("Give either train_data_dir or dataset_name, not both.")
     root = Path(train_data_dir) if train_data_dir is not None else Path(str(dataset_name))
-    if train_data_dir is not None and not root.is_dir():
+    if train_data_dir is not None and not root.exists():
         raise ValueError(f"The training directory {root} does not exist or is not a directory.")
     from .hf_datasets import load_table, read_labels, undecoded
 
-    local = root.is_dir()
+    local, report = root.exists(), DataReport()
     table = load_table(
-        root if local else str(dataset_name), config_name=dataset_config_name, split=split, cache_dir=cache_dir
+        root if local else str(dataset_name),
+        config_name=dataset_config_name,
+        split=split,
+        cache_dir=cache_dir,
+        label_column=label_column,
+        report=report,
     )
+    report.log()
     images = undecoded(table, image_column)
-    labels, names = read_labels(table, label_column, required=require_labels or label_column != LABEL_COLUMN)
+    required = require_labels or label_column != LABEL_COLUMN
+    try:
+        labels, names = read_labels(table, label_column, required=required)
+    except ValueError as error:
+        raise ValueError(" ".join([str(error), *map(str, filter(None, [report.notes.get("beside")]))])) from error
     source = ImageSource(
-        images, image_column=image_column, labels=labels, names=names, root=root.resolve() if local else None
+        images,
+        image_column=image_column,
+        labels=labels,
+        names=names,
+        root=root.resolve() if root.is_dir() else None,
+        report=report,
     )
-    source.check()
+    source = _checked(source, skip_below)
     if note := source.classes.describe_empty():
         logger.warning("%s", note)
+    return source
+
+
+def _checked(source: ImageSource, skip_below: int | None) -> ImageSource:
+    """The source with its headers looked at; all of them where small images are left out."""
+    source.check(START_CHECKS if skip_below is None else len(source))
+    small = [index for index, size in source.sizes.items() if min(size) < (skip_below or 0)]
+    if small:
+        names = map(source.name, small)
+        source._report.note("skipped", names, f"images smaller than {skip_below} px are left out", count=len(small))
+        source._report.log("skipped")
+        source = source.without(small)
     return source
 
 

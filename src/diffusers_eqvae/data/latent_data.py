@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -55,6 +56,13 @@ class LatentData:
     def normalization(self) -> LatentNormalization:
         """Of the autoencoder, as its config says."""
         return LatentNormalization.from_vae(self.vae)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was left out of the images, enlarged or replaced; see `DataReport.to_json`."""
+        if isinstance(self.dataset, LatentStore):
+            return self.dataset.manifest.get("report", {})
+        return self.dataset.source.report.to_json()
 
     @property
     def stored(self) -> bool:

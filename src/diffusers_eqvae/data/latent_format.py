@@ -134,7 +134,7 @@ class ShardHeader:
         version = self.notes.get("format_version")
         remedy = "use another output directory, or delete the old store and encode the data again"
         require_format_version(version, FORMAT_VERSION, path=path, remedy=remedy)
-        wanted, found = settings.to_json(), self.notes.get("settings", {})
+        wanted, found = _flat(settings.to_json()), _flat(self.notes.get("settings", {}))
         differing = [
             f"{key} (shard: {found.get(key)}, now: {wanted.get(key)})"
             for key in sorted(wanted.keys() | found.keys())
@@ -154,6 +154,12 @@ class ShardHeader:
             or settings.labelled != ("labels" in self.tensors)
         ):
             raise ValueError(f"{path} does not hold what its name and settings say; delete it and encode it again.")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the entries of `source` as settings of their own."""
+    source = {f"source.{key}": value for key, value in settings.get("source", {}).items()}
+    return {key: value for key, value in settings.items() if key != "source"} | source
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

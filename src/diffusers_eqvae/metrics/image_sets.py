@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..data.hf_datasets import image_files
-from ..data.image_datasets import DECODE_ERRORS, ImageSource, model_files
+from ..data.image_datasets import START_CHECKS, ImageSource, model_files
+from ..data.image_files import DECODE_ERRORS, image_files, note_small, read_image, sizes_of
+from ..data.report import DataReport
 from ..files import npz_keys, open_npz_array
-from ..images import UINT8_RULE, adm_center_crop, to_rgb
+from ..images import UINT8_RULE, adm_center_crop
 from .base import gather
 from .feature_networks import FeatureNetwork
 
@@ -67,6 +67,13 @@ class ImageSet:
         self.resolution = resolution
         self.count = len(images) if limit is None else limit
         self._size: tuple[int, ...] | None = None
+        self.report = images.report if isinstance(images, ImageSource) else DataReport()
+        if isinstance(images, ImageSource) and resolution is not None:
+            images.expect(resolution)
+        elif isinstance(images, list) and resolution is not None:
+            sizes = sizes_of(images[: self.count], limit=START_CHECKS)
+            small = {Path(each).name: side for each, side in sizes.items() if side < resolution}
+            note_small(self.report, small, resolution, seen=len(sizes), total=self.count)
 
     def __len__(self) -> int:
         return self.count
@@ -106,8 +113,7 @@ class ImageSet:
         else:
             name = str(self.images[index])
             try:
-                with Image.open(self.images[index]) as opened:
-                    image = to_rgb(opened)
+                image = read_image(self.images[index])
             except DECODE_ERRORS as error:
                 raise ValueError(f"{name} cannot be read: {error}. Repair or remove it.") from error
         if self.resolution is not None:
@@ -158,8 +164,7 @@ def open_images(path: str | os.PathLike[str], *, resolution: int | None = None, 
                 f"{path} holds {', '.join(found)}: it is a model's directory, and images in it are not a set to "
                 "measure. Give an .npz with arr_0, a folder of images or, as samples, a pipeline."
             )
-        files = sorted(image_files(path))
-        return ImageSet(files, name=path.name, resolution=resolution, limit=limit)
+        return ImageSet(list(image_files(path)), name=path.name, resolution=resolution, limit=limit)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither an .npz nor a folder of images.")
     if "arr_0" not in npz_keys(path):

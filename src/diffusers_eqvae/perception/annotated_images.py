@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..data.hf_datasets import is_image
-from ..data.image_datasets import DECODE_ERRORS
-from ..images import adm_center_crop, to_pixels, to_rgb
-
-_ORIENTATION = 0x0112  # the EXIF tag; above 4 the stored image lies on its side
+from ..data.image_files import DECODE_ERRORS, open_image
+from ..images import adm_center_crop, orientation, to_pixels, to_rgb, upright
 
 
 def paired_files(images: str | os.PathLike[str], *annotations: str | os.PathLike[str]) -> list[tuple[Path, ...]]:
@@ -85,7 +83,7 @@ def read_integers(path: Path) -> np.ndarray:
         dtype('uint8')
     """
     with _opened(path) as image:
-        values = np.asarray(ImageOps.exif_transpose(image))
+        values = np.asarray(upright(image))
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
             f"Annotations are images of one channel of integers; {path.name} has {values.dtype} {values.shape}. "
@@ -116,7 +114,7 @@ def nearest_center_crop(values: np.ndarray, size: int) -> np.ndarray:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image in a file; whatever hinders its decoding is a ValueError that names the file."""
     try:
-        with Image.open(path) as image:
+        with open_image(path, smallest=1) as image:
             yield image
     except DECODE_ERRORS as error:
         raise ValueError(f"{path} cannot be read: {error}. Repair or remove it.") from error
@@ -125,8 +123,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _upright_size(path: Path) -> tuple[int, int]:
     """Width and height once EXIF has rotated the image; only one that lies on its side is decoded for it."""
     with _opened(path) as image:
-        lying = image.getexif().get(_ORIENTATION, 1) > 4
-        return ImageOps.exif_transpose(image).size if lying else image.size
+        return upright(image).size if orientation(image) > 4 else image.size
 
 
 def _by_name(folder: Path) -> dict[str, Path]:

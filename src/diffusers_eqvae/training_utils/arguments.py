@@ -188,6 +188,10 @@ class DataArguments(Checked):
         default=False, metadata={"help": "Crop the centre (ADM crop) instead of a random square of the image."}
     )
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images left to right."})
+    skip_small: bool = field(
+        default=False,
+        metadata={"help": "Leave out images smaller than --resolution instead of enlarging them (reads all headers)."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,6 +215,7 @@ class DataArguments(Checked):
             label_column=self.label_column,
             require_labels=require_labels,
             cache_dir=self.cache_dir,
+            skip_below=self.resolution if self.skip_small else None,
         )
 
 

@@ -123,7 +123,7 @@ def save_autoencoder(
             },
         },
         training=dict(training),
-        data={"dataset": data.name, "resolution_px": data.resolution},
+        data={"dataset": data.name, "resolution_px": data.resolution, "report": images.source.report.to_json()},
         evaluation={"metrics": measured},
         provenance=dict(provenance),
     ).save(directory / METADATA_FILE)

@@ -67,7 +67,7 @@ def save_pipeline(
             "objective": _describe(objective),
             **run.settings(),
         },
-        data={"dataset": latents.name},
+        data={"dataset": latents.name, "report": latents.report},
         evaluation={"images": images},
         provenance=run.provenance(),
     ).save(directory / METADATA_FILE)

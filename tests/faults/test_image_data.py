@@ -1,0 +1,437 @@
+"""Nothing is left out of a data set, enlarged, replaced or taken twice without a word; nothing hostile is decoded."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from diffusers_eqvae.data.image_datasets import ImageSource, PixelDataset, load_image_dataset
+from diffusers_eqvae.data.image_files import open_image
+from diffusers_eqvae.images import to_rgb
+from diffusers_eqvae.metrics.image_sets import open_images
+from diffusers_eqvae.provenance import data_difference, require_same_data
+
+
+def save(path: Path, px: int | tuple[int, int] = 32, fmt: str = "PNG", grey: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (px, px) if isinstance(px, int) else px, (grey, 120, 60)).save(path, fmt)
+    return path
+
+
+def load(root: Path, **options) -> ImageSource:
+    return load_image_dataset(train_data_dir=root, **options)
+
+
+def said(caplog, *words: str) -> list[str]:
+    """Messages that hold all the words; each is one line."""
+    lines = [record.getMessage() for record in caplog.records]
+    assert not any("\n" in line for line in lines)
+    return [line for line in lines if all(word in line for word in words)]
+
+
+def write(path: Path, content: bytes = b"\0\0\0\x18ftypheic") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+OTHERS = {
+    "heic": "p.heic",
+    "raw": "p.CR2",
+    "no ending": "p",
+    "a video": "p.mp4",
+    "a dot at the end": "p.",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS.values(), ids=OTHERS)
+def test_files_left_out_by_their_ending_are_counted_and_more_than_taken_are_refused(tmp_path, caplog, name):
+    for k in range(3):
+        save(tmp_path / "cat" / f"{k}.png")
+    write(tmp_path / "cat" / f"0{name}")
+    source = load(tmp_path)
+    assert len(source) == 3 and len(said(caplog, "1 files are left out", f"cat/0{name}", "convert them")) == 1
+    assert source.report.to_json()["ending"]["count"] == 1
+    for k in range(1, 4):
+        write(tmp_path / "cat" / f"{k}{name}")
+    for reader in (load, open_images):
+        with pytest.raises(ValueError, match=r"would be left out than taken: 4, and 3 images.*convert them"):
+            reader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.json", ".DS_Store", "._a.png", "README", "Thumbs.db", "LICENSE.md"])
+def test_companions_are_not_worth_a_word(tmp_path, caplog, name):
+    save(tmp_path / "cat" / "0.png")
+    for k in range(3):
+        write(tmp_path / "cat" / str(k) / name, b"{}")
+        save(tmp_path / "cat" / str(k) / "0.png")
+    assert len(load(tmp_path)) == 4 and not caplog.records
+
+
+def link_to_parent(root: Path) -> None:
+    (root / "cat" / "loop").symlink_to(root)
+
+
+def link_above(root: Path) -> None:
+    save(root.parent / "other" / "x.png")
+    (root / "above").symlink_to(root.parent)
+
+
+def link_to_folder(root: Path) -> None:
+    (root / "Again").symlink_to(root / "cat")  # sorted before it
+
+
+def link_to_file(root: Path) -> None:
+    (root / "cat" / "-1.png").symlink_to(root / "cat" / "0.png")
+
+
+def hard_link(root: Path) -> None:
+    os.link(root / "cat" / "0.png", root / "cat" / "9.png")
+
+
+@pytest.mark.parametrize("make", [link_to_parent, link_above, link_to_file, hard_link], ids=lambda f: f.__name__)
+def test_no_file_is_taken_twice(tmp_path, caplog, make):
+    root = tmp_path / "images"
+    for k in range(3):
+        save(root / "cat" / f"{k}.png")
+    make(root)
+    source = load(root)
+    assert len(source) == 3 and source.id2label == {0: "cat"}
+    assert len(said(caplog, "1 names lead to what is taken already")) == 1
+
+
+def test_a_class_that_is_a_link_to_another_is_named(tmp_path):
+    for k in range(3):
+        save(tmp_path / "cat" / f"{k}.png")
+    link_to_folder(tmp_path)
+    source = load(tmp_path)
+    assert len(source) == 3 and source.id2label == {0: "cat"} and source.report.count("duplicate") == 1
+
+
+def test_a_data_set_of_links_is_read_through_them(tmp_path, caplog):
+    for k in range(3):
+        save(tmp_path / "pool" / f"{k}.png")
+    for k, name in enumerate(("cat", "dog", "cat")):
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name / f"{k}.png").symlink_to(tmp_path / "pool" / f"{k}.png")
+    assert load(tmp_path / "images").labels.tolist() == [0, 0, 1] and not caplog.records
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere.png"))
+
+
+def undecodable(path: Path) -> None:
+    write(Path(os.fsdecode(os.fsencode(path.parent) + b"/\xff\xfe.png")))
+
+
+def named_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def pipe_behind_a_link(path: Path) -> None:
+    os.mkfifo(path.parent.parent / "pipe")
+    path.symlink_to(path.parent.parent / "pipe")
+
+
+ODD = [dangling, undecodable, named_pipe, pipe_behind_a_link]
+
+
+@pytest.mark.parametrize("make", ODD, ids=lambda f: f.__name__)
+def test_one_odd_name_is_left_out_and_named(tmp_path, caplog, make):
+    root = tmp_path / "images"
+    for k in range(3):
+        save(root / "cat" / f"{k}.png")
+    make(root / "cat" / "odd.png")
+    assert len(load(root)) == 3 and len(said(caplog, "1 names are left out", "repair or remove them")) == 1
+    assert len(open_images(root)) == 3
+
+
+def png_of_claimed_size(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
+
+
+HOSTILE = {
+    "wide": png_of_claimed_size(400_000, 8),
+    "tall": png_of_claimed_size(8, 400_000),
+    "huge": png_of_claimed_size(100_000, 100_000),
+    "tiny": png_of_claimed_size(1, 1),
+    "cut": png_of_claimed_size(64, 64)[:-20],
+    "empty": b"",
+    "text": b"no image",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_what_an_image_claims_is_looked_at_before_it_is_decoded(tmp_path, caplog, content):
+    for k in range(7):
+        save(tmp_path / "cat" / f"{k}.png")
+    write(tmp_path / "cat" / "x.png", content)
+    source = load(tmp_path)
+    shapes = {source.get(index)[0].size for index in range(8)}
+    assert shapes == {(32, 32)} and source.unreadable == {7: "cat/x.png"}
+    assert len(said(caplog, "Skipped image cat/x.png")) == 1 and source.report.count("unreadable") == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, KeyError, AssertionError, RecursionError])
+def test_whatever_a_decoder_raises_counts_as_unreadable(tmp_path, monkeypatch, error):
+    for k in range(8):
+        save(tmp_path / f"{k}.png")
+    source = load(tmp_path)
+
+    def broken(image):
+        raise error("in a field of metadata")
+
+    monkeypatch.setattr("diffusers_eqvae.data.image_files.to_rgb", broken)
+    with pytest.raises(ValueError, match=r"At most 2 of the 8 images may be unreadable.*Repair or remove them"):
+        source.get(0)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, struct.error, TypeError])
+def test_an_orientation_that_cannot_be_read_is_ignored_and_said(tmp_path, monkeypatch, caplog, error):
+    def broken(self):
+        raise error("72/0")
+
+    path = save(tmp_path / "a.jpg", (32, 16), "JPEG")
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    with Image.open(path) as image:
+        assert to_rgb(image).size == (32, 16)
+    assert len(said(caplog, "The orientation of", "a.jpg cannot be read")) == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_those_of_pillow(tmp_path, orientation):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), np.uint8)).save(
+        tmp_path / "a.png", exif=exif
+    )
+    with Image.open(tmp_path / "a.png") as image:
+        assert to_rgb(image).tobytes() == ImageOps.exif_transpose(image).convert("RGB").tobytes()
+
+
+def test_images_that_are_enlarged_are_counted_and_can_be_left_out(tmp_path, caplog):
+    for k, px in enumerate((20, 64, 32)):
+        save(tmp_path / "a" / f"{k}.png", px)
+    source = load(tmp_path)
+    PixelDataset(source, resolution=64)
+    PixelDataset(source, resolution=64)
+    line = "2 of 3 images are smaller than 64 px and are enlarged by up to 3.2x (a/0.png, a/2.png)"
+    assert len(said(caplog, line, "skip_small")) == 1 and source.report.count("small") == 2
+    rest = load(tmp_path, skip_below=64)
+    assert len(rest) == 1 and rest.name(0) == "a/1.png" and rest.report.count("skipped") == 2
+    assert len(said(caplog, "2 images smaller than 64 px are left out (a/0.png, a/2.png)")) == 1
+    with pytest.raises(ValueError, match="All 3 images would be left out"):
+        load(tmp_path, skip_below=65)
+    assert open_images(tmp_path, resolution=64).report.count("small") == 2
+
+
+def test_images_beside_class_folders_are_named_before_the_work(tmp_path, caplog):
+    for name in "abc":
+        save(tmp_path / name / "0.png")
+    save(tmp_path / "preview.png")
+    assert load(tmp_path).labels is None
+    assert len(said(caplog, "1 images lie beside the class folders, so that no image has a label (preview.png)")) == 1
+    with pytest.raises(ValueError, match=r"beside the class folders.*\(preview\.png\); move them into a class folder"):
+        load(tmp_path, require_labels=True)
+
+
+def edm(root: Path, labels: object) -> Path:
+    for k in range(3):
+        save(root / "00000" / f"img{k:08d}.png")
+    (root / "dataset.json").write_text(json.dumps(labels))
+    return root
+
+
+PAIRS = [[f"00000/img{k:08d}.png", 2 - k] for k in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ({"labels": PAIRS}, [2, 1, 0]),
+        ({"labels": dict(PAIRS)}, [2, 1, 0]),
+        ({"labels": None}, None),
+        ({"labels": PAIRS[:2]}, r"dataset\.json .* labels 2 of 3 images, and not 00000/img00000002\.png: complete"),
+        ({"labels": [7, 8, 9]}, r"dataset\.json must hold \"labels\""),
+        ({"labels": [[name, [0, 1]] for name, _ in PAIRS]}, r"dataset\.json must give one class id or name per image"),
+        ({"images": []}, [0, 0, 0]),
+    ],
+    ids=["pairs", "an object", "none", "some", "no names", "vectors", "another format"],
+)
+def test_labels_of_a_dataset_json(tmp_path, caplog, labels, found):
+    edm(tmp_path, labels)
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            load(tmp_path)
+    else:
+        got = load(tmp_path).labels
+        assert (got if got is None else got.tolist()) == found
+
+
+METADATA = {
+    "jsonl": (
+        "metadata.jsonl",
+        '{"file_name": "x/0.png", "label": "b"}\n{"file_name": "x/1.png", "label": "a"}\n',
+    ),
+    "csv": ("metadata.csv", "file_name,label\nx/0.png,owl\nx/1.png,cat\n"),
+    "in the folder": ("x/metadata.csv", "file_name,label\n0.png,owl\n1.png,cat\n"),
+    "numbers": ("metadata.csv", "file_name,label\nx/0.png,1\nx/1.png,0\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), METADATA.values(), ids=METADATA)
+def test_labels_of_a_metadata_file(tmp_path, caplog, name, text):
+    for k in range(2):
+        save(tmp_path / "x" / f"{k}.png")
+    (tmp_path / name).write_text(text)
+    source = load(tmp_path)
+    assert source.labels.tolist() == [1, 0] and source.id2label[0] in ("cat", "a", "0")
+    assert len(said(caplog, "folders are not classes", name)) == 1
+
+
+def test_captions_are_not_taken_for_classes_in_silence(tmp_path, caplog):
+    for k in range(4):
+        save(tmp_path / f"{k}.png")
+    rows = [json.dumps({"file_name": f"{k}.png", "text": f"a photo of {k} cats"}) for k in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    assert load(tmp_path).labels is None
+    assert len(said(caplog, "gives no labels", "its columns: file_name, text")) == 1
+    load(tmp_path, label_column="text")
+    assert len(said(caplog, "4 different texts for 4 images: are they captions?")) == 1
+
+
+def as_table(root: Path, greys: list[int], name: str = "image") -> datasets.Dataset:
+    image = [{"bytes": save(root.parent / "one.bmp", 16, "BMP", grey).read_bytes(), "path": None} for grey in greys]
+    features = datasets.Features({name: datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({name: image, "label": [0, 1] * (len(greys) // 2)}, features=features)
+
+
+def test_layouts_of_hugging_face_are_read_or_refused_with_the_remedy(tmp_path):
+    table = as_table(tmp_path / "x", [10, 20])
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "dict")
+    table.to_parquet(tmp_path / "one.parquet")
+    for path in ("saved", "dict", "one.parquet"):
+        assert load(tmp_path / path).labels.tolist() == [0, 1], path
+    assert len(load(tmp_path / "dict", split="test")) == 1
+    (tmp_path / "edm.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"edm\.zip is a file, .*unpack an archive and name the folder"):
+        load(tmp_path / "edm.zip")
+    (tmp_path / "cut.tar").write_bytes(b"x" * 700)
+    with pytest.raises(ValueError, match=r"cut\.tar cannot be read as webdataset .*write the files again"):
+        load(tmp_path / "cut.tar", cache_dir=str(tmp_path / "cache"))
+    as_table(tmp_path / "x", [10, 20], "photo").to_parquet(tmp_path / "photo" / "0.parquet")
+    with pytest.raises(ValueError, match=r"the columns are photo, label: name photo as image_column"):
+        load(tmp_path / "photo")
+
+
+def test_a_tar_alone_is_read(tmp_path):
+    import tarfile
+
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        for k in range(2):
+            content = save(tmp_path / "one.png").read_bytes()
+            entry = tarfile.TarInfo(f"{k}.png")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    assert len(load(tmp_path / "one.tar", image_column="png", cache_dir=str(tmp_path / "cache"))) == 2
+
+
+def test_images_beside_parquet_files_are_counted(tmp_path, caplog):
+    as_table(tmp_path / "x", [10, 20]).to_parquet(tmp_path / "tab" / "0.parquet")
+    for k in range(2):
+        save(tmp_path / "tab" / f"{k}.png")
+    load(tmp_path / "tab")
+    assert len(said(caplog, "1 files are left out, since the directory is read as imagefolder (1 parquet)")) == 1
+
+
+def changed_pixels(root: Path) -> None:
+    path, size = root / "a" / "1.bmp", (root / "a" / "1.bmp").stat().st_size
+    save(path, 16, "BMP", 200)
+    assert path.stat().st_size == size
+
+
+def renamed_file(root: Path) -> None:
+    (root / "a" / "1.bmp").rename(root / "a" / "2.bmp")
+
+
+def another_label(root: Path) -> None:
+    (root / "a" / "1.bmp").rename(root / "b" / "5.bmp")
+
+
+def renamed_class(root: Path) -> None:
+    (root / "b").rename(root / "c")
+
+
+def one_more(root: Path) -> None:
+    save(root / "b" / "9.bmp", 16, "BMP")
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        (changed_pixels, "content of images"),
+        (renamed_file, "names or sizes of files"),
+        (another_label, "names or sizes of files and labels"),
+        (renamed_class, "names or sizes of files and class names"),
+        (one_more, "number of images"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_the_identity_of_images_sees(tmp_path, change, differs):
+    for name in "ab":
+        for k in range(2):
+            save(tmp_path / name / f"{k}.bmp", 16, "BMP", 10 * k)
+    before = load(tmp_path).identity()
+    assert data_difference(before, load(tmp_path).identity()) is None
+    change(tmp_path)
+    with pytest.raises(ValueError, match=f"not the data of the store x: the {differs}.* differ; encode them anew"):
+        require_same_data(before, load(tmp_path).identity(), whose="the store x", remedy="encode them anew")
+
+
+def test_the_identity_of_a_table_sees_its_pixels(tmp_path):
+    undecoded = datasets.Image(decode=False)
+    tables = (as_table(tmp_path / "x", [grey] * 4).cast_column("image", undecoded) for grey in (10, 200))
+    one, other = map(ImageSource, tables)
+    assert data_difference(one.identity(), other.identity()) == "content of images"
+    assert data_difference(one.identity(), {**one.identity(everything=True), "sampled": None}) is None
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_keep_one_count_of_unreadable_images_and_end_in_the_sentence(tmp_path, num_workers):
+    for k in range(44):
+        write(tmp_path / f"{k:02d}.png", png_of_claimed_size(64, 64)[: -20 if k % 8 == 0 else None])
+        if k % 8:
+            save(tmp_path / f"{k:02d}.png")
+    source = load(tmp_path)
+    loader = DataLoader(PixelDataset(source, resolution=32), batch_size=1, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"^At most 3 of the 44 images may be .*but 4 are.*remove them\.$") as error:
+        list(loader)
+    assert "\n" not in str(error.value)
+    assert len(source.unreadable) >= 4, "the main process knows what its workers found"
+
+
+def test_an_image_of_any_source_is_looked_at_first(tmp_path):
+    with pytest.raises(ValueError, match="longer than 100 times"):
+        open_image(HOSTILE["wide"])
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_image(tmp_path / "x.png")
