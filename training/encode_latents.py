@@ -1,4 +1,4 @@
-r"""Encodes a data set once into a store of posteriors that train_transformer.py reads.
+r"""Encodes a data set once into a store of posteriors, or of tokens, that train_transformer.py reads.
 
     accelerate launch training/encode_latents.py --vae runs/eq-vae --train_data_dir IMAGES \
         --resolution 256 --dtype bf16 --flip --output_dir latents/images
@@ -23,7 +23,8 @@ from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
 from diffusers_eqvae.options import Checked
 from diffusers_eqvae.provenance import autoencoder_identity
-from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments
+from diffusers_eqvae.tokens import has_codebook
+from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
 from diffusers_eqvae.training_utils.launch import build_state, run_script, runs_on_cpu
@@ -48,6 +49,13 @@ class EncodeArguments(Checked):
     )
     output_dir: str = field(metadata={"help": "Directory of the store."})
     batch_size: int = field(default=32, metadata={"help": "Images per forward of the encoder.", "range": "(0, inf)"})
+    kind: Literal["posteriors", "tokens"] | None = field(
+        default=None,
+        metadata={
+            "help": "What is stored: posteriors (latents before a codebook), or the tokens of a VQ model's codebook; "
+            "unset, tokens where the autoencoder has a codebook."
+        },
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = field(default="bf16", metadata={"help": "Number format on disk."})
     mixed_precision: Literal["no", "bf16"] = field(
         default="no", metadata={"help": "How the encoder computes: no is float32, bf16 is autocast (faster on a GPU)."}
@@ -124,6 +132,9 @@ def main(argv: list[str] | None = None) -> None:
 def settings_of(
     arguments: EncodeArguments, data: ImageArguments, vae: torch.nn.Module, source: ImageSource
 ) -> StoreSettings:
+    tokens = has_codebook(vae) if arguments.kind is None else arguments.kind == "tokens"
+    if tokens:
+        warn_without_effect(arguments, ["dtype", "normalization"], "tokens are uint16 and have no normalisation")
     description = {"dataset": data.name, "config": data.dataset_config_name, "split": data.split}
     description |= {"image_column": data.image_column}
     description |= {"label_column": data.label_column if source.labels is not None else None}
@@ -132,6 +143,7 @@ def settings_of(
         source,
         resolution=data.resolution,
         description=description,
+        tokens=tokens,
         dtype=DTYPES[arguments.dtype],
         views=2 if arguments.flip else 1,
         shard_size=arguments.shard_size,
@@ -143,7 +155,7 @@ def settings_of(
 def finish(arguments: EncodeArguments, vae: torch.nn.Module, source: ImageSource, writer: LatentStoreWriter) -> None:
     """The normalisation from all shards into vae/ and mean_std.json, then the manifest, which completes the store."""
     normalization, measured_on = LatentNormalization.from_vae(vae), None
-    if arguments.normalization != "config":
+    if arguments.normalization != "config" and not writer.settings.is_tokens:
         scalar, measured_on = arguments.normalization == "scalar", writer.settings.num_examples
         normalization = LatentNormalization.from_statistics(writer.statistics(), scalar=scalar)
         normalization.apply_to(vae)

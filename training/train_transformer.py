@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         ema=True,
     )
     averaged = run.averaged("objective")
-    pipeline = build_pipeline(averaged, latents)
+    pipeline = build_pipeline(averaged, latents, sampling)
     evaluation = GenerationEvaluation(evaluation_arguments, sampling, run, pipeline, latents)
 
     for stored in run.steps(run.loader(latents.dataset)):

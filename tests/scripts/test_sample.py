@@ -22,6 +22,7 @@ from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.schedulers.choices import SDE_OPTIONS, choose_scheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_eqvae.schedulers.scheduling_maskgit import MaskGITScheduler
 from diffusers_eqvae.training_utils.command_line import parse
 
 NUM_SAMPLES = 10
@@ -251,7 +252,7 @@ def test_many_pngs_are_not_flushed_one_by_one(tmp_path, monkeypatch):
     assert not flushed and len(list(tmp_path.iterdir())) == 3
 
 
-PRESETS = ("dit_ddpm_250", "reals_1_8", "repa_1_8", "sit_ode", "sit_sde_250")
+PRESETS = ("dit_ddpm_250", "maskgit_8", "reals_1_8", "repa_1_8", "sit_ode", "sit_sde_250")
 
 
 def test_presets_name_a_sampler_with_options_that_it_has(script, repository):
@@ -259,11 +260,12 @@ def test_presets_name_a_sampler_with_options_that_it_has(script, repository):
     assert tuple(path.stem for path in presets) == PRESETS
     for preset in presets:
         (arguments,) = parse(script.SampleArguments, argv=[str(preset), "--model", "x", "--output_dir", "y"])
-        diffusion = "ddpm" in preset.stem
-        saved = DenoisingObjective.chain_scheduler(learned_variance=True) if diffusion else FlowMatchODEScheduler()
+        family = preset.stem.partition("_")[0]
+        of_family = {"dit": DenoisingObjective.chain_scheduler(learned_variance=True), "maskgit": MaskGITScheduler()}
+        saved = of_family.get(family, FlowMatchODEScheduler())
         given = {name: getattr(arguments, name) for name in ("shift", *SDE_OPTIONS)}
         options = {name: value for name, value in given.items() if value is not None}
-        assert choose_scheduler(arguments.scheduler, saved, **options) is not saved
+        assert (choose_scheduler(arguments.scheduler, saved, **options) is saved) == (family == "maskgit")
 
 
 def test_a_diffusion_model_is_sampled_by_its_own_samplers(script, tmp_path, tiny_autoencoder_kl):

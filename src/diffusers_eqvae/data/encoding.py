@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels, require_fitting
 from ..images import adm_center_crop, evenly_spaced, grid, to_pixels
 from ..provenance import autoencoder_identity
+from ..tokens import codebook, decode_tokens, quantize
 from .image_datasets import ImageSource, PixelDataset
 from .latent_format import TORCH_DTYPES, StoreSettings
 from .latent_store import LatentStore
@@ -26,11 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def store_settings(
-    vae: nn.Module, source: ImageSource, *, resolution: int, description: dict[str, Any], **settings: Any
+    vae: nn.Module,
+    source: ImageSource,
+    *,
+    resolution: int,
+    description: dict[str, Any],
+    tokens: bool = False,
+    **settings: Any,
 ) -> StoreSettings:
     """The settings of a store of `source` encoded by `vae` as centre crops of `resolution` pixels.
 
     Args:
+        tokens: store the tokens of a codebook, as uint16, instead of posteriors.
         description: names of the data; their identity is added.
         settings: dtype, views, shard_size, batch_size and mixed_precision of `StoreSettings`.
 
@@ -43,14 +51,19 @@ def store_settings(
     require_fitting(resolution, factor)
     side = resolution // factor
     source.expect(resolution)
+    identity = autoencoder_identity(vae)
+    if tokens:
+        settings |= {"kind": "tokens", "shape": (side, side), "dtype": "uint16", "codebook_size": len(codebook(vae))}
+        settings |= {"codebook": identity["codebook"]["float32"]}
+    else:
+        channels = latent_channels(vae) * (1 if deterministic else 2)
+        settings |= {"kind": "latents" if deterministic else "moments", "shape": (channels, side, side)}
     return StoreSettings(
         num_examples=len(source),
-        shape=(latent_channels(vae) * (1 if deterministic else 2), side, side),
-        kind="latents" if deterministic else "moments",
         resolution=resolution,
         downsampling_factor=factor,
         labelled=source.labels is not None,
-        encoder=autoencoder_identity(vae)["encoder"]["float32"],
+        encoder=identity["encoder"]["float32"],
         source={**description, **source.identity()},
         **settings,
     )
@@ -134,14 +147,16 @@ def encode_shards(
 
 
 def _encode_views(vae: nn.Module, pixels: Tensor, settings: StoreSettings) -> Tensor:
-    """(B, views, c, h, w) in the store's dtype, on the CPU."""
+    """(B, views, c, h, w), or (B, views, h, w) of tokens, in the store's dtype, on the CPU."""
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     half = settings.mixed_precision == "bf16"
     views = []
     for view in (pixels, pixels.flip(-1))[: settings.views]:
         with torch.autocast(pixels.device.type, torch.bfloat16) if half else nullcontext():
             posterior = encode(vae, view)
-        views.append(posterior.moments.to(TORCH_DTYPES[settings.dtype]))
+        tokens = quantize(posterior.mode(), codebook(vae)).tokens if settings.is_tokens else None
+        values = posterior.moments if tokens is None else tokens
+        views.append(values.to(TORCH_DTYPES[settings.dtype]))
     return torch.stack(views, dim=1).cpu().contiguous()
 
 
@@ -158,7 +173,11 @@ def verification_image(
     images = PixelDataset(source, resolution=store.settings.resolution)
     columns = [torch.stack([images[index]["pixel_values"] for index in indices])]
     for view in range(store.settings.views):
-        moments = store.get_many(indices, view=view)["moments"].to(device).float()
-        columns.append(decode(vae, store.posterior(moments).mode()).float().cpu())
+        stored = store.get_many(indices, view=view)[store.settings.tensor].to(device)
+        if store.settings.is_tokens:
+            pixels = decode_tokens(vae, stored.long())
+        else:
+            pixels = decode(vae, store.posterior(stored.float()).mode())
+        columns.append(pixels.float().cpu())
     captions = ("image", "decoded", "decoded, mirrored")[: len(columns)]
     return grid([list(row) for row in zip(*columns, strict=True)], captions)

@@ -16,10 +16,18 @@ from ..files import read_json, require_format_version
 FORMAT_VERSION = 2  # 1 knew its autoencoder by one string
 MANIFEST = "manifest.json"
 METADATA_KEY = "latent_store"  # A single key: safetensors does not keep the order of several.
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "uint16": torch.uint16,
+}
 # numpy has no bfloat16; its bits travel as int16.
-NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.int16}
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.int16, "uint16": np.uint16}
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint16": "U16"}
+# What a store may hold -> the name of the tensor that holds it, in a shard and in a batch.
+KINDS = {"moments": "moments", "latents": "moments", "tokens": "tokens"}
+MAX_CODEBOOK_SIZE = 2**16
 _MAX_HEADER_BYTES = 100_000_000  # The limit of the safetensors format.
 
 
@@ -29,15 +37,16 @@ class StoreSettings:
 
     Args:
         num_examples: N images.
-        shape: (c, h, w) of one posterior's moments.
-        dtype: "float32", "float16" or "bfloat16", as stored.
+        shape: (c, h, w) of one posterior's moments; (h, w) of tokens.
+        dtype: "float32", "float16" or "bfloat16", as stored; "uint16" for tokens.
         views: 1, or 2 where the mirrored image is encoded too.
-        kind: "moments" (mean and logvar) or "latents" (deterministic autoencoder).
+        kind: "moments" (mean and logvar), "latents" (deterministic autoencoder) or "tokens" (of a codebook).
         batch_size: images per forward of the encoder (its rounding depends on it).
         resolution: side of the images in pixels.
         downsampling_factor: pixels per latent position.
         encoder: its hash as float32, of `autoencoder_identity`.
         mixed_precision: "no" or "bf16", how the encoder computed.
+        codebook, codebook_size: its hash as float32 and its number of vectors, of tokens.
         source: which data (name, split, columns, hashes of the labels and of the files' names and sizes); free,
             compared for equality.
 
@@ -47,7 +56,7 @@ class StoreSettings:
     """
 
     num_examples: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: str
     views: int
     kind: str
@@ -59,15 +68,35 @@ class StoreSettings:
     encoder: str
     mixed_precision: str = "no"
     source: dict[str, Any] = field(default_factory=dict)
+    codebook: str | None = None
+    codebook_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "shard_size", "batch_size", "resolution", "downsampling_factor"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        for name, known in (("dtype", tuple(TORCH_DTYPES)), ("views", (1, 2)), ("kind", ("moments", "latents"))):
+        for name, known in (("dtype", tuple(TORCH_DTYPES)), ("views", (1, 2)), ("kind", tuple(KINDS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}.")
+        if self.is_tokens != (self.dtype == "uint16") or self.is_tokens != (self.codebook_size is not None):
+            raise ValueError(
+                "Tokens are stored as uint16 with the size of their codebook, and nothing else is; got "
+                f"{self.kind} as {self.dtype} with codebook_size {self.codebook_size}."
+            )
+        if self.codebook_size is not None and not 0 < self.codebook_size <= MAX_CODEBOOK_SIZE:
+            raise ValueError(
+                f"A store of tokens takes codebooks of 1 .. {MAX_CODEBOOK_SIZE} vectors; got {self.codebook_size}."
+            )
         object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.kind == "tokens"
+
+    @property
+    def tensor(self) -> str:
+        """Name of what is stored, in a shard and in a batch: "moments" or "tokens"."""
+        return KINDS[self.kind]
 
     @property
     def num_shards(self) -> int:
@@ -83,7 +112,8 @@ class StoreSettings:
         return num_examples * (self.views * prod(self.shape) * itemsize + 8 * self.labelled)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"shape": list(self.shape)}
+        stated = {key: value for key, value in asdict(self).items() if value is not None}
+        return stated | {"shape": list(self.shape)}
 
 
 def shard_name(shard: int) -> str:
@@ -146,7 +176,7 @@ class ShardHeader:
                 "Use the same settings, another output directory, or delete the old store."
             )
         shape = [len(settings.examples(shard)), settings.views, *settings.shape]
-        moments = self.tensors.get("moments", {})
+        moments = self.tensors.get(settings.tensor, {})
         if (
             self.notes.get("shard") != shard
             or moments.get("shape") != shape

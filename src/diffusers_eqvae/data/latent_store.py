@@ -2,7 +2,8 @@
 
     store/
       manifest.json                what the store holds (see `LatentStoreWriter.finish`)
-      shard-00000.safetensors      "moments" (n, views, c, h, w) and "labels" (n,) int64 where the data has labels
+      shard-00000.safetensors      "moments" (n, views, c, h, w), or "tokens" (n, views, h, w) uint16, and "labels"
+                                   (n,) int64 where the data has labels
       mean_std.json, vae/          the normalisation and the autoencoder it was made with (training/encode_latents.py)
 
 Shard s holds the examples s * shard_size ... in the data set's order, whoever wrote it; its header carries the
@@ -85,7 +86,8 @@ class LatentStoreWriter:
 
         Args:
             shard: its number.
-            moments: (n, views, c, h, w) in the store's dtype, on the CPU, for the examples of that shard.
+            moments: (n, views, c, h, w), or tokens (n, views, h, w), in the store's dtype, on the CPU, for the
+                examples of that shard.
             labels: (n,) int64.
             skipped: names of images that could not be read and were replaced.
         """
@@ -93,22 +95,28 @@ class LatentStoreWriter:
         shape = (len(settings.examples(shard)), settings.views, *settings.shape)
         if moments.shape != shape or moments.dtype != TORCH_DTYPES[settings.dtype]:
             raise ValueError(
-                f"Shard {shard} must hold moments {shape} of {settings.dtype}; "
+                f"Shard {shard} must hold {settings.tensor} {shape} of {settings.dtype}; "
                 f"got {tuple(moments.shape)} of {moments.dtype}."
             )
         if settings.labelled != (labels is not None) or (labels is not None and labels.shape != shape[:1]):
             raise ValueError(f"Shard {shard} must hold {shape[0] if settings.labelled else 'no'} labels.")
-        if not torch.isfinite(torch.stack(moments.aminmax())).all():  # aminmax carries NaN; several times faster
+        if settings.codebook_size is not None:
+            if (highest := int(moments.numpy().max())) >= settings.codebook_size:
+                raise ValueError(
+                    f"Shard {shard} must hold tokens below {settings.codebook_size}, the size of the codebook; got "
+                    f"{highest}."
+                )
+        elif not torch.isfinite(torch.stack(moments.aminmax())).all():  # aminmax carries NaN; several times faster
             raise ValueError(
                 f"The encoder gave values in shard {shard} that are not finite in {settings.dtype}; "
                 "store float32 or bfloat16, or check the autoencoder."
             )
-        tensors = {"moments": moments.contiguous()} | ({} if labels is None else {"labels": labels.long()})
+        tensors = {settings.tensor: moments.contiguous()} | ({} if labels is None else {"labels": labels.long()})
         notes = {
             "format_version": FORMAT_VERSION,
             "shard": shard,
             "settings": settings.to_json(),
-            "statistics": self._statistics(moments).state_dict(),
+            "statistics": self._statistics(moments),
             "skipped": list(skipped),
         }
         metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True)}
@@ -121,6 +129,11 @@ class LatentStoreWriter:
         for header in self._headers():
             merged.merge(LatentStatistics.from_state_dict(header.notes["statistics"]))
         return merged
+
+    def token_counts(self) -> list[int]:
+        """How often each vector of the codebook is stored."""
+        counts = [header.notes["statistics"]["token_counts"] for header in self._headers()]
+        return np.sum(counts, axis=0).tolist()
 
     def finish(
         self, *, autoencoder: Mapping[str, Any] | None, id2label: dict[int, str] | None = None
@@ -146,7 +159,9 @@ class LatentStoreWriter:
             "settings": self.settings.to_json(),
             "autoencoder": autoencoder,
             **classes.to_config(),
-            "statistics": self.statistics().state_dict(),
+            "statistics": {"token_counts": self.token_counts()}
+            if self.settings.is_tokens
+            else self.statistics().state_dict(),
             "skipped": [name for header in headers for name in header.notes["skipped"]],
             "shards": [
                 {
@@ -170,17 +185,21 @@ class LatentStoreWriter:
             headers[-1].check(path, self.settings, shard)
         return headers
 
-    def _statistics(self, moments: Tensor) -> LatentStatistics:
+    def _statistics(self, moments: Tensor) -> dict[str, Any]:
         """Of what is stored, after its rounding, in batches that no memory limit or process count decides."""
+        if self.settings.is_tokens:
+            counts = np.bincount(moments.numpy().ravel(), minlength=self.settings.codebook_size or 0)
+            return {"token_counts": counts.tolist()}
         statistics = LatentStatistics()
         for chunk in moments.split(self.settings.batch_size):
             posterior = Posterior.from_moments(chunk.flatten(0, 1), deterministic=self.settings.kind == "latents")
             statistics.update(posterior.mean, posterior.logvar)
-        return statistics
+        return statistics.state_dict()
 
 
 class LatentStore(Dataset):
-    """Random access to a store: {"moments": (c, h, w) in the stored dtype, "class_labels": id where labelled}.
+    """Random access to a store: {"moments": (c, h, w) in the stored dtype, "class_labels": id where labelled}; in a
+    store of tokens {"tokens": (h, w) uint16, ...}.
 
     Args:
         path: directory of the store.
@@ -228,8 +247,10 @@ class LatentStore(Dataset):
         return len(self.classes)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of the latents, or (h, w) of tokens."""
+        if self.settings.is_tokens:
+            return self.settings.shape
         channels, height, width = self.settings.shape
         return channels if self.settings.kind == "latents" else channels // 2, height, width
 
@@ -242,10 +263,22 @@ class LatentStore(Dataset):
         return self._labels
 
     def statistics(self) -> LatentStatistics:
+        """Mean and standard deviation of the latents; tokens have none."""
+        self._require_latents()
         return LatentStatistics.from_state_dict(self.manifest["statistics"])
+
+    @property
+    def token_counts(self) -> list[int] | None:
+        """How often each vector of the codebook is stored; None of latents."""
+        return self.manifest["statistics"].get("token_counts")
+
+    def _require_latents(self) -> None:
+        if self.settings.is_tokens:
+            raise ValueError(f"The store {self.path} holds tokens, not latents; encode it as posteriors for those.")
 
     def posterior(self, moments: Tensor) -> Posterior:
         """Of a batch of moments (B, c, h, w)."""
+        self._require_latents()
         return Posterior.from_moments(moments, deterministic=self.settings.kind == "latents")
 
     def __len__(self) -> int:
@@ -263,7 +296,7 @@ class LatentStore(Dataset):
         return {key: value[0] for key, value in self.get_many([index], words).items()}
 
     def get_many(self, indices: Sequence[int], words: np.ndarray | None = None, *, view: int = 0) -> dict[str, Tensor]:
-        """A batch: {"moments": (B, c, h, w), "class_labels": (B,) int64 where labelled}.
+        """A batch: {"moments": (B, c, h, w) or "tokens": (B, h, w); "class_labels": (B,) int64 where labelled}.
 
         Args:
             indices: B examples, each in [0, N).
@@ -291,12 +324,14 @@ class LatentStore(Dataset):
         if self.settings.dtype == "bfloat16":
             moments = moments.view(torch.bfloat16)
         labels = self.labels
-        return {"moments": moments} | ({} if labels is None else {"class_labels": torch.from_numpy(labels[wanted])})
+        return {self.settings.tensor: moments} | (
+            {} if labels is None else {"class_labels": torch.from_numpy(labels[wanted])}
+        )
 
     def _open(self, shard: int) -> np.ndarray:
         """The shard's memory map, opened on first use: in the worker that uses it, not before a fork."""
         dtype = NUMPY_DTYPES[self.settings.dtype]
-        self._maps[shard] = self._headers[shard].map(self.path / shard_name(shard), "moments", dtype)
+        self._maps[shard] = self._headers[shard].map(self.path / shard_name(shard), self.settings.tensor, dtype)
         return self._maps[shard]
 
     def __getstate__(self) -> dict[str, Any]:

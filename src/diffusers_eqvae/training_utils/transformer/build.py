@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+import diffusers_eqvae
+
 from ...autoencoders import downsampling_factor, latent_channels, load_autoencoder, require_fitting
 from ...classes import ClassTable, listed, parse_id2label
 from ...data.image_datasets import PixelDataset
@@ -23,11 +25,14 @@ from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ...pretrained import looking_for
 from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...regularizers.base import build_regularizers
+from ...tokens import codebook
 from ..arguments import DataArguments, warn_without_effect
 from .arguments import SamplingArguments, TransformerArguments
 from .model_source import ModelSource
 
 logger = logging.getLogger(__name__)
+
+STORED_AS = {"latents": "posteriors (encode_latents.py --kind posteriors)", "tokens": "tokens, by a VQ model"}
 
 
 def load_latents(arguments: TransformerArguments, data: DataArguments) -> LatentData:
@@ -85,7 +90,11 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
     remedy = "name their column by --label_column, or give each class its own folder"
     classes = source.classes or _one_class(arguments, f"The images of {data.name} have", remedy, len(source))
     dataset = PixelDataset(source, resolution=data.resolution, random_flip=data.random_flip)
-    shape = (latent_channels(vae), data.resolution // factor, data.resolution // factor)
+    source_of_model = ModelSource.find(arguments.model, arguments.config_overrides, objective=arguments.objective)
+    side, tokens = data.resolution // factor, OBJECTIVES[source_of_model.objective].reads == "tokens"
+    if tokens:
+        codebook(vae)  # refused without one
+    shape = (side, side) if tokens else (latent_channels(vae), side, side)
     return LatentData(dataset, vae, classes, shape, name=data.name)
 
 
@@ -107,8 +116,11 @@ def build_objective(
     source = ModelSource.find(arguments.model, arguments.config_overrides, objective=arguments.objective)
     name = source.objective
     kind: Any = OBJECTIVES[name]
-    if kind.reads != "latents":
-        raise ValueError(f"The objective {name} reads {kind.reads}, and these data are latents; choose another.")
+    if kind.reads != latents.reads:
+        raise ValueError(
+            f"The objective {name} reads {kind.reads}, and these data are {latents.reads}; choose a --model of "
+            f"another objective, or encode the images as {STORED_AS[kind.reads]}."
+        )
     model = build_transformer(arguments, source, latents, gradient_checkpointing=gradient_checkpointing)
     regularizers = build_regularizers(
         arguments.regularizers, methods, model, features=latents.features, pixels=not latents.stored
@@ -141,12 +153,7 @@ def build_transformer(
     Raises:
         ValueError: a saved model for other latents or classes, or an override that its class does not take.
     """
-    channels, height, width = latents.latent_shape
-    fitting = {
-        "sample_size": height if height == width else [height, width],
-        "in_channels": channels,
-        "num_classes": len(latents.classes),
-    }
+    fitting = {**latents.model_config, "num_classes": len(latents.classes)}
     identity = autoencoder_identity(latents.vae)
     free = ("num_classes",) if arguments.new_classes else ()
     _refuse_mismatch(arguments.model, source.config, {key: fitting[key] for key in fitting if key not in free})
@@ -224,13 +231,21 @@ def _refuse_mismatch(path: str, config: dict[str, Any], fitting: dict[str, Any])
             )
 
 
-def build_pipeline(objective: Objective, latents: LatentData) -> ClassConditionalPipeline:
-    """The pipeline that samples what `objective` trains."""
-    pipeline = ClassConditionalPipeline(
+def build_pipeline(objective: Objective, latents: LatentData, sampling: SamplingArguments) -> ClassConditionalPipeline:
+    """The pipeline that samples what `objective` trains, and can be sampled as asked for."""
+    kind: Any = getattr(diffusers_eqvae, objective.pipeline)
+    pipeline = kind(
         transformer=objective.model,
         vae=latents.vae,
         scheduler=objective.scheduler(),
         alignment_network=AlignmentNetwork.beside(latents.vae),
     )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.check_inputs(
+        sampling.num_validation_images,
+        guidance_scale=sampling.guidance_scale,
+        num_inference_steps=sampling.num_inference_steps,
+        generator=None,
+        output_type="pil",
+    )
     return pipeline
