@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusers_eqvae.autoencoders import downsampling_factor
-from diffusers_eqvae.hub import push_run
 from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid
 from diffusers_eqvae.metrics import measure_equivariance
 from diffusers_eqvae.objectives.autoencoder import AutoencoderStep
@@ -99,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     run.finish(save)
-    if run_arguments.push_to_hub and run.is_main:
-        push_run(run.output_dir, run_arguments.hub_model_id or run.output_dir.name)
+    run.push()
 
 
 def validate(run: TrainingRun, held_out: Tensor) -> dict[str, float]:

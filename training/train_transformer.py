@@ -12,7 +12,6 @@ The finished directory loads with `import diffusers_eqvae` and `DiffusionPipelin
 
 from pathlib import Path
 
-from diffusers_eqvae.hub import push_run
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.command_line import parse
@@ -83,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     run.finish(save)
-    if run_arguments.push_to_hub and run.is_main:
-        push_run(run.output_dir, run_arguments.hub_model_id or run.output_dir.name)
+    run.push()
 
 
 def validate(run: TrainingRun, pipeline: ClassConditionalPipeline, sampling: cli.SamplingArguments) -> None:

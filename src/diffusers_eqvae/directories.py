@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import UNFINISHED, delete, require_format_version, temporary_sibling, write_json
+from .files import UNFINISHED, delete, read_json, require_format_version, temporary_sibling, write_json
 
 FORMAT_VERSION = 1
 RECORD = ".eqvae.json"
@@ -213,14 +213,14 @@ class OutputDirectory:
                 )
             return []
         try:
-            content = json.loads(record.read_text())
-            version, kind, names = content["format_version"], content["kind"], [str(each) for each in content["names"]]
-        except (ValueError, KeyError, TypeError) as error:
+            content = read_json(record, needs={"format_version": int, "kind": str, "names": list})
+        except ValueError as error:
             raise ValueError(f"{record} is damaged ({error}); choose another directory.") from error
+        version, kind = content["format_version"], content["kind"]
         require_format_version(version, FORMAT_VERSION, path=record, remedy="choose another directory")
         if kind != self.kind:
             raise ValueError(f"{self.path} is a {kind}, and this would be a {self.kind}; choose another directory.")
-        return names
+        return [str(name) for name in content["names"]]
 
 
 def require_apart(

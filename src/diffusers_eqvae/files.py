@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -97,6 +99,41 @@ def delete(path: Path) -> None:
         shutil.rmtree(aside)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_trouble_explained(path: str | os.PathLike[str], *, remedy: str = "") -> Iterator[None]:
+    """Makes one sentence, with what was written and what to do, of what libraries say of a disk that takes no more.
+
+    torch says "unexpected pos 64 vs 0", safetensors has an error of its own. Other errors pass as they are.
+
+    Example:
+        >>> with disk_trouble_explained("runs/x", remedy="Resume from the newest checkpoint afterwards."):
+        ...     vae.save_pretrained("runs/x")
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _system_error(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        folder = next(each for each in (Path(path), *Path(path).parents) if each.is_dir())
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(
+            f"{path} could not be written: {os.strerror(number)} ({free:.0f} MB are free). Make room there, or move "
+            f"the directory to a larger disk. {remedy}".rstrip()
+        ) from error
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """The system's number of what went wrong below an error, as far as it says one."""
+    while error is not None:
+        said = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+        if number is not None:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

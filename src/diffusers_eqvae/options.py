@@ -64,6 +64,12 @@ def check_ranges(kind: type, values: Mapping[str, Any], *, spelling: str = "{}")
             raise ValueError(f"{spelling.format(name)} must {reason}; got {value!r}.")
 
 
+def reading_options(*groups: Any) -> list[str]:
+    """The options of these dataclasses that name what is read, given or not."""
+    kinds: list[type] = [type(group) for group in groups]
+    return [name for kind in kinds for name, option in options_of(kind).items() if option.reads]
+
+
 def inputs_of(*groups: Any) -> dict[str, str]:
     """What the options of these dataclasses name to be read, by option; of NAME=PATH words the path.
 
@@ -75,7 +81,7 @@ def inputs_of(*groups: Any) -> dict[str, str]:
     for group in groups:
         kind: type = type(group)
         for name, option in options_of(kind).items():
-            value = getattr(group, name) if option.field.metadata.get("reads") else None
+            value = getattr(group, name) if option.reads else None
             for number, each in enumerate(value if isinstance(value, list) else filter(None, [value])):
                 found[f"{name} {number + 1}" if number else name] = each.partition("=")[2] or each
     return found
@@ -114,6 +120,11 @@ class Option:
     def range(self) -> str | None:
         """As its field states it; None where it states none."""
         return self.field.metadata.get("range")
+
+    @property
+    def reads(self) -> bool:
+        """Whether it names a file, a directory or a repository that is read."""
+        return bool(self.field.metadata.get("reads"))
 
     def complaint(self, value: Any) -> str | None:
         """What a single value must do and does not: "be positive"; None where all is well."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from .autoencoders import Autoencoder, downsampling_factor, latent_channels
@@ -229,17 +230,47 @@ def weights_hash(*modules: nn.Module) -> str:
         >>> weights_hash(pipeline.transformer, pipeline.vae)
         '0f2c6f6f9d0c3f7e'
     """
+    return hash_tensors(named for module in modules for named in module.state_dict().items())
+
+
+def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """16 hex digits of the SHA-256 of names, shapes and values, in the dtype they have."""
     digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            _add_values(digest, tensor.detach().cpu())
+    for name, tensor in named:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        _add_values(digest, tensor.detach().cpu())
     return digest.hexdigest()[:16]
 
 
 def _add_values(digest: Any, tensor: torch.Tensor) -> None:
     """The bytes of a tensor on the CPU in the order of its indices, without a copy where they lie so."""
     digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def module_identity(module: nn.Module) -> dict[str, Any]:
+    """What a network is, as a JSON value: its class, the options of its parts, and two hashes of its weights.
+
+    `frozen` is that of the weights that do not learn (buffers too, where none does), `learned` that of the others.
+
+    Example:
+        >>> module_identity(vae.requires_grad_(False))
+        {'class': 'AutoencoderKL', 'config': {'AutoencoderKL.latent_channels': 4, ...}, 'frozen': '5e0b...',
+         'learned': None}
+    """
+    learns = {name: weight.requires_grad for name, weight in module.named_parameters()}
+    hashes: dict[str, str | None] = {}
+    for part, asked in (("frozen", False), ("learned", True)):
+        # Buffers follow the weights.
+        named = [each for each in module.state_dict().items() if learns.get(each[0], any(learns.values())) is asked]
+        hashes[part] = hash_tensors(named) if named else None
+    config = {
+        f"{type(part).__name__}.{key}": value
+        for part in module.modules()
+        if isinstance(part, ConfigMixin)
+        for key, value in part.config.items()
+        if key[0] != "_" and key != "class_counts"  # how many images there are is said by the data
+    }
+    return {"class": type(module).__name__, "config": config, **hashes}
 
 
 def model_revision(model: nn.Module) -> str:

@@ -284,10 +284,20 @@ def test_refuses_neither_store_nor_images(script, tmp_path):
         script.main(flags(tmp_path))
 
 
-def test_push_gets_the_finished_directory(script, tmp_path, store, monkeypatch):
+@pytest.mark.parametrize("worked", [True, False])
+def test_push_gets_the_finished_directory_and_its_failure_is_the_programs(
+    script, tmp_path, store, monkeypatch, worked
+):
     pushed = []
-    monkeypatch.setattr(script, "push_run", lambda directory, name: pushed.append((directory, name)))
-    script.main(flags(tmp_path, "--push_to_hub", latents_dir=store, validation_steps=0, hub_model_id="me/model"))
+    push = lambda directory, name: pushed.append((directory, name)) or worked  # noqa: E731
+    monkeypatch.setattr("diffusers_eqvae.training_utils.run.push_run", push)
+    words = flags(tmp_path, "--push_to_hub", latents_dir=store, validation_steps=0, hub_model_id="me/model")
+    if worked:
+        script.main(words)
+    else:
+        with pytest.raises(SystemExit) as ended:
+            script.main(words)
+        assert ended.value.code == 1
     assert pushed == [(tmp_path / "run", "me/model")]
 
 

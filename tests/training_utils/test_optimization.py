@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_eqvae.training_utils.nonfinite import NonfiniteGuard
 from diffusers_eqvae.training_utils.optimization import (
     OPTIMIZERS,
     ExponentialAverage,
-    NonfiniteGuard,
     OptimizedModule,
     build_optimizer,
     check_master_weights,

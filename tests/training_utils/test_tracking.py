@@ -76,7 +76,7 @@ def test_wandb_gets_scalars_and_images_and_is_closed(wandb, make_run, make_model
 
 
 def test_wandb_is_closed_where_a_run_gives_up(wandb, make_run, make_model, numbers):
-    with pytest.raises(RuntimeError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         train(make_run(report_to="wandb", max_nonfinite_steps=2), make_model(), numbers(), factor=math.nan)
     assert wandb.finished == 1
 

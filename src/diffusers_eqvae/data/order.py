@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import signal
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..randomness import philox, random_words
 
@@ -155,3 +155,25 @@ def leave_interrupts(worker: int) -> None:
 def collate_draws(batch: Any) -> Any:
     """Stacks a list of examples; a mapping is a batch already (see `DrawDataset`) and passes through."""
     return batch if isinstance(batch, Mapping) else default_collate(batch)
+
+
+def draw_loader(
+    dataset: Any,
+    batch_size: int,
+    *,
+    collate: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    seed: int,
+    **order: int,
+) -> DataLoader:
+    """Endless batches of `DrawDataset` in the order of `DrawSampler`, which `order` goes to; `collate` None stacks."""
+    return DataLoader(
+        DrawDataset(dataset, seed=seed),
+        batch_sampler=DrawSampler(len(dataset), batch_size, seed=seed, **order),
+        num_workers=num_workers,
+        worker_init_fn=leave_interrupts,
+        collate_fn=collate or collate_draws,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

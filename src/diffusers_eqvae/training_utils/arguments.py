@@ -129,6 +129,16 @@ class RunArguments(Checked):
             "is none and no finished run). The resumed run equals an uninterrupted one."
         },
     )
+    allow_changes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "NAME ... of what may differ from the checkpoint that is resumed although it changes what is "
+            "trained: options, or autoencoders and other networks by class."
+        },
+    )
+    break_lock: bool = field(
+        default=False, metadata={"help": "Take output_dir from another program, which must not run any more."}
+    )
     report_to: Literal["tensorboard", "wandb", "none"] = field(
         default="tensorboard", metadata={"help": "Where curves and images go besides metrics.jsonl and validation/."}
     )

@@ -1,49 +1,61 @@
-"""Checkpoints that are either complete or ignored: written aside, marked, renamed."""
+"""Checkpoints that are either complete or ignored: written aside, marked, renamed; and what may continue them."""
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..directories import OutputDirectory, is_leftover
 from ..files import (
     UNFINISHED,
     delete,
+    disk_trouble_explained,
     flush_to_disk,
     flush_tree,
     read_json,
     replace_directory,
     require_format_version,
+    temporary_sibling,
     write_json,
 )
+from ..provenance import hash_file
 from .tracking import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-# One NAME.pt per module: {"module": weights, "optimizer": state, "ema": weights}; complete.json: step and arguments.
-FORMAT_VERSION = 2
+# One NAME.pt per module: {"module": weights, "optimizer": state, "ema": weights}. complete.json: step; digests of the
+# other files; number (of the checkpoint among those the run wrote) and ancestors (names); and the facts of `Ancestry`.
+FORMAT_VERSION = 3
+
+NEEDS = {"step": int, "files": dict, "number": int, "ancestors": list, "identities": dict, "skipped": dict}
+NEEDS |= {"arguments": dict, "global_batch_size": int, "world_size": int, "extensions": dict, "changes": list}
 
 FINISHED = ("model_index.json", "config.json")  # one of them lies at the root of a finished run
 
-# Arguments that may differ between a checkpoint and its continuation without changing the trajectory.
+# Arguments that may differ between a checkpoint and its continuation without changing the trajectory, or that stand
+# for something which is compared itself (global_batch_size).
 HARMLESS = frozenset(
     {
         "output_dir",
         "resume_from_checkpoint",
+        "allow_changes",
+        "break_lock",
+        "train_batch_size",
+        "gradient_accumulation_steps",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "report_to",
         "logging_steps",
         "validation_steps",
         "evaluation_steps",
-        "evaluation_reference",
         "num_evaluation_samples",
-        "feature_networks",
         "max_nonfinite_steps",
         "dataloader_num_workers",
         "gradient_checkpointing",
@@ -53,6 +65,8 @@ HARMLESS = frozenset(
         "hub_model_id",
     }
 )
+# These change no step that is done, unless the learning rate follows the length of the run.
+LENGTH = frozenset({"max_train_steps", "num_train_epochs"})
 
 
 def checkpoint_directory(output_dir: Path, step: int) -> Path:
@@ -60,13 +74,30 @@ def checkpoint_directory(output_dir: Path, step: int) -> Path:
 
 
 def complete_checkpoints(output_dir: Path, *, warn: bool = True) -> list[Path]:
-    """All complete checkpoints of a run, oldest first; half-written ones are named in a warning and left alone."""
-    found = sorted((output_dir / "checkpoints").glob("step-*"))
-    complete = [path for path in found if path.suffix != UNFINISHED and (path / MARKER).is_file()]
+    """All complete checkpoints of a run, the newest last; half-written ones are named in a warning and left alone.
+
+    The newest is the one written last; where a run went on from an older checkpoint, those of the branch that it left
+    count as older than its own, whatever their steps.
+    """
+    found = sorted(path for path in (output_dir / "checkpoints").glob("step-*") if path.suffix != UNFINISHED)
+    complete = [path for path in found if (path / MARKER).is_file()]
     unfinished = [path.name for path in found if path not in complete]
     if unfinished and warn:
         logger.warning("Ignoring half-written checkpoints in %s: %s.", found[0].parent, ", ".join(unfinished))
-    return complete
+    numbers: dict[Path, float] = {}
+    for path in complete:  # one that cannot be read was written after the one before it
+        numbers[path] = _noted(path).get("number", max(numbers.values(), default=0) + 0.5)
+    newest = max(complete, key=lambda path: numbers[path], default=None)
+    line = set() if newest is None else {newest.name, *_noted(newest).get("ancestors", ())}
+    return sorted(complete, key=lambda path: (path.name in line, numbers[path]))
+
+
+def _noted(checkpoint: Path) -> dict[str, Any]:
+    """What the marker says; nothing where it cannot be read."""
+    try:
+        return read_json(checkpoint / MARKER)
+    except (OSError, ValueError):
+        return {}
 
 
 def find_checkpoint(resume: str | None, output_dir: Path, *, warn: bool = True) -> Path | None:
@@ -108,57 +139,149 @@ def _refuse_run_without_checkpoint(output_dir: Path, *, restart: bool) -> None:
         )
 
 
-def resumed_step(checkpoint: Path, now: dict[str, Any], *, warn: bool = True) -> int:
-    """Steps done at a checkpoint; names in warnings what makes the continuation differ from an uninterrupted run.
-
-    Args:
-        checkpoint: a complete one.
-        now: "arguments" (resolved), "global_batch_size" and "world_size" of the present run.
-        warn: False on all but one process.
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """What a complete checkpoint says of itself.
 
     Raises:
-        ValueError: a marker that cannot be read.
+        ValueError: a marker that cannot be read, of another format, or that of another step than its folder's.
     """
-    needs = {"step": int, "arguments": dict, "global_batch_size": int, "world_size": int, "extensions": dict}
-    then = _read(checkpoint, MARKER, lambda file: read_json(file, needs=needs))
+    marker = _read(checkpoint, MARKER, read_json)
+    version = marker.get("format_version")
     remedy = "start again in another output_dir"
-    require_format_version(then.get("format_version"), FORMAT_VERSION, path=checkpoint / MARKER, remedy=remedy)
-    if not warn:
-        return int(then["step"])
-    logger.info("Resuming from %s.", checkpoint)
-    for key, value in now["arguments"].items():
-        if key not in HARMLESS and then["arguments"].get(key, value) != value:
-            before = then["arguments"][key]
-            logger.warning("--%s was %r when the checkpoint was written and is %r now.", key, before, value)
-    before = then["extensions"]
-    if before != now["extensions"]:
-        logger.warning(
-            "Extensions were %s when the checkpoint was written, and are %s now.", before, now["extensions"]
+    require_format_version(version, FORMAT_VERSION, path=checkpoint / MARKER, remedy=remedy)
+    _read(checkpoint, MARKER, lambda file: read_json(file, needs=NEEDS))
+    if checkpoint.name.startswith("step-") and checkpoint.name != f"step-{marker['step']:08d}":
+        raise _damaged(checkpoint, MARKER, f"it is that of step {marker['step']}")
+    return marker
+
+
+class Ancestry:
+    """What a run is made of, compared with the checkpoint that it continues.
+
+    What would make its steps, its data's order or its result those of another run is refused unless `allowed` names
+    it; other images and other starting points are warned of.
+
+    Args:
+        checkpoint: a complete one, or None.
+        facts: of this run: "arguments" (resolved), "global_batch_size", "world_size" and "extensions".
+        allowed: names of arguments, or of what `identify` gets, that may differ.
+        by_identity: arguments that name what is read: `identify` compares what is there.
+        warn: False on all but one process.
+
+    Attributes:
+        step: optimizer steps done.
+        skipped: {"in_a_row", "total", "steps"}: what the checkpoint's run counted.
+        changes: [{"step", "name", "before", "after"}]: what was allowed to change, and when.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path | None,
+        facts: Mapping[str, Any],
+        *,
+        allowed: Sequence[str] = (),
+        by_identity: Iterable[str] = (),
+        warn: bool = True,
+    ) -> None:
+        self.checkpoint, self.facts, self.allowed, self.warn = checkpoint, facts, tuple(allowed), warn
+        self._then = {} if checkpoint is None else read_marker(checkpoint)
+        self._identities: dict[str, Any] = {}
+        self.step: int = self._then.get("step", 0)
+        self.skipped: dict[str, int] = self._then.get("skipped", {})
+        self.changes: list[dict[str, Any]] = list(self._then.get("changes", ()))
+        self._line = [] if checkpoint is None else [*self._then["ancestors"], checkpoint.name]
+        if checkpoint is not None:
+            self._say(logging.INFO, "Resuming from %s.", checkpoint)
+            self._compare(HARMLESS | frozenset(by_identity))
+
+    def identify(self, name: str, identity: Mapping[str, Any]) -> None:
+        """Notes what something is that the run reads or trains, and compares that with the checkpoint.
+
+        Args:
+            name: "data", or of a module.
+            identity: JSON values. Those of "data", and "learned" of a module (the weights that it began with, which
+                the checkpoint's replace), are warned of.
+        """
+        now = json.loads(json.dumps(identity, default=str))
+        self._identities[name] = now
+        then = self._then.get("identities", {}).get(name, now)
+        differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        light = [key for key in differing if name == "data" or key == "learned"]
+        if light:
+            what = "data are not those" if name == "data" else f"{name} began with other weights than that"
+            self._say(logging.WARNING, "The %s of %s (%s differs).", what, self.checkpoint, ", ".join(light))
+        if heavy := [_difference(key, then.get(key), now.get(key)) for key in differing if key not in light]:
+            self._consent({name: (f"{name} is not the one", ", ".join(heavy), None, None)})
+
+    def record(self, *, skipped: Mapping[str, int]) -> dict[str, Any]:
+        """What complete.json says beside the step."""
+        own = {"identities": self._identities, "changes": self.changes, "skipped": dict(skipped)}
+        return {**self.facts, **own, "ancestors": self._line}
+
+    def wrote(self, checkpoint: Path) -> None:
+        """Makes a checkpoint that the run wrote an ancestor of the next one."""
+        self._line = [*(name for name in self._line if (checkpoint.parent / name).is_dir()), checkpoint.name]
+
+    def _compare(self, ignored: frozenset[str]) -> None:
+        then, now = ({**facts["arguments"], **facts} for facts in (self._then, self.facts))
+        follows = {then.get("lr_scheduler"), now.get("lr_scheduler")} & {"linear", "cosine"}
+        ignored |= frozenset({"arguments", "world_size"}) | (frozenset() if follows else LENGTH)
+        pairs = {name: (then.get(name, after), after) for name, after in now.items() if name not in ignored}
+        self._consent(
+            {
+                name: (f"{name} was {before!r}", f"it is {after!r} now", before, after)
+                for name, (before, after) in pairs.items()
+                if before != after
+            }
         )
-    if then["global_batch_size"] != now["global_batch_size"]:
-        logger.warning(
-            "The global batch was %d and is %d now, so the order of examples does not continue exactly.",
-            then["global_batch_size"],
-            now["global_batch_size"],
-        )
-    elif then["world_size"] != now["world_size"]:
-        logger.warning(
-            "Written by %d processes, continued by %d with the same global batch: equal up to rounding.",
-            then["world_size"],
-            now["world_size"],
-        )
-    return int(then["step"])
+        if then["world_size"] != now["world_size"] and then["global_batch_size"] == now["global_batch_size"]:
+            said = "Written by %d processes, continued by %d with the same global batch: equal up to rounding."
+            self._say(logging.WARNING, said, then["world_size"], now["world_size"])
+
+    def _consent(self, changes: Mapping[str, tuple[str, str, Any, Any]]) -> None:
+        """Refuses changes that are not allowed, and notes those that are.
+
+        Args:
+            changes: by name; how it was, what is different now, and both values.
+        """
+        sentences = {
+            name: f"{was} when {self.checkpoint} was written ({now})" for name, (was, now, *_) in changes.items()
+        }
+        if refused := [name for name in changes if name not in self.allowed]:
+            raise ValueError(
+                f"{'; '.join(sentences[name] for name in refused)}: the run would go on as another one. Give what the "
+                "checkpoint has (its resolved_arguments.yaml), start again in another --output_dir, or, where that is "
+                f"meant, say --allow_changes {' '.join(dict.fromkeys((*self.allowed, *refused)))}."
+            )
+        for name, (_, _, before, after) in changes.items():
+            self._say(logging.WARNING, "%s: changed from step %d on, as allowed.", sentences[name], self.step)
+            self.changes.append({"step": self.step, "name": name, "before": before, "after": after})
+
+    def _say(self, level: int, message: str, *values: Any) -> None:
+        if self.warn:
+            logger.log(level, message, *values)
+
+
+def _difference(key: str, before: Any, after: Any) -> str:
+    """The entries of a config by name; of anything else, that it differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        return f"its {key} differs in {', '.join(names)}"
+    return f"its {key} differs"
 
 
 def read_module(checkpoint: Path, name: str) -> dict[str, Any]:
     """The state of the module `name` in a checkpoint, on the CPU.
 
     Raises:
-        ValueError: no such module there, or a file that cannot be read.
+        ValueError: no such module there, or a file that cannot be read or is not the one that was written.
     """
-    if not (checkpoint / f"{name}.pt").is_file():
+    file = f"{name}.pt"
+    if not (checkpoint / file).is_file():
         raise ValueError(f"{checkpoint} holds no {name!r}; it was written by a run without that module.")
-    return _read(checkpoint, f"{name}.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
+    if hash_file(checkpoint / file) != read_marker(checkpoint)["files"].get(file):
+        raise _damaged(checkpoint, file, f"its content is not what {MARKER} says")
+    return _read(checkpoint, file, lambda path: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _read(checkpoint: Path, name: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -169,13 +292,15 @@ def _read(checkpoint: Path, name: str, load: Callable[[Path], dict[str, Any]]) -
         raise
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         # Other messages than the system's advise to load without weights_only, which would run what the file says.
-        reason = str(error) if isinstance(error, OSError) else type(error).__name__
-        whole = sorted(marker.parent for marker in checkpoint.parent.glob(f"step-*/{MARKER}"))
-        older = [path for path in whole if path.name < checkpoint.name and path.suffix != UNFINISHED]
-        remedy = "There is no older one to resume from: start again in another --output_dir, or delete this one."
-        if older:
-            remedy = f"Resume from an older one by --resume_from_checkpoint {older[-1]}."
-        raise ValueError(f"{checkpoint / name} is damaged and cannot be read ({reason}). {remedy}") from error
+        raise _damaged(checkpoint, name, str(error) if isinstance(error, OSError) else type(error).__name__) from error
+
+
+def _damaged(checkpoint: Path, name: str, reason: str) -> ValueError:
+    older = [path for path in complete_checkpoints(checkpoint.parents[1], warn=False) if path.name < checkpoint.name]
+    remedy = "There is no older one to resume from: start again in another --output_dir, or delete this one."
+    if older:
+        remedy = f"Resume from an older one by --resume_from_checkpoint {older[-1]}."
+    return ValueError(f"{checkpoint / name} is damaged and cannot be read ({reason}). {remedy}")
 
 
 def write_checkpoint(
@@ -183,32 +308,58 @@ def write_checkpoint(
 ) -> Path:
     """Calls `write(directory)` on a sibling, adds the marker, renames, then removes what exceeds `limit`.
 
-    A kill at any moment leaves the earlier checkpoints and at most one directory ending in .tmp.
+    A kill at any moment leaves the earlier checkpoints and at most one directory ending in .tmp, which the next call
+    removes. What has just been written never goes.
     """
     target = checkpoint_directory(output_dir, step)
-    aside = target.with_name(target.name + UNFINISHED)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    flush_tree(aside)
-    write_json(aside / MARKER, {"format_version": FORMAT_VERSION, "step": step, **facts})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in filter(is_leftover, list(target.parent.iterdir())):
+        delete(leftover)
+    present = complete_checkpoints(output_dir, warn=False)
+    number = 1 + math.ceil(max((_noted(path).get("number", 0) for path in present), default=0))
+    aside = temporary_sibling(target)
+    aside.mkdir()
+    try:
+        with disk_trouble_explained(target, remedy="The earlier checkpoints are whole; resume from them afterwards."):
+            write(aside)
+            flush_tree(aside)
+            files = {path.name: hash_file(path) for path in sorted(aside.iterdir())}
+            own = {"format_version": FORMAT_VERSION, "step": step, "number": number, "files": files}
+            write_json(aside / MARKER, {**facts, **own})
+    except BaseException:
+        delete(aside)
+        raise
     replace_directory(aside, target)
     flush_to_disk(output_dir)
     if limit is not None:
         for old in complete_checkpoints(output_dir, warn=False)[:-limit]:
-            delete(old)
+            if old != target:
+                delete(old)
     return target
 
 
-def publish(output_dir: Path, save: Callable[[Path], None]) -> None:
-    """Runs `save(directory)` on a sibling and moves each entry to the root of output_dir, the index files last."""
-    aside = output_dir / f"finished{UNFINISHED}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save(aside)
-    index_last = sorted(aside.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
-    for path in index_last:
-        flush_tree(path)
-        replace_directory(path, output_dir / path.name)
-    aside.rmdir()
-    flush_to_disk(output_dir)
+def publish(output: OutputDirectory, save: Callable[[Path], None], *, keep: Iterable[str] = ()) -> None:
+    """Runs `save(directory)` on a sibling and moves each entry to the root of `output`, the index files last.
+
+    The index files of an earlier result go first, so that a kill in between leaves none rather than a mixture, and
+    with it whatever that result had and this one has not.
+
+    Args:
+        keep: names in `output` that are not a result's.
+    """
+    aside = temporary_sibling(output.path / "result")
+    aside.mkdir()
+    try:
+        with disk_trouble_explained(output.path, remedy="The checkpoints are whole: resume afterwards."):
+            save(aside)
+        entries = sorted(aside.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+        names = [path.name for path in entries]
+        output.add(*names)
+        output.delete(*FINISHED)
+        output.delete(*(name for name in output.names if name not in (*names, *keep)))
+        for path in entries:
+            flush_tree(path)
+            replace_directory(path, output.path / path.name)
+    finally:
+        delete(aside)
+    flush_to_disk(output.path)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from ..randomness import reseed_global
 from .optimization import OptimizedModule
 
+DRY_RUN_STEPS = 4  # what a step saves may depend on its random draw, so the largest of a few counts
 FLOAT32_BYTES = 4
 ADAM_BYTES = 8  # two float32 moments per weight
 
@@ -96,3 +100,28 @@ def report(
         + (f"{checkpoints_kept} kept and one being written." if checkpoints_kept else "all of them kept."),
     ]
     return "\n".join(lines)
+
+
+def dry_run(run: Any, loader: Iterable[Any]) -> Iterator[Any]:
+    """Yields first examples for a few steps of the script's loop, prints what a `TrainingRun` needs, and ends."""
+    entries = list(run.modules.values())
+    modules = [*run.frozen, *(entry.module for entry in entries)]
+    saved, batches, first_step = SavedActivations(modules), iter(loader), run.step
+    for run.step in range(first_step, first_step + DRY_RUN_STEPS):
+        batch = send_to_device(first_example(next(batches)), run.device)
+        run.randomness.at(run.step, 0)
+        reseed_global(run.arguments.seed, run.accelerator.process_index, run.step, 0)
+        with saved.measure():
+            yield batch
+        for entry in entries:
+            entry.optimizer.zero_grad(set_to_none=True)
+    text = report(
+        entries,
+        run.frozen,
+        activation_bytes_per_example=saved.largest,
+        batch_size=run.arguments.train_batch_size,
+        checkpoints_kept=run.arguments.checkpoints_total_limit,
+    )
+    if run.is_main:
+        sys.stdout.write(text + "\n")
+    sys.exit(0)

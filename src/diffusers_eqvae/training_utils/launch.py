@@ -20,6 +20,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, parse_flag_from_env
 from torch import nn
 
+from ..directories import OutputDirectory
 from ..errors import run_program
 from .arguments import RunArguments
 
@@ -43,6 +44,14 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     See `errors.run_program`, which says what that is.
     """
     sys.exit(run_program(Path(sys.argv[0]).name, main))
+
+
+def claim(output: OutputDirectory, *names: str, lock: bool = True, break_lock: bool = False) -> None:
+    """`output.claim`, whose refusal names the flag."""
+    try:
+        output.claim(*names, lock=lock, break_lock=break_lock)
+    except ValueError as error:
+        raise ValueError(str(error).replace("pass break_lock=True", "give --break_lock")) from error
 
 
 # The other ranks wait while the main process validates, measures statistics and saves.

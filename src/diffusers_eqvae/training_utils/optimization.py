@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +79,17 @@ class ExponentialAverage:
             lerp_without_waiting(averages, currents, share)
         for averaged, current in zip(self.module.buffers(), module.buffers(), strict=True):
             averaged.copy_(torch.where(nonfinite.bool(), averaged, current))
+
+
+def warn_of_slow_average(decay: float, steps: int) -> None:
+    """Says where an average will be mostly the weights that it started from."""
+    kept = decay**steps
+    if kept > 0.5:
+        said = (
+            "--ema_decay %g over %d steps: %.0f %% of the average will be the weights it started from. For so short a "
+            "run lower it, or use --no_use_ema."
+        )
+        logger.warning(said, decay, steps, 100 * kept)
 
 
 def lerp_without_waiting(averages: list[Tensor], currents: list[Tensor], share: Tensor) -> None:
@@ -154,10 +167,23 @@ class OptimizedModule:
         norm = torch.nn.utils.get_total_norm(difference) / torch.nn.utils.get_total_norm([pair[1] for pair in pairs])
         return norm.item()
 
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all that a checkpoint takes of weights and EMA is finite; waits for the device."""
+        modules = [self.module] if self.ema is None else [self.module, self.ema.module]
+        tensors = [value for module in modules for value in self._learned_state(module).values() if value.numel()]
+        norms = torch._foreach_norm([value for value in tensors if value.is_floating_point()], ord=math.inf)
+        return bool(torch.stack(norms).isfinite().all())
+
     def state_dict(self) -> dict[str, Any]:
         """Learned weights and buffers, optimizer, EMA; frozen weights are not a run's to save."""
         state = {"module": self._learned_state(self.module), "optimizer": self.optimizer.state_dict()}
         return state if self.ema is None else {**state, "ema": self._learned_state(self.ema.module)}
+
+    def save(self, directory: Path) -> None:
+        """`state_dict` to NAME.pt, through a file of Python's own, whose errors say what is wrong with the disk."""
+        with open(directory / f"{self.name}.pt", "wb") as file:
+            torch.save(self.state_dict(), file)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Weights, moments, step counts and EMA of a checkpoint; betas and weight decay stay this run's."""
@@ -174,6 +200,14 @@ class OptimizedModule:
         return {name: tensor for name, tensor in module.state_dict().items() if name not in self.frozen}
 
     def _load_learned_state(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        own = module.state_dict()
+        wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
+        if wrong:
+            shapes = ", ".join(f"{each} {tuple(state[each].shape)} -> {tuple(own[each].shape)}" for each in wrong[:3])
+            raise ValueError(
+                f"The checkpoint's {self.name} has another size than this run's ({shapes}, {len(wrong)} in all). "
+                "Resume with the model it was written with (resolved_arguments.yaml), or start in another output_dir."
+            )
         missing, unexpected = module.load_state_dict(state, strict=False)
         missing = [name for name in missing if name not in self.frozen]
         if missing or unexpected:
@@ -197,24 +231,34 @@ def check_master_weights(name: str, module: nn.Module) -> list[nn.Parameter]:
     return trainable
 
 
-class NonfiniteGuard:
-    """Counts skipped steps on the device; the host looks only when it reads the logs.
+def step_all(
+    entries: Sequence[OptimizedModule], *, factor: float, max_grad_norm: float | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Clips, steps and averages all modules, or none where any gradient is not finite; decided on the device.
 
-    Attributes:
-        steps: counted in all, skipped or not.
+    Returns:
+        The norm of each one's gradients, and whether the step was skipped (0-dim, 0 or 1).
     """
+    norms = {entry.name: entry.gradient_norm() for entry in entries}
+    nonfinite = (~torch.isfinite(torch.stack(list(norms.values()))).all()).float()
+    for entry in entries:
+        if max_grad_norm is not None:
+            entry.clip(max_grad_norm, norms[entry.name])
+        entry.step(entry.learning_rate * factor, nonfinite)
+        entry.update_ema(nonfinite)
+        entry.optimizer.zero_grad(set_to_none=True)
+    return norms, nonfinite
 
-    def __init__(self, device: torch.device) -> None:
-        self.steps = 0
-        self._in_a_row = torch.zeros((), device=device)
-        self._total = torch.zeros((), device=device)
 
-    def count(self, nonfinite: Tensor) -> None:
-        self.steps += 1
-        self._in_a_row = (self._in_a_row + nonfinite) * nonfinite
-        self._total = self._total + nonfinite
-
-    def read(self) -> tuple[int, int]:
-        """(bad steps in a row up to now, bad steps in all); waits for the device."""
-        in_a_row, total = torch.stack([self._in_a_row, self._total]).tolist()
-        return int(in_a_row), int(total)
+@contextmanager
+def evaluating(entries: Iterable[OptimizedModule]) -> Iterator[None]:
+    """Eval mode inside, and each part's own mode afterwards."""
+    modules = [entry.module for entry in entries]
+    modes = {part: part.training for module in modules for part in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

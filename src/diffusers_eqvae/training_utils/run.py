@@ -31,29 +31,35 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..directories import OutputDirectory
 from ..extensions import loaded_extensions
-from ..files import require_writable
-from ..provenance import versions
+from ..hub import push_run
+from ..options import inputs_of, reading_options
+from ..provenance import module_identity, versions
 from ..randomness import StepRandomness, preserved_global_state, reseed_global
 from . import command_line
 from .arguments import RunArguments
-from .checkpoints import find_checkpoint, publish, read_module, resumed_step, write_checkpoint
+from .checkpoints import Ancestry, find_checkpoint, publish, read_module, write_checkpoint
 from .console import start_logging
-from .dry_run import SavedActivations, first_example, report
-from .launch import StopSignal, build_accelerator, wrap
+from .dry_run import dry_run
+from .launch import StopSignal, build_accelerator, claim, wrap
+from .nonfinite import NonfiniteGuard, require_finite, too_many_in_a_row
 from .optimization import (
     ExponentialAverage,
-    NonfiniteGuard,
     OptimizedModule,
     build_optimizer,
     check_master_weights,
+    evaluating,
     learning_rate_factor,
+    step_all,
+    warn_of_slow_average,
 )
-from .tracking import Meter, Tracking
+from .tracking import METRICS_FILE, Meter, Tracking
 
 logger = logging.getLogger(__name__)
 
-DRY_RUN_STEPS = 4  # what a step saves may depend on its random draw, so the largest of a few counts
+# What a run writes besides its result.
+OWN = ("checkpoints", "resolved_arguments.json", "resolved_arguments.yaml", METRICS_FILE, "logs", "validation")
 
 
 class TrainingRun:
@@ -65,12 +71,15 @@ class TrainingRun:
         name: of the project in trackers and on the progress bar.
 
     Attributes:
+        modules, frozen: what has been added, by name, and what only helps.
         step: optimizer steps done so far; during the loop, the number of the step being computed (0-based).
         randomness: `StepRandomness` of the current micro-batch.
         device, is_main, accelerator, output_dir, max_train_steps: as their names say; max_train_steps is None until
             `loader` where num_train_epochs decides.
 
-    An unwritable output_dir, and one that holds a run which is not resumed, are refused (see `find_checkpoint`).
+    An output_dir that cannot be written to, is not a run's, or holds one which is not resumed, is refused (see
+    `OutputDirectory` and `find_checkpoint`), as is a resumed run that would be another one (see `Ancestry`). It is
+    written to from `steps` or `finish` on, when all that may be refused has been.
     """
 
     def __init__(self, arguments: RunArguments, *others: Any, name: str) -> None:
@@ -84,21 +93,27 @@ class TrainingRun:
         reseed_global(arguments.seed, 0, 0, 0)
         # Without the resumption: what is saved is to repeat the run, not to open it again.
         self._resolved = {**command_line.resolved(arguments, *others), "resume_from_checkpoint": None}
+        self._resolved |= {"allow_changes": [], "break_lock": False}
+        inputs = inputs_of(arguments, *others)
+        self._output = OutputDirectory(self.output_dir, kind=f"{name} training run", inputs=inputs)
         self._checkpoint = find_checkpoint(arguments.resume_from_checkpoint, self.output_dir, warn=self.is_main)
-        self.step = 0
-        if self._checkpoint is not None:
-            self.step = resumed_step(self._checkpoint, self._facts(), warn=self.is_main)
+        self._ancestry = Ancestry(
+            self._checkpoint,
+            self._facts(),
+            allowed=arguments.allow_changes,
+            by_identity=reading_options(*others),
+            warn=self.is_main,
+        )
+        self.step = self._ancestry.step
         self.max_train_steps = arguments.max_train_steps
         self.randomness = StepRandomness(
             arguments.seed, self.accelerator.process_index, self.accelerator.num_processes
         )
-        self._modules: dict[str, OptimizedModule] = {}
-        self._frozen: list[nn.Module] = []
-        self._meter, self._guard = Meter(), NonfiniteGuard(self.device)
+        self.modules: dict[str, OptimizedModule] = {}
+        self.frozen: list[nn.Module] = []
+        self._meter, self._guard = Meter(), NonfiniteGuard(self.device, **self._ancestry.skipped)
         self._tracking: Tracking | None = None
         self._stop, self._saved_step, self._micro, self._factor = StopSignal(), self.step, 0, 1.0
-        if not arguments.dry_run:
-            self._claim_output_dir()
 
     # ------------------------------------------------------------------ what is trained
 
@@ -124,9 +139,10 @@ class TrainingRun:
             optimizer: "adamw" or "adam", with `betas` and `weight_decay`.
             ema: keep a moving average, if --use_ema allows; read it through `averaged(name)`.
         """
-        if name in self._modules:
+        if name in self.modules:
             raise ValueError(f"The run already has a module called {name!r}.")
         parameters = check_master_weights(name, module)
+        self._ancestry.identify(name, module_identity(module))
         module.to(self.device)
         average = ExponentialAverage(module, self.arguments.ema_decay) if ema and self.arguments.use_ema else None
         rate = self.arguments.learning_rate if learning_rate is None else learning_rate
@@ -137,21 +153,27 @@ class TrainingRun:
         if self.arguments.compile:
             module.compile()
         entry.wrapped = wrap(self.accelerator, module)
-        self._modules[name] = entry
+        self.modules[name] = entry
         return entry.wrapped
 
-    def add_frozen(self, module: nn.Module) -> nn.Module:
-        """Moves a module that only helps (LPIPS, a teacher, a VAE) to the device, frozen and in eval mode."""
-        self._frozen.append(module.to(self.device).requires_grad_(False).eval())
+    def add_frozen(self, module: nn.Module, *, measures_only: bool = False) -> nn.Module:
+        """Moves a module that only helps (LPIPS, a teacher, a VAE) to the device, frozen and in eval mode.
+
+        A resumed run must have the same ones; of those that only measure, another may be given.
+        """
+        module.requires_grad_(False).eval()
+        if not measures_only:
+            self._ancestry.identify(type(module).__name__, module_identity(module))
+        self.frozen.append(module.to(self.device))
         return module
 
     def module(self, name: str) -> nn.Module:
         """The bare module, without DDP."""
-        return self._modules[name].module
+        return self.modules[name].module
 
     def averaged(self, name: str) -> nn.Module:
         """The EMA of a module, in eval mode, or the module itself where the run keeps none."""
-        entry = self._modules[name]
+        entry = self.modules[name]
         return entry.module if entry.ema is None else entry.ema.module
 
     # ------------------------------------------------------------------ the loop
@@ -162,34 +184,30 @@ class TrainingRun:
         """Endless micro-batches of this rank, starting where a resumed run stopped without reading what came before.
 
         Args:
-            dataset: has len() and `get(index, generator)`; the NumPy generator is seeded by (seed, draw number).
+            dataset: has len() and `get(index, generator)`; the NumPy generator is seeded by (seed, draw number). Its
+                `identity`, where it has one, is compared with that of the run that is resumed.
             batch_size: per rank and micro-batch; None takes --train_batch_size.
             collate: as in DataLoader; None stacks.
         """
-        from ..data.order import DrawDataset, DrawSampler, collate_draws, leave_interrupts
+        from ..data.order import draw_loader
 
+        if identity := getattr(dataset, "identity", None):
+            self._ancestry.identify("data", identity)
         batch_size = batch_size or self.arguments.train_batch_size
         accumulation = self.arguments.gradient_accumulation_steps
         if self.max_train_steps is None:
             per_step = batch_size * accumulation * self.accelerator.num_processes
             self.max_train_steps = math.ceil(self.arguments.num_train_epochs * len(dataset) / per_step)
-        sampler = DrawSampler(
-            len(dataset),
+        return draw_loader(
+            dataset,
             batch_size,
+            collate=collate,
+            num_workers=self.arguments.dataloader_num_workers,
+            pin_memory=self.device.type == "cuda",
             seed=self.arguments.seed,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             start_batch=self.step * accumulation,
-        )
-        workers = self.arguments.dataloader_num_workers
-        return DataLoader(
-            DrawDataset(dataset, seed=self.arguments.seed),
-            batch_sampler=sampler,
-            num_workers=workers,
-            worker_init_fn=leave_interrupts,
-            collate_fn=collate or collate_draws,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
         )
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -199,21 +217,15 @@ class TrainingRun:
         of a step: clipping, NaN guard, optimizers, EMA, logs, checkpoint. SIGTERM (or SIGUSR1, which schedulers send
         before a time limit) writes a checkpoint at the next step boundary and ends the program with status 0; several
         ranks agree on that at the next multiple of logging_steps. After max_nonfinite_steps steps in a row with NaN or
-        infinite gradients it raises RuntimeError.
+        infinite gradients it raises ValueError, and weights that are not finite are never saved over finite ones.
         """
         if self.max_train_steps is None:
             raise ValueError("The run's length is unknown: pass --max_train_steps, or build the loader by run.loader.")
         if self.arguments.dry_run:
-            yield from self._dry_run(loader)
-        kept = self.arguments.ema_decay**self.max_train_steps
-        if self.is_main and kept > 0.5 and any(entry.ema is not None for entry in self._modules.values()):
-            logger.warning(
-                "--ema_decay %g over %d steps: %.0f %% of the average will be the weights it started from. For so "
-                "short a run lower it, or use --no_use_ema.",
-                self.arguments.ema_decay,
-                self.max_train_steps,
-                100 * kept,
-            )
+            yield from dry_run(self, loader)
+        if self.is_main and any(entry.ema is not None for entry in self.modules.values()):
+            warn_of_slow_average(self.arguments.ema_decay, self.max_train_steps)
+        self._claim()
         self._tracking = Tracking(
             self.output_dir,
             self.accelerator,
@@ -229,7 +241,7 @@ class TrainingRun:
                 for micro in range(self.arguments.gradient_accumulation_steps):
                     self._micro = micro
                     batch = self._next_batch(batches)
-                    with self.accelerator.accumulate(*(entry.wrapped for entry in self._modules.values())):
+                    with self.accelerator.accumulate(*(entry.wrapped for entry in self.modules.values())):
                         yield batch
                 self._optimize()
                 self.step += 1
@@ -253,16 +265,15 @@ class TrainingRun:
     def validation(self) -> Iterator[None]:
         """No gradients, modules in eval mode, and the random stream of training left as it was."""
         call = self.randomness.call
-        modes = {module: module.training for entry in self._modules.values() for module in entry.module.modules()}
-        for entry in self._modules.values():
-            entry.module.eval()
         try:
-            with preserved_global_state(), torch.no_grad():
+            with (
+                evaluating(self.modules.values()),
+                preserved_global_state(),
+                torch.no_grad(),
+            ):
                 yield
         finally:
             self.randomness.call = call
-            for module, mode in modes.items():
-                module.training = mode
 
     def log(self, values: Mapping[str, Tensor | float]) -> None:
         """Adds to the means that are read every logging_steps; no waiting for the device. Same names on every rank."""
@@ -282,26 +293,39 @@ class TrainingRun:
         """Calls `save(directory)` on the main process and moves what it wrote to the root of output_dir.
 
         Raises:
-            RuntimeError: not one step was taken, since all had NaN or infinite gradients.
+            ValueError: not one step was taken, since all had NaN or infinite gradients, or the weights are not finite.
         """
+        self._claim()
         self.accelerator.wait_for_everyone()
         self._report()
-        in_a_row, _ = self._guard.read()
+        require_finite(self.modules.values(), step=self.step, output_dir=self.output_dir)
+        in_a_row, total = self._guard.read()
         if 0 < in_a_row == self._guard.steps:
             self._stop_at_nonfinite(in_a_row)
         if self.is_main:
-            publish(self.output_dir, save)
-            logger.info("Finished after %d steps; the result is in %s.", self.step, self.output_dir)
+            self._output.require_lock()
+            try:
+                publish(self._output, save, keep=OWN)
+            except BaseException:
+                self._save()  # what was trained is not lost with what could not be published
+                raise
+            skipped = f", {total} of them skipped (NaN or infinite)" if total else ""
+            logger.info("Finished after %d steps%s; the result is in %s.", self.step, skipped, self.output_dir)
         self.accelerator.wait_for_everyone()
         self._close()
+
+    def push(self) -> None:
+        """Publishes the finished run on the Hub, if --push_to_hub says so; a push that fails ends the program."""
+        name = self.arguments.hub_model_id or self.output_dir.name
+        if self.arguments.push_to_hub and self.is_main and not push_run(self.output_dir, name):
+            sys.exit(1)
 
     # ------------------------------------------------------------------ inside
 
     @property
     def global_batch_size(self) -> int:
         """Examples per optimizer step over all ranks and micro-batches."""
-        arguments = self.arguments
-        per_rank = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        per_rank = self.arguments.train_batch_size * self.arguments.gradient_accumulation_steps
         return per_rank * self.accelerator.num_processes
 
     def settings(self) -> dict[str, Any]:
@@ -313,6 +337,8 @@ class TrainingRun:
             "mixed_precision": self.accelerator.mixed_precision,
             "ema_decay": self.arguments.ema_decay if self.arguments.use_ema else None,
             "seed": self.arguments.seed,
+            "skipped_steps": self._guard.read()[1],
+            **({"changes": self._ancestry.changes} if self._ancestry.changes else {}),
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -320,37 +346,40 @@ class TrainingRun:
         return {"versions": versions(), "extensions": loaded_extensions(), "command": shlex.join(sys.argv)}
 
     def save_checkpoint(self) -> None:
-        """Writes the state after `step` steps, unless it is there already."""
-        if self._saved_step != self.step and self.is_main:
-
-            def write(directory: Path) -> None:
-                for name, entry in self._modules.items():
-                    torch.save(entry.state_dict(), directory / f"{name}.pt")
-                command_line.save_resolved(self._resolved, directory)
-
-            path = write_checkpoint(
-                self.output_dir,
-                step=self.step,
-                write=write,
-                facts=self._facts(),
-                limit=self.arguments.checkpoints_total_limit,
-            )
-            logger.info("Checkpoint %s.", path)
+        """Writes the state after `step` steps, unless it is there already; refuses weights that are not finite."""
+        if self._saved_step != self.step:
+            require_finite(self.modules.values(), step=self.step, output_dir=self.output_dir)
+            self._save()
         self._saved_step = self.step
         self.accelerator.wait_for_everyone()
 
+    def _save(self) -> None:
+        if self.is_main and self._saved_step != self.step:
+            self._output.require_lock()
+            facts = self._ancestry.record(skipped=self._guard.counts())
+            limit = self.arguments.checkpoints_total_limit
+            path = write_checkpoint(self.output_dir, step=self.step, write=self._write, facts=facts, limit=limit)
+            self._ancestry.wrote(path)
+            logger.info("Checkpoint %s.", path)
+
+    def _write(self, directory: Path) -> None:
+        for entry in self.modules.values():
+            entry.save(directory)
+        command_line.save_resolved(self._resolved, directory)
+
     def _facts(self) -> dict[str, Any]:
-        world_size = self.accelerator.num_processes
         return {
             "global_batch_size": self.global_batch_size,
-            "world_size": world_size,
+            "world_size": self.accelerator.num_processes,
             "extensions": loaded_extensions(),
             "arguments": self._resolved,
         }
 
-    def _claim_output_dir(self) -> None:
+    def _claim(self) -> None:
         if self.is_main:
-            require_writable(self.output_dir / "resolved_arguments.json")
+            claim(self._output, *OWN, break_lock=self.arguments.break_lock)
+            if not self.step and find_checkpoint(self.arguments.resume_from_checkpoint, self.output_dir, warn=False):
+                raise ValueError(f"Another program has trained in {self.output_dir} meanwhile; start this one again.")
             command_line.save_resolved(self._resolved, self.output_dir)
         self.accelerator.wait_for_everyone()
 
@@ -361,26 +390,19 @@ class TrainingRun:
         return batch
 
     def _optimize(self) -> None:
-        active = [entry for entry in self._modules.values() if entry.received_gradients]
+        active = [entry for entry in self.modules.values() if entry.received_gradients]
         if not active:
             raise RuntimeError("No module received a gradient in this step; call run.backward(loss) in the loop.")
-        assert self.max_train_steps is not None  # steps() refuses to start without
         self._factor = learning_rate_factor(
             self.arguments.lr_scheduler,
             self.step,
             warmup_steps=self.arguments.lr_warmup_steps,
-            total_steps=self.max_train_steps,
+            total_steps=self.max_train_steps or 1,
         )
-        norms = {entry.name: entry.gradient_norm() for entry in active}
-        nonfinite = (~torch.isfinite(torch.stack(list(norms.values()))).all()).float()
-        for entry in active:
-            if self.arguments.max_grad_norm is not None:
-                entry.clip(self.arguments.max_grad_norm, norms[entry.name])
-            entry.step(entry.learning_rate * self._factor, nonfinite)
-            entry.update_ema(nonfinite)
-            entry.optimizer.zero_grad(set_to_none=True)
+        norms, nonfinite = step_all(active, factor=self._factor, max_grad_norm=self.arguments.max_grad_norm)
         self._guard.count(nonfinite)
         self._meter.add({f"gradient_norm/{name}": norm for name, norm in norms.items()}, self.device)
+        self._meter.close_step(nonfinite)
 
     def _after_step(self) -> None:
         self._tracking.advance()
@@ -406,9 +428,9 @@ class TrainingRun:
         in_a_row, total = self._guard.read()
         values["learning_rate"] = self.arguments.learning_rate * self._factor
         values["nonfinite_steps"] = total
-        if in_a_row and self.is_main:
-            logger.warning("The last %d steps up to %d were skipped: NaN or infinite.", in_a_row, self.step)
-        for name, entry in self._modules.items():
+        if self.is_main:
+            self._guard.say(self.step)
+        for name, entry in self.modules.items():
             if entry.ema is not None:
                 values[f"ema_distance/{name}"] = entry.ema_distance()
         self._tracking.scalars(self.step, values, images_per_step=self.global_batch_size)
@@ -418,35 +440,10 @@ class TrainingRun:
     def _stop_at_nonfinite(self, in_a_row: int) -> NoReturn:
         self.save_checkpoint()
         self._close()
-        raise RuntimeError(
-            f"Loss or gradients were NaN or infinite in {in_a_row} steps in a row, up to step {self.step}. The "
-            f"weights are untouched by them and saved in {self.output_dir}/checkpoints. Lower --learning_rate, set "
-            "--max_grad_norm, or look for broken input; then continue with --resume_from_checkpoint latest."
-        )
+        raise too_many_in_a_row(in_a_row, step=self.step, output_dir=self.output_dir)
 
     def _close(self) -> None:
         if self._tracking is not None:
             self._tracking.close()
         self.accelerator.end_training()
-
-    def _dry_run(self, loader: Iterable[Any]) -> Iterator[Any]:
-        modules = [*self._frozen, *(entry.module for entry in self._modules.values())]
-        saved, batches, first_step = SavedActivations(modules), iter(loader), self.step
-        for self.step in range(first_step, first_step + DRY_RUN_STEPS):
-            batch = send_to_device(first_example(next(batches)), self.device)
-            self.randomness.at(self.step, 0)
-            reseed_global(self.arguments.seed, self.accelerator.process_index, self.step, 0)
-            with saved.measure():
-                yield batch
-            for entry in self._modules.values():
-                entry.optimizer.zero_grad(set_to_none=True)
-        text = report(
-            self._modules.values(),
-            self._frozen,
-            activation_bytes_per_example=saved.largest,
-            batch_size=self.arguments.train_batch_size,
-            checkpoints_kept=self.arguments.checkpoints_total_limit,
-        )
-        if self.is_main:
-            sys.stdout.write(text + "\n")
-        sys.exit(0)
+        self._output.release()

@@ -27,17 +27,28 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Meter:
-    """Means of device tensors between two readings; adding never waits for the device."""
+    """Means of device tensors between two readings; adding never waits for the device.
+
+    What is added counts from the end of its step on, and not at all where the step is skipped.
+    """
 
     def __init__(self) -> None:
+        self._step: list[tuple[str, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor | float], device: torch.device) -> None:
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean()
+            self._step.append((name, torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean()))
+
+    def close_step(self, skipped: Tensor) -> None:
+        """`skipped` (0-dim, 0 or 1) says whether the step that has been computed is left out."""
+        taken = 1 - skipped
+        for name, value in self._step:
+            value = torch.where(taken.bool(), value, 0.0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts[name] + taken if name in self._counts else taken
+        self._step = []
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last reading, over all ranks too (every rank must have added the same names)."""

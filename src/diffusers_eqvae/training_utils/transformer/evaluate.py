@@ -39,7 +39,7 @@ class GenerationEvaluation:
             return
         networks = [load_feature_network(name) for name in arguments.feature_networks]
         for network in networks:
-            run.add_frozen(network)
+            run.add_frozen(network, measures_only=True)
         num_processes = run.accelerator.num_processes
         if arguments.num_evaluation_samples < num_processes:
             raise ValueError(
