@@ -28,7 +28,7 @@ def same(first, second):
 
 def weights(seed=0):
     """As published, with the position table that a model of ours writes."""
-    from diffusers_eqvae.models.transformer_sit import sincos_position_embedding
+    from diffusers_eqvae.models.positions import sincos_position_embedding
 
     return published_weights(SQUARE, seed) | {"pos_embed": sincos_position_embedding(4, 4, 32)}
 
@@ -105,10 +105,10 @@ def test_a_damaged_file_is_called_damaged(name, tmp_path):
         (["sit.pt", "sit.pt"], "sit.pt exists already"),
         (["sit.pt", "out"], "fit the layouts dit and sit"),
         (["sit.pt", "out", "--from", "sit", "--config", "heads"], "--config takes KEY=VALUE words; got 'heads'"),
-        (["vae", "out"], "vae is a directory; say which layout to write it in: --to dit, repa, sit"),
+        (["vae", "out"], "vae is a directory; say which layout to write it in: --to dit, lightningdit, "),
         (["vae", "out.pt", "--to", "sit"], "vae does not hold a SiTTransformer2DModel"),
         (["vae", "out", "--to", "sit"], "the destination is a file"),
-        (["vae", "out.pt", "--to", "sdxl"], "There is no converter 'sdxl'; there are dit, repa, sit"),
+        (["vae", "out.pt", "--to", "sdxl"], "There is no converter 'sdxl'; there are dit, lightningdit, "),
     ],
 )
 def test_what_cannot_be_converted_ends_with_a_sentence(

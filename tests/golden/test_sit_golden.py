@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_eqvae.conversion import from_published
-from diffusers_eqvae.models.transformer_sit import sincos_position_embedding
+from diffusers_eqvae.models.positions import sincos_position_embedding
 
 from . import sit_reference as reference
 

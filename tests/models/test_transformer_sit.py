@@ -43,8 +43,12 @@ def test_preset_overrides_and_unknown_names():
     with torch.device("meta"):
         model = SiTTransformer2DModel.from_preset("SiT-S/4", num_classes=10, in_channels=16, sample_size=(16, 32))
         assert SiTTransformer2DModel.from_preset("DiT-S/8").config.objective == "denoising"
+        lightning = SiTTransformer2DModel.from_preset("LightningDiT-XL/1", in_channels=32, sample_size=16)
     assert (model.null_class, model.config.patch_size, model.pos_embed.shape[1]) == (10, 4, 32)
-    assert len(SiTTransformer2DModel.PRESETS) == 32
+    assert sum(weight.numel() for weight in lightning.parameters()) / 1e6 == pytest.approx(675, abs=3)
+    families = ("SiT", "DiT", "LightningDiT")
+    names = {f"{family}-{size}/{patch}" for family in families for size in ("S", "B", "L", "XL") for patch in (1, 2)}
+    assert names < set(SiTTransformer2DModel.PRESETS)
     with pytest.raises(ValueError, match="SiT-XL/2"):
         SiTTransformer2DModel.from_preset("SiT-M/2")
 

@@ -1,10 +1,12 @@
-"""What the layouts of DiT, SiT and REPA share: one network, one set of names, three conventions.
+"""What the layouts of DiT, SiT, REPA and LightningDiT share: one network, one set of names, three conventions.
 
 | layout | time it embeds | what it predicts             | here                                         |
 |--------|----------------|------------------------------|----------------------------------------------|
 | SiT    | t = 1 - sigma  | d x / d t = -(d x / d sigma) | last layer negated                           |
 | REPA   | sigma          | d x / d sigma                | first time layer reflected (`repa`)          |
 | DiT    | step 0 .. 999  | noise (and variance)         | unchanged                                    |
+
+LightningDiT follows SiT, with other parts in the block (`lightningdit`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..models.transformer_sit import SiTTransformer2DModel, sincos_position_embedding
+from ..models.positions import sincos_position_embedding
+from ..models.transformer_sit import SiTTransformer2DModel
 from .base import Converter
 
 logger = logging.getLogger(__name__)
@@ -29,15 +32,23 @@ _LAYERS = {
     "t_embedder.mlp.2": "time_embedder.linear_2",
     "y_embedder.embedding_table": "class_embedder",
     "final_layer.linear": "proj_out",
+    "final_layer.norm_final": "norm_out",
 }
 _BLOCK_LAYERS = {
     "attn.qkv": "attn.to_qkv",
     "attn.proj": "attn.to_out",
     "attn.q_norm": "attn.norm_q",
     "attn.k_norm": "attn.norm_k",
-    "mlp.fc1": "ff.linear_1",
-    "mlp.fc2": "ff.linear_2",
+    "norm1": "norm1",
+    "norm2": "norm2",
 }
+_FEED_FORWARDS = {
+    "gelu": {"mlp.fc1": "ff.linear_1", "mlp.fc2": "ff.linear_2"},
+    "swiglu": {"mlp.w12": "ff.linear_1", "mlp.w3": "ff.linear_2"},
+}
+# Of which only LightningDiT has any.
+LIGHTNING_PARTS = {"blocks.0.norm1.weight", "blocks.0.mlp.w12.weight", "feat_rope.freqs_cos"}
+PLAIN_BLOCK = {"norm": "layer_norm", "feed_forward": "gelu", "rotary": False}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 _OUR_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)\.(weight|bias)")
 _MODULATION = "blocks.{}.adaLN_modulation.1"
@@ -54,6 +65,7 @@ class TransformerConverter(Converter):
     conventions: ClassVar[dict[str, Any]] = {
         "objective": "flow_matching",
         "prediction_type": "flow_prediction",
+        **PLAIN_BLOCK,
     }
     has_projectors: ClassVar[bool] = False
 
@@ -63,9 +75,9 @@ class TransformerConverter(Converter):
 
     def matches(self, shapes: Mapping[str, torch.Size]) -> bool:
         projectors = any(name.startswith("projectors.") for name in shapes)
-        return {"x_embedder.proj.weight", _LABELS, "blocks.0.attn.qkv.weight"} <= shapes.keys() and (
-            projectors == self.has_projectors
-        )
+        other_parts = bool(LIGHTNING_PARTS & shapes.keys())
+        names = {"x_embedder.proj.weight", _LABELS, "blocks.0.attn.qkv.weight"}
+        return names <= shapes.keys() and projectors == self.has_projectors and not other_parts
 
     def config(self, tensors: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
         """From the shapes, and the latent size from the fixed position table.
@@ -84,7 +96,7 @@ class TransformerConverter(Converter):
             "num_layers": _depth(tensors),
             "num_attention_heads": heads,
             "attention_head_dim": hidden_size // heads,
-            "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+            "mlp_ratio": self.mlp_ratio(tensors, hidden_size),
             "learn_sigma": tensors["final_layer.linear.weight"].shape[0] == 2 * in_channels * patch_size**2,
             "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
             **_class_options(tensors[_LABELS].shape[0], overrides.get("num_classes")),
@@ -95,10 +107,15 @@ class TransformerConverter(Converter):
             config["sample_size"] = _sample_size(tensors, patch_size)
         return config
 
+    def mlp_ratio(self, tensors: Mapping[str, Tensor], hidden_size: int) -> float:
+        """Width of the MLP over that of the network."""
+        return tensors["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
+
     def to_ours(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
         state_dict = {}
+        block_layers = _BLOCK_LAYERS | _FEED_FORWARDS[config["feed_forward"]]
         for name, tensor in tensors.items():
-            ours = _renamed(name, _BLOCK, "transformer_blocks", _LAYERS, _BLOCK_LAYERS)
+            ours = _renamed(name, _BLOCK, "transformer_blocks", _LAYERS, block_layers)
             if ours is not None:
                 state_dict[ours] = tensor
         modulations = [*map(_MODULATION.format, range(config["num_layers"])), _LAST_MODULATION]
@@ -112,7 +129,8 @@ class TransformerConverter(Converter):
     def from_ours(self, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
         self._require_conventions(config)
         layers = {ours: name for name, ours in _LAYERS.items()}
-        block_layers = {ours: name for name, ours in _BLOCK_LAYERS.items()}
+        parts = _BLOCK_LAYERS | _FEED_FORWARDS[config.get("feed_forward", "gelu")]
+        block_layers = {ours: name for name, ours in parts.items()}
         published: dict[str, Tensor] = {}
         for name, tensor in self.change(dict(state_dict)).items():
             renamed = _renamed(name, _OUR_BLOCK, "blocks", layers, block_layers)

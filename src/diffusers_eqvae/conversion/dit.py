@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ._transformers import TransformerConverter
+from ._transformers import PLAIN_BLOCK, TransformerConverter
 from .base import register_converter
 
 
@@ -12,4 +12,4 @@ from .base import register_converter
 class DiTConverter(TransformerConverter):
     """The network predicts the noise (and its variance) at steps 0 .. 999; no weight changes."""
 
-    conventions: ClassVar[dict[str, Any]] = {"objective": "denoising", "prediction_type": "epsilon"}
+    conventions: ClassVar[dict[str, Any]] = {"objective": "denoising", "prediction_type": "epsilon", **PLAIN_BLOCK}

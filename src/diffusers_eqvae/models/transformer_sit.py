@@ -6,12 +6,14 @@ product gives every block's modulation:
 
     x = x + gate_1 * Attention(LN(x) * (1 + scale_1) + shift_1)
     x = x + gate_2 * MLP(LN(x) * (1 + scale_2) + shift_2)
+
+LightningDiT's block (arXiv 2501.01423) is the same with other parts: RMSNorm, SwiGLU and rotary positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,10 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from .backbone import PREDICTION_TYPES, Backbone, BackboneOutput, register_backbone
+from .positions import rotary_angles, rotate, sincos_position_embedding
 
 NUM_TRAIN_TIMESTEPS = 1000
 TIME_CHANNELS = 256
-MAX_PERIOD = 10_000.0
 
 # Depth, width and heads of the papers. Trainable parameters with patch 2, 4 channels and learned sigma, in millions.
 _SIZES = {
@@ -38,27 +40,17 @@ _SIZES = {
 _FAMILIES: dict[str, dict[str, Any]] = {
     "SiT": {"objective": "flow_matching", "prediction_type": "flow_prediction", "learn_sigma": False},
     "DiT": {"objective": "denoising", "prediction_type": "epsilon", "learn_sigma": True},
+    "LightningDiT": {
+        "objective": "flow_matching",
+        "prediction_type": "flow_prediction",
+        "learn_sigma": False,
+        "norm": "rms_norm",
+        "feed_forward": "swiglu",
+        "rotary": True,
+    },
 }
-
-
-def sincos_position_embedding(rows: int, columns: int, hidden_size: int) -> Tensor:
-    """Fixed 2-D positions (1, rows * columns, hidden_size) in float32, row-major over the grid.
-
-    The first half of the channels encodes the column, the second half the row; each half is [sin | cos] of
-    position * 10000^(-i / (hidden_size / 4)), i = 0 .. hidden_size / 4 - 1 (MAE, arXiv:2111.06377).
-    """
-    # On the CPU in float64 whatever the default device: the table is made once, and some devices have no float64.
-    index = torch.arange(hidden_size // 4, dtype=torch.float64, device="cpu")
-    frequencies = MAX_PERIOD ** (-index / (hidden_size // 4))
-
-    def encode(length: int) -> Tensor:
-        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    by_column = encode(columns)[None].expand(rows, -1, -1)
-    by_row = encode(rows)[:, None].expand(-1, columns, -1)
-    table = torch.cat([by_column, by_row], dim=-1).reshape(1, rows * columns, hidden_size)
-    return table.to(dtype=torch.float32).to(torch.get_default_device())
+Norm = Literal["layer_norm", "rms_norm"]
+FeedForward = Literal["gelu", "swiglu"]
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -72,49 +64,64 @@ class SiTAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: SiTAttention, hidden_states: Tensor) -> Tensor:
+    def __call__(self, attn: SiTAttention, hidden_states: Tensor, rotary: Tensor | None = None) -> Tensor:
         # A fixed head size, so that the number of heads may be a shard's.
         query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, -1, attn.head_dim)).unbind(2)
         if attn.norm_q is not None and attn.norm_k is not None:
             # Autocast gives the normalised tensors in float32, and every backend wants one dtype.
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+        if rotary is not None:
+            query, key = rotate(query, rotary).to(value.dtype), rotate(key, rotary).to(value.dtype)
         backend, parallel_config = self._attention_backend, self._parallel_config
         attended = dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
         return attn.to_out(attended.flatten(2, 3).to(query.dtype))
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention with one query-key-value projection; `qk_norm` adds LayerNorm per head to both."""
+    """Multi-head self-attention with one query-key-value projection; `qk_norm` normalises both per head."""
 
     _default_processor_cls = SiTAttnProcessor
     _available_processors = (SiTAttnProcessor,)
     _supports_qkv_fusion = False  # always fused
 
-    def __init__(self, num_attention_heads: int, attention_head_dim: int, *, qk_norm: bool = False):
+    def __init__(
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        *,
+        qk_norm: bool = False,
+        norm: Norm = "layer_norm",
+    ):
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim
         self.heads = num_attention_heads
         self.head_dim = attention_head_dim
         self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.to_out = nn.Linear(hidden_size, hidden_size)
-        self.norm_q = nn.LayerNorm(attention_head_dim) if qk_norm else None
-        self.norm_k = nn.LayerNorm(attention_head_dim) if qk_norm else None
+        self.norm_q = _head_norm(norm, attention_head_dim) if qk_norm else None
+        self.norm_k = _head_norm(norm, attention_head_dim) if qk_norm else None
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.processor(self, hidden_states)
+    def forward(self, hidden_states: Tensor, rotary: Tensor | None = None) -> Tensor:
+        return self.processor(self, hidden_states, rotary)
 
 
 class SiTFeedForward(nn.Module):
-    """Linear -> GELU (tanh form) -> Linear."""
+    """Linear -> GELU (tanh form) -> Linear, or "swiglu" (2002.05202), Linear -> silu(a) * b -> Linear, 2/3 as wide."""
 
-    def __init__(self, hidden_size: int, inner_size: int):
+    def __init__(self, hidden_size: int, inner_size: int, *, kind: FeedForward = "gelu"):
         super().__init__()
-        self.linear_1 = nn.Linear(hidden_size, inner_size)
+        self.gated = kind == "swiglu"
+        inner_size = int(2 / 3 * inner_size) if self.gated else inner_size
+        self.linear_1 = nn.Linear(hidden_size, 2 * inner_size if self.gated else inner_size)
         self.linear_2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(hidden_states), approximate="tanh"))
+        inner = self.linear_1(hidden_states)
+        if self.gated:
+            gate, value = inner.chunk(2, dim=-1)
+            return self.linear_2(F.silu(gate) * value)
+        return self.linear_2(F.gelu(inner, approximate="tanh"))
 
 
 class SiTTransformerBlock(nn.Module):
@@ -128,17 +135,19 @@ class SiTTransformerBlock(nn.Module):
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        norm: Norm = "layer_norm",
+        feed_forward: FeedForward = "gelu",
     ):
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim
-        self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
-        self.attn = SiTAttention(num_attention_heads, attention_head_dim, qk_norm=qk_norm)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
-        self.ff = SiTFeedForward(hidden_size, int(hidden_size * mlp_ratio))
+        self.norm1 = _norm(norm, hidden_size, norm_eps)
+        self.attn = SiTAttention(num_attention_heads, attention_head_dim, qk_norm=qk_norm, norm=norm)
+        self.norm2 = _norm(norm, hidden_size, norm_eps)
+        self.ff = SiTFeedForward(hidden_size, int(hidden_size * mlp_ratio), kind=feed_forward)
 
-    def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, modulation: Tensor, rotary: Tensor | None = None) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), rotary)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
         transformed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
         return torch.addcmul(hidden_states, gate_ff, transformed)
@@ -146,7 +155,7 @@ class SiTTransformerBlock(nn.Module):
 
 @register_backbone
 class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
-    """Predicts the velocity (SiT) or the noise (DiT) of class-conditional latents.
+    """Predicts the velocity (SiT, LightningDiT) or the noise (DiT) of class-conditional latents.
 
     Parameters are those of the papers (`PRESETS`); the position table is a buffer, neither counted nor saved.
 
@@ -160,13 +169,16 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null class.
         class_dropout_prob: share of samples whose label becomes the null class, per forward in training.
         learn_sigma: 2C output channels; the second half is the learned variance (DiT) or unused (SiT).
-        qk_norm: LayerNorm on queries and keys.
+        qk_norm: the norm on queries and keys, per head.
         objective: "denoising" embeds the timestep as it is (DiT), every other t = 1 - timestep / 1000 (SiT).
         prediction_type: "flow_prediction", the velocity d x / d sigma (published SiT weights have the opposite sign;
             the conversion negates their last layer), or "epsilon", the noise (DiT).
-        norm_eps: of the LayerNorms without parameters.
+        norm_eps: of the norms on the hidden states.
         autoencoder: whose latents these are (`provenance.autoencoder_identity`).
         id2label, class_counts: names and numbers of training images by class id (`classes.ClassTable.to_config`).
+        norm: "layer_norm" without parameters, or "rms_norm" with a weight.
+        feed_forward: "gelu", or "swiglu" of two thirds the width.
+        rotary: 2-D rotary positions in every attention, beside the fixed ones at the input.
 
     Raises:
         ValueError: for sizes that do not divide or an unknown convention.
@@ -210,11 +222,15 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         autoencoder: dict[str, Any] | None = None,
         id2label: dict[str, Any] | None = None,
         class_counts: dict[str, int] | None = None,
+        norm: Norm = "layer_norm",
+        feed_forward: FeedForward = "gelu",
+        rotary: bool = False,
     ):
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim
         self.sample_height, self.sample_width = _height_and_width(sample_size, patch_size)
         _check_options(hidden_size, objective, prediction_type, class_dropout_prob)
+        _check_block(norm, feed_forward, rotary, attention_head_dim)
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
         self.hidden_size, self.num_layers = hidden_size, num_layers
@@ -223,6 +239,9 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         positions = sincos_position_embedding(*self.token_grid, hidden_size)
         self.register_buffer("pos_embed", positions, persistent=False)
+        angles = rotary_angles(*self.token_grid, attention_head_dim) if rotary else None
+        turns = None if angles is None else torch.stack([angles.cos(), angles.sin()])
+        self.register_buffer("rotary_turns", turns, persistent=False)
         # [cos | sin] of time * 10000^(-i / 128), i = 0 .. 127, in float32; then Linear, SiLU, Linear.
         self.time_frequencies = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(TIME_CHANNELS, hidden_size)
@@ -231,11 +250,17 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         self.modulation = nn.Linear(hidden_size, (6 * num_layers + 2) * hidden_size)
         self.transformer_blocks = nn.ModuleList(
             SiTTransformerBlock(
-                num_attention_heads, attention_head_dim, mlp_ratio=mlp_ratio, qk_norm=qk_norm, norm_eps=norm_eps
+                num_attention_heads,
+                attention_head_dim,
+                mlp_ratio=mlp_ratio,
+                qk_norm=qk_norm,
+                norm_eps=norm_eps,
+                norm=norm,
+                feed_forward=feed_forward,
             )
             for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
+        self.norm_out = _norm(norm, hidden_size, norm_eps)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
         self._initialize_weights()
 
@@ -285,13 +310,16 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         # The weights' dtype: float32 under autocast, so that the residual stream stays in float32 there.
         hidden_states = hidden_states + self.pos_embed.to(self.patch_embed.weight.dtype)
         kept: dict[int, Tensor] = {}
+        turns = self.rotary_turns
         for number, (block, block_modulation) in enumerate(
             zip(self.transformer_blocks, block_modulations, strict=True), start=1
         ):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, block_modulation)
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, block_modulation, self.rotary_turns
+                )
             else:
-                hidden_states = block(hidden_states, block_modulation)
+                hidden_states = block(hidden_states, block_modulation, turns)
             if number in hidden_layers:
                 kept[number] = hidden_states
 
@@ -358,6 +386,17 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
                 )
 
 
+def _norm(norm: Norm, size: int, eps: float) -> nn.Module:
+    if norm == "rms_norm":
+        return nn.RMSNorm(size, eps=eps)
+    return nn.LayerNorm(size, eps=eps, elementwise_affine=False)
+
+
+def _head_norm(norm: Norm, size: int) -> nn.Module:
+    """Of queries and keys; both with a weight, LayerNorm with torch's own eps of 1e-5."""
+    return nn.RMSNorm(size, eps=1e-6) if norm == "rms_norm" else nn.LayerNorm(size)
+
+
 def _height_and_width(sample_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     if height < 1 or width < 1 or height % patch_size or width % patch_size:
@@ -380,3 +419,14 @@ def _check_options(hidden_size: int, objective: str, prediction_type: str, class
         raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}; got {prediction_type!r}.")
     if not 0 <= class_dropout_prob < 1:
         raise ValueError(f"`class_dropout_prob` must lie in [0, 1); got {class_dropout_prob}.")
+
+
+def _check_block(norm: str, feed_forward: str, rotary: bool, head_dim: int) -> None:
+    for name, value, choices in (
+        ("norm", norm, get_args(Norm)),
+        ("feed_forward", feed_forward, get_args(FeedForward)),
+    ):
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
+    if rotary and head_dim % 4:
+        raise ValueError(f"Rotary positions need an `attention_head_dim` divisible by 4; got {head_dim}.")
