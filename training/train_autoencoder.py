@@ -19,7 +19,7 @@ from diffusers_eqvae.objectives.autoencoder import AutoencoderStep
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.autoencoder import arguments as cli
 from diffusers_eqvae.training_utils.autoencoder import build
-from diffusers_eqvae.training_utils.autoencoder.save import save_autoencoder, training_metadata
+from diffusers_eqvae.training_utils.autoencoder.save import evaluation_metadata, save_autoencoder, training_metadata
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             data=data,
             training=training_metadata(run, losses, regularizing, methods),
             provenance=run.provenance(),
-            metrics=metrics,
+            measured=evaluation_metadata(run, metrics, data, evaluation),
         )
 
     run.finish(save)

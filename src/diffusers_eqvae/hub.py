@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,11 @@ from typing import Any, Literal
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
 from .classes import parse_id2label
-from .files import read_json
-from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card
+from .files import read_json, strict_json
+from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card, without_folders
 
 __all__ = ["prepare_push", "push_run"]
 
@@ -29,20 +31,25 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 STATISTICS = "mean_std.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-# Of the run and of each component's folder these are uploaded, and nothing else.
-UPLOADED = ("model_index.json", "config.json", "scheduler_config.json", STATISTICS, *WEIGHTS)
+# Of the run and of each component's folder these and the weights are uploaded, and nothing else.
+UPLOADED = ("model_index.json", "config.json", "scheduler_config.json", STATISTICS)
 UPLOADED_OF_RUN = (METADATA_FILE, "metrics.jsonl", CARD)
 TEXT_SUFFIXES = (".json", ".jsonl", ".md")
+# Where diffusers notes the path that a model or a pipeline was loaded from.
+CONFIGS = ("config.json", "model_index.json", "scheduler_config.json")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+HubImages = Literal["none", "validation"]
 
 
 def push_run(
     output_dir: str | Path,
-    repo_id: str,
+    repo_id: str | None,
     *,
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
     license: str | None = None,
+    hub_images: HubImages | None = None,
 ) -> bool:
     """Publishes a run's directory as one commit and says whether that worked; call it on the main process only.
 
@@ -52,17 +59,20 @@ def push_run(
 
     Args:
         output_dir: a finished run: an autoencoder, or a pipeline where there is a model_index.json.
-        repo_id: "name" or "owner/name"; the repository is created where it does not exist.
+        repo_id: "name" or "owner/name", default the directory's; the repository is created where it does not exist.
         private: makes a new repository private; otherwise the owner's default holds.
         revision: branch to commit to, created where it does not exist; default main.
         commit_message: default "Upload NAME".
         license: the licence that the card states; default the one in run_metadata.json, else none.
+        hub_images: "validation" shows the run's images on the card, "none" shows none; default: those that show
+            nothing of a local folder. What is shown and what is left out is logged before anything is uploaded.
 
     Example:
         >>> push_run("runs/eq-vae", "me/eq-vae", private=True)  # doctest: +SKIP
         True
     """
     root = Path(output_dir)
+    repo_id = repo_id or root.resolve().name
     try:
         validate_repo_id(repo_id)
         saved_files(root)
@@ -72,16 +82,18 @@ def push_run(
     try:
         api = HfApi()
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        files, card = prepare_push(root, name, license=license)
+        files, card = prepare_push(root, name, license=license, hub_images=hub_images)
         api.create_repo(name, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         # Not upload_folder, which would need the card on disk: one commit, so that nobody downloads half of a push.
-        operations = [CommitOperationAdd(path, card.encode() if path == CARD else str(root / path)) for path in files]
+        contents = (card.encode() if path == CARD else _published(root, path) for path in files)
+        operations = [CommitOperationAdd(path, content) for path, content in zip(files, contents, strict=True)]
         message = commit_message or f"Upload {root.resolve().name}"
         commit = api.create_commit(name, operations, commit_message=message, revision=revision)
     except Exception as error:
         options = {"hub_model_id": repo_id, "revision": revision, "commit_message": commit_message, "license": license}
+        options |= {"hub_images": hub_images}
         command = ["eqvae", "push", str(root)]
         command += [word for key, value in options.items() if value is not None for word in (f"--{key}", value)]
         command += ["--private"] if private else []
@@ -97,13 +109,20 @@ def push_run(
 
 
 def prepare_push(
-    output_dir: str | Path, repo_id: str | None = None, *, license: str | None = None
+    output_dir: str | Path,
+    repo_id: str | None = None,
+    *,
+    license: str | None = None,
+    hub_images: HubImages | None = None,
 ) -> tuple[list[str], str]:
     """The files of a run that a push uploads (relative paths, README.md among them) and the model card.
 
     A README.md in the directory is taken as it is; otherwise the card is rendered from run_metadata.json and from what
-    the saved model itself says (normalisation, class, number of classes). A file that holds the access token is an
-    error.
+    the saved model itself says (normalisation, class, number of classes). `hub_images` as in `push_run`.
+
+    Raises:
+        ValueError: a file that holds the access token, or lies outside the directory (through a link, or by a name in
+            model_index.json or run_metadata.json); an image that is not one.
 
     Example:
         >>> files, card = prepare_push("runs/eq-vae", "me/eq-vae", license="apache-2.0")  # doctest: +SKIP
@@ -112,13 +131,13 @@ def prepare_push(
     if repo_id is not None:
         validate_repo_id(repo_id)
     saved = saved_files(root)
-    metadata = _metadata_of(root)
+    metadata = _metadata_of(root, hub_images)
     if license is not None:
         metadata.model["license"] = license
     files = sorted({*saved, *(image["path"] for image in metadata.evaluation.get("images", [])), CARD})
     token = huggingface_hub.get_token()
     for file in (root / path for path in files):
-        if token and file.suffix in TEXT_SUFFIXES and file.exists() and token in file.read_text(encoding="utf-8"):
+        if token and file.suffix in TEXT_SUFFIXES and file.exists() and token.encode() in file.read_bytes():
             raise ValueError(f"{file} holds your access token and would publish it; remove it first")
     if (root / CARD).exists():
         if license is not None:
@@ -138,15 +157,64 @@ def saved_files(root: Path) -> list[str]:
     if not root.is_dir():
         raise ValueError(f"there is no directory {root}")
     if (root / "model_index.json").exists():
-        index = _read_json(root / "model_index.json")
-        named = [name for name, value in index.items() if name[0] != "_" and isinstance(value, list) and all(value)]
+        named = _named_components(root)
         if missing := [name for name in named if not (root / name).is_dir()]:
             raise ValueError(f"{root} lacks the folders {', '.join(missing)} that its model_index.json names")
     elif not (root / "config.json").exists() or not any(root.glob("*.safetensors")):
         raise ValueError(f"{root} does not hold a saved model (model_index.json, or config.json and *.safetensors)")
-    found = {file for folder in (root, *_components(root)) for pattern in UPLOADED for file in folder.glob(pattern)}
-    found |= {root / name for name in UPLOADED_OF_RUN}
-    return sorted(file.relative_to(root).as_posix() for file in found if file.is_file())
+    found = {root / name for name in UPLOADED_OF_RUN}
+    for folder in (root, *_components(root)):
+        found |= {folder / name for name in UPLOADED} | {file for pattern in WEIGHTS for file in folder.glob(pattern)}
+    saved = sorted(file.relative_to(root).as_posix() for file in found if os.path.lexists(file))
+    for path in saved:
+        _require_inside(root, path)
+    return saved
+
+
+def _named_components(root: Path) -> list[str]:
+    """The folders that model_index.json names: [library, class] each, and [null, null] where one is left out.
+
+    Raises:
+        ValueError: a component that loading would not see as one, or a name that is not that of a folder in there.
+    """
+    index, named = root / "model_index.json", []
+    for name, value in read_json(index).items():
+        if name.startswith("_"):
+            continue
+        if not name.isidentifier():
+            raise ValueError(f"{index} names {name!r}, which is not the name of a folder beside it")
+        if value == [None, None]:
+            continue
+        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+        if pair:
+            named.append(name)
+        elif isinstance(value, list) or (root / name).exists():
+            raise ValueError(
+                f"{index} must say [library, class] of the component {name}, or it could not be loaded; got {value!r}"
+            )
+    return named
+
+
+def _require_inside(root: Path, path: str) -> None:
+    """Refuses what is not a file of the run: what a link or a name leads to elsewhere, a pipe, a link to nothing."""
+    target = (root / path).resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{root / path} leads to {target}, outside the run, and would publish it; copy it or remove it"
+        )
+    if not target.is_file():
+        raise ValueError(f"{root / path} is not a file that can be read; replace or remove it")
+
+
+def _published(root: Path, path: str) -> str | bytes:
+    """A file to upload, or its content without the folder that a model came from."""
+    if Path(path).name not in CONFIGS:
+        return str(root / path)
+    content = read_json(root / path)
+    source = content.get("_name_or_path")
+    if not isinstance(source, str) or without_folders(source) == source:
+        return str(root / path)
+    return strict_json(content | {"_name_or_path": without_folders(source)}).encode()
 
 
 def _components(folder: Path) -> Iterator[Path]:
@@ -157,45 +225,67 @@ def _components(folder: Path) -> Iterator[Path]:
             yield from _components(config.parent)
 
 
-def _metadata_of(root: Path) -> RunMetadata:
+def _metadata_of(root: Path, hub_images: HubImages | None) -> RunMetadata:
     """run_metadata.json, with what the saved model says about itself in place of what was noted earlier.
 
     The latent store's statistics are often written into the config after training, so the config is asked last.
     """
     noted = RunMetadata.load(root / METADATA_FILE) if (root / METADATA_FILE).exists() else RunMetadata()
-    index = _read_json(root / "model_index.json")
+    index = _read(root / "model_index.json")
     vae = root / "vae" if index else root
-    config = _read_json(vae / "config.json")
+    config = _read(vae / "config.json")
     model = {"class": config.get("_class_name"), "padding_mode": config.get("padding_mode")}
     model["normalization"] = _normalization(config, vae / STATISTICS)
     if index:
-        trained = _read_json(root / "transformer" / "config.json")
+        trained = _read(root / "transformer" / "config.json")
         model["num_classes"] = trained.get("num_classes")
         named = index.get("id2label") or trained.get("id2label")
         names = parse_id2label(named, model["num_classes"] or noted.model.get("num_classes"))
         model["labels"] = [names[key][0] for key in sorted(names)]
     model = noted.model | {key: value for key, value in model.items() if value}
-    images = [image for image in noted.evaluation.get("images", []) if _is_image(root, image["path"])]
+    images = _shown_images(root, noted.evaluation.get("images", []), hub_images)
     return replace(noted, model=model, evaluation={**noted.evaluation, "images": images})
+
+
+def _shown_images(root: Path, noted: list[dict[str, Any]], hub_images: HubImages | None) -> list[dict[str, Any]]:
+    """Those of run_metadata.json that the card shows; what is shown and what is not is logged."""
+    there = [image for image in noted if (root / str(image["path"])).exists()]
+    for image in there:
+        _require_image(root, str(image["path"]))
+    private = [image for image in there if image.get("private", True)]
+    left_out = {"none": there, "validation": [], None: private}[hub_images]
+    shown = [image for image in there if image not in left_out]
+    for images, what in ((shown, "shows"), (left_out, "leaves out")):
+        if images:
+            logger.info("The card %s %s (hub_images).", what, ", ".join(str(image["path"]) for image in images))
+    if hub_images is None and left_out:
+        logger.info("They may show images of a local folder; hub_images='validation' publishes them.")
+    for image in noted:
+        if image not in there:
+            logger.warning("The image %s is not a file below %s and is left out of the card", image["path"], root)
+    return shown
+
+
+def _require_image(root: Path, path: str) -> None:
+    _require_inside(root, path)
+    try:
+        if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"its name must end in {', '.join(IMAGE_SUFFIXES)}")
+        with Image.open(root / path) as image:
+            image.verify()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{root / path}, which {METADATA_FILE} calls an image, is not one: {error}") from error
 
 
 def _normalization(config: dict[str, Any], statistics: Path) -> dict[str, Any]:
     """The normalisation in an autoencoder's config; num_samples where mean_std.json belongs to the same mean."""
     keys = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
     found = {key.removeprefix("latents_"): config.get(key) for key in keys}
-    measured = _read_json(statistics)
+    measured = _read(statistics)
     mean, noted = found["mean"], measured.get("latents_mean")
     if mean and noted and len(mean) == len(noted) and all(map(math.isclose, mean, noted)):
         found["num_samples"] = measured.get("num_samples")
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _is_image(root: Path, path: str) -> bool:
-    target = (root / path).resolve()
-    if target.is_file() and target.is_relative_to(root.resolve()):
-        return True
-    logger.warning("The image %s is not a file below %s and is left out of the card", path, root)
-    return False
 
 
 def _one_line(error: Exception) -> str:
@@ -203,5 +293,5 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())[:400].rstrip(".")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}

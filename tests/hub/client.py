@@ -30,6 +30,7 @@ class HubClient:
         result = self.pool.submit(function, *args, **kwargs).result()
         lines = self.log_file.read_bytes()[start:].decode().splitlines()
         self.log = [line.partition(": ")[2] for line in lines if line.startswith("diffusers_eqvae.")]
+        self.log = [line for line in self.log if not line.startswith("The card shows")]
         return result
 
 

@@ -84,7 +84,7 @@ def save_autoencoder_run(directory, vae, *, seed=0):
         training={"losses": {"l1": 1.0, "lpips": 1.0}, "regularizers": {"equivariance": equivariance}},
         evaluation={
             "metrics": [{"name": "PSNR", "value": 25.82, "how": "24 images, centre crop 256 px"}],
-            "images": [{"path": "validation/00000010_rotated.png", "caption": "decoded from rotated latents"}],
+            "images": [{"path": "validation/00000010_rotated.png", "caption": "decoded, rotated", "private": False}],
         },
         provenance={"command": f"accelerate launch train.py --hub_token {TOKEN}"},
     ).save(directory / METADATA_FILE)

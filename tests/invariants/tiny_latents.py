@@ -34,6 +34,7 @@ def write_store(path: Path, vae: ModelMixin, *, num_examples: int = 48, side: in
         downsampling_factor=downsampling_factor(vae),
         labelled=labelled,
         encoder=autoencoder_identity(vae)["encoder"]["float32"],
+        source={"dataset": "animals"},
     )
     writer = LatentStoreWriter(path, settings)
     generator = torch.Generator().manual_seed(0)

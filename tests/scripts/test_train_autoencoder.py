@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_eqvae.hub import prepare_push
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 
@@ -68,6 +69,20 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("validation/psnr" in record for record in records)
     assert list((folder / "run" / "validation").glob("*_comparison.png"))
+
+    (image,) = metadata.evaluation["images"]
+    assert image["path"] == "validation/00000002_comparison.png" and image["private"]
+    assert all("before" in metric for metric in metadata.evaluation["metrics"])
+    files, card = prepare_push(folder / "run", "me/eq-vae", hub_images="validation")
+    assert image["path"] in files and image["path"] not in prepare_push(folder / "run", "me/eq-vae")[0]
+    for text in (
+        "before training",
+        "[EQ-VAE](https://arxiv.org/abs/2502.09509)",
+        "pip install",
+        "pipeline_tag: image",
+    ):
+        assert text in card, text
+    assert str(folder) not in card
 
 
 def test_deterministic_autoencoder_and_no_regularizer(folder, tiny_autoencoder_tiny):

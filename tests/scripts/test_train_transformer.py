@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler
+from diffusers_eqvae.hub import prepare_push
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.feature_projector import FeatureProjector
@@ -289,7 +290,7 @@ def test_push_gets_the_finished_directory_and_its_failure_is_the_programs(
     script, tmp_path, store, monkeypatch, worked
 ):
     pushed = []
-    push = lambda directory, name: pushed.append((directory, name)) or worked  # noqa: E731
+    push = lambda *run, **options: pushed.append((*run, options)) or worked  # noqa: E731
     monkeypatch.setattr("diffusers_eqvae.training_utils.run.push_run", push)
     words = flags(tmp_path, "--push_to_hub", latents_dir=store, validation_steps=0, hub_model_id="me/model")
     if worked:
@@ -298,7 +299,20 @@ def test_push_gets_the_finished_directory_and_its_failure_is_the_programs(
         with pytest.raises(SystemExit) as ended:
             script.main(words)
         assert ended.value.code == 1
-    assert pushed == [(tmp_path / "run", "me/model")]
+    assert pushed == [(tmp_path / "run", "me/model", {"hub_images": None})]
+
+
+def test_the_card_of_a_run_on_a_store_names_autoencoder_data_and_resolution(script, tmp_path, store):
+    config = json.loads((store / "vae" / "config.json").read_text())
+    (store / "vae" / "config.json").write_text(json.dumps(config | {"_name_or_path": "stabilityai/sd-vae-ft-mse"}))
+    script.main(flags(tmp_path, latents_dir=store, validation_steps=0))
+    settings = LatentStore(store).settings
+    _, card = prepare_push(tmp_path / "run", "me/sit")
+    for text in (
+        "on the latents of [stabilityai/sd-vae-ft-mse]",
+        f"trained on `{settings.source['dataset']}` at {settings.resolution} px",
+    ):
+        assert text in card, card
 
 
 def test_dry_run_leaves_nothing(script, tmp_path, store, capsys):

@@ -17,12 +17,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--revision", help="branch to commit to, created if missing (default: main)")
     parser.add_argument("--commit_message", help="default: Upload NAME")
     parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
+    parser.add_argument(
+        "--hub_images",
+        choices=("none", "validation"),
+        help="images on the card (default: those that show nothing of a local folder)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
     options = vars(parser.parse_args(argv))
     start_logging(format="%(levelname)s: %(message)s")
     repo_id, dry_run = options.pop("hub_model_id"), options.pop("dry_run")
     if not dry_run:
         return 0 if push_run(repo_id=repo_id, **options) else 1
-    files, card = prepare_push(options["output_dir"], repo_id, license=options["license"])
+    files, card = prepare_push(
+        options["output_dir"], repo_id, license=options["license"], hub_images=options["hub_images"]
+    )
     print("\n".join(files), card, sep="\n\n")
     return 0

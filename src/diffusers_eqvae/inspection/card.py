@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +134,8 @@ def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[T
     Example:
         >>> write_png(folder / "card.png", inspections, strips(vaes, pixels[:2]))
     """
+    # A pair of $ in a name would be typeset as mathematics.
+    inspections = [replace(each, name=each.name.replace("$", r"\$")) for each in inspections]
     rows = [strip for image in tiles for strip in image]
     heights = (0.55 * len(inspections) + 0.3, 1.95 * len(rows) + 0.5, 4.2)
     figure = pyplot().figure(figsize=(15.5, sum(heights)), layout="constrained")

@@ -70,6 +70,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
         >>> AlignmentRegularizer(AlignmentNetwork.for_teacher(teacher, latent_channels=4), teacher)
     """
 
+    paper = ("ReaLS", "2502.00359")
     Arguments = AlignmentArguments
 
     def __init__(

@@ -44,6 +44,7 @@ class Regularizer(nn.Module):
         features: features of the clean images that it reads as `batch["features.NAME"]`; `from_arguments` is then also
             given `features`, name -> number of channels.
         reads_pixels: whether it reads the clean images as `batch["pixel_values"]` (generator side).
+        paper: what the card of a model names: (name of the method, number on arXiv).
 
     Example:
         >>> class Toward(AutoencoderRegularizer):
@@ -60,6 +61,7 @@ class Regularizer(nn.Module):
     couples_samples: ClassVar[bool] = False
     features: ClassVar[tuple[str, ...]] = ()
     reads_pixels: ClassVar[bool] = False
+    paper: ClassVar[tuple[str, str] | None] = None
     weight: float = 1.0
     adaptive: bool = False
     _held: tuple[_Shared, ...] = ()

@@ -74,6 +74,7 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
 
     Arguments = EquivarianceArguments
     prefixes = ("p_", "tau_")
+    paper = ("EQ-VAE", "2502.09509")
 
     def __init__(
         self,

@@ -162,6 +162,13 @@ class RunArguments(Checked):
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to push to (user/name); unset, the name of output_dir."}
     )
+    hub_images: Literal["none", "validation"] | None = field(
+        default=None,
+        metadata={
+            "help": "Images on the pushed card: none, or those of the validation; unset, the latter where they show "
+            "nothing of a local folder. `eqvae push --dry_run` lists what a push uploads."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,6 +220,11 @@ class DataArguments(Checked):
         """What the data are called: the name on the Hub, or that of the local folder without its path."""
         given = self.dataset_name or self.train_data_dir
         return Path(given).resolve().name if given and Path(given).is_dir() else given
+
+    @property
+    def is_local(self) -> bool:
+        """Whether they lie on this machine, so that nobody knows who may see them."""
+        return Path(str(self.dataset_name or self.train_data_dir)).exists()
 
     def load(self, *, require_labels: bool = False) -> ImageSource:
         """The images; raises as `load_image_dataset` does."""

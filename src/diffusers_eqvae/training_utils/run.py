@@ -316,8 +316,8 @@ class TrainingRun:
 
     def push(self) -> None:
         """Publishes the finished run on the Hub, if --push_to_hub says so; a push that fails ends the program."""
-        name = self.arguments.hub_model_id or self.output_dir.name
-        if self.arguments.push_to_hub and self.is_main and not push_run(self.output_dir, name):
+        name, shown = self.arguments.hub_model_id, self.arguments.hub_images
+        if self.arguments.push_to_hub and self.is_main and not push_run(self.output_dir, name, hub_images=shown):
             sys.exit(1)
 
     # ------------------------------------------------------------------ inside

@@ -132,7 +132,7 @@ class Tracking:
         )
         if array.dtype != np.uint8 or array.ndim != 4:
             raise TypeError(f"Images must be uint8 NHWC or PIL; got {array.dtype} of shape {array.shape}.")
-        path = self._output_dir / "validation" / f"{step:08d}_{name}.png"
+        path = self._output_dir / image_path(step, name)
         path.parent.mkdir(exist_ok=True)
         image_grid(list(array), gap_px=0).save(path)
         for tracker in self._accelerator.trackers:
@@ -144,6 +144,35 @@ class Tracking:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def figures_at(output_dir: Path, step: int) -> dict[str, float]:
+    """What metrics.jsonl says of a step: name -> value; nothing where it has no line for it.
+
+    Example:
+        >>> figures_at(Path("runs/eq-vae"), 0)["validation/psnr"]
+    """
+    path = output_dir / METRICS_FILE
+    found: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        record = json.loads(line)
+        if record.pop("step") == step:
+            found |= {key: value for key, value in record.items() if value is not None}
+    return found
+
+
+def drawn_images(output_dir: Path, step: int, name: str, *, caption: str, private: bool) -> list[dict[str, Any]]:
+    """The images that `Tracking.images` wrote of a step, as a card lists them; none where it wrote none.
+
+    `private` where they show what only the owner of the data has.
+    """
+    path = image_path(step, name)
+    return [{"path": path, "caption": caption, "private": private}] if (output_dir / path).exists() else []
+
+
+def image_path(step: int, name: str) -> str:
+    """Of the images of a step, relative to the run: `image_path(500, "samples")`."""
+    return f"validation/{step:08d}_{name}.png"
 
 
 def _drop_lines_after(path: Path, step: int) -> list[set[str]]:

@@ -12,13 +12,15 @@ from torch import nn
 
 from ...autoencoders import encode, evaluating
 from ...data.image_datasets import PixelDataset
-from ...images import evenly_spaced
+from ...images import CAPTIONS, evenly_spaced
 from ...latents import LatentNormalization, LatentStatistics
 from ...model_card import METADATA_FILE, RunMetadata
 from ...objectives.autoencoder import AutoencoderObjective
+from ...regularizers.base import REGULARIZERS
 from ..arguments import DataArguments
 from ..console import progress_bar
 from ..run import TrainingRun
+from ..tracking import drawn_images, figures_at
 from .arguments import (
     AutoencoderArguments,
     AutoencoderEvaluationArguments,
@@ -57,6 +59,27 @@ def training_metadata(
     }
 
 
+def evaluation_metadata(
+    run: TrainingRun,
+    figures: Mapping[str, float],
+    data: DataArguments,
+    evaluation: AutoencoderEvaluationArguments,
+) -> dict[str, Any]:
+    """The last validation, beside the figures that were measured before the first step where any were, and drawn.
+
+    Images of a local folder are private: a card shows them only where its owner says so.
+    """
+    before = {key.removeprefix("validation/"): value for key, value in figures_at(run.output_dir, 0).items()}
+    metrics = [
+        {"name": key, "value": figures[key], "how": how} | ({"before": before[key]} if key in before else {})
+        for key, how in MEASURED.items()
+        if key in figures
+    ]
+    private = evaluation.validation_data_dir is not None or data.is_local
+    shown: dict[str, Any] = {"caption": ", ".join(CAPTIONS), "private": private}
+    return {"metrics": metrics, "images": drawn_images(run.output_dir, run.step, "comparison", **shown)}
+
+
 def measure_normalization(vae: ModelMixin, images: PixelDataset, num_samples: int) -> LatentStatistics:
     """Mean and standard deviation of the raw latents of evenly spaced images, posterior variance included."""
     statistics = LatentStatistics()
@@ -81,7 +104,7 @@ def save_autoencoder(
     data: DataArguments,
     training: Mapping[str, Any],
     provenance: Mapping[str, Any],
-    metrics: Mapping[str, float],
+    measured: Mapping[str, Any],
 ) -> None:
     """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_metadata.json.
 
@@ -91,7 +114,7 @@ def save_autoencoder(
         evaluation: how many of them, and whether the config takes the result.
         training: from `training_metadata`.
         provenance: from `TrainingRun.provenance`.
-        metrics: measured values by name.
+        measured: from `evaluation_metadata`.
     """
     vae = objective.model
     num_samples = None
@@ -107,13 +130,14 @@ def save_autoencoder(
         component.save_pretrained(directory / folder)
     if discriminator is not None:
         discriminator.save_pretrained(directory / "discriminator")
-    measured = [{"name": key, "value": metrics[key], "how": how} for key, how in MEASURED.items() if key in metrics]
+    papers = [REGULARIZERS[name].paper for name in training["regularizers"]]
     RunMetadata(
         model={
             "class": type(vae).__name__,
             "base_model": model.pretrained_model_name_or_path,
             "padding_mode": vae.config.get("padding_mode"),
             "latent_space_changed": True,
+            "papers": [{"name": paper[0], "arxiv": paper[1]} for paper in papers if paper is not None],
             "normalization": {
                 "mean": normalization.mean and list(normalization.mean),
                 "std": normalization.std and list(normalization.std),
@@ -124,6 +148,6 @@ def save_autoencoder(
         },
         training=dict(training),
         data={"dataset": data.name, "resolution_px": data.resolution, "report": images.source.report.to_json()},
-        evaluation={"metrics": measured},
+        evaluation=dict(measured),
         provenance=dict(provenance),
     ).save(directory / METADATA_FILE)

@@ -77,7 +77,7 @@ def _from_store(arguments: TransformerArguments) -> LatentData:
     store = LatentStore(path, vae=vae)
     remedy = "encode a dataset with labels (--label_column, or one folder per class)"
     classes = store.classes or _one_class(arguments, f"The store {path} has", remedy, len(store))
-    return LatentData(store, vae, classes, store.latent_shape, name=None)
+    return LatentData(store, vae, classes, store.latent_shape, name=store.settings.source.get("dataset"))
 
 
 def _from_images(arguments: TransformerArguments, data: DataArguments) -> LatentData:

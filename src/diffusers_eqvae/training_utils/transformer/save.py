@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from ...data.latent_data import LatentData
+from ...files import read_json
 from ...latents import LatentNormalization
 from ...model_card import METADATA_FILE, RunMetadata
 from ...models.backbone import backbones
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..run import TrainingRun
+from ..tracking import drawn_images
 from .arguments import SamplingArguments, TransformerArguments
 
 _NO_ARGUMENTS = SimpleNamespace()
@@ -49,13 +51,11 @@ def save_pipeline(
     normalization = LatentNormalization.from_vae(latents.vae)
     if normalization.mean is not None:
         normalization.save_json(directory / "vae" / "mean_std.json")
-    drawn = f"validation/{run.step:08d}_samples.png"
     caption = f"Samples after {run.step} steps, guidance scale {sampling.guidance_scale}"
-    images = [{"path": drawn, "caption": caption}] if (run.output_dir / drawn).exists() else []
     RunMetadata(
         model={
             "architecture": arguments.model if arguments.model in backbones() else None,
-            "autoencoder": arguments.vae,
+            "autoencoder": arguments.vae or _autoencoder_of(Path(str(arguments.latents_dir))),
             "num_classes": len(latents.classes),
             "sampling": {
                 "guidance_scale": sampling.guidance_scale,
@@ -67,10 +67,16 @@ def save_pipeline(
             "objective": _describe(objective),
             **run.settings(),
         },
-        data={"dataset": latents.name, "report": latents.report},
-        evaluation={"images": images},
+        data={"dataset": latents.name, "resolution_px": latents.resolution_px, "report": latents.report},
+        evaluation={"images": drawn_images(run.output_dir, run.step, "samples", caption=caption, private=False)},
         provenance=run.provenance(),
     ).save(directory / METADATA_FILE)
+
+
+def _autoencoder_of(store: Path) -> str | None:
+    """What the autoencoder in a store was loaded from, as diffusers notes it."""
+    source = read_json(store / "vae" / "config.json").get("_name_or_path")
+    return source if isinstance(source, str) else None
 
 
 def _describe(objective: Objective) -> str:
