@@ -37,6 +37,7 @@ LAYERS = (
         "pretrained",
         "provenance",
         "randomness",
+        "stated_normalization",
         "tokens",
     ),
     ("losses", "models", "schedulers"),

@@ -1,25 +1,30 @@
 """What every diffusers autoencoder has in common: pixels -> posterior -> raw latents -> pixels.
 
 `AutoencoderKL` gives a Gaussian posterior, `AutoencoderTiny` and `AutoencoderDC` a deterministic one; the rest of the
-package speaks to all through the functions here and never asks which it holds.
+package speaks to all through the functions here and never asks which it holds. `_FAMILIES` is the one table of what is
+handled; every other class is refused by name where it is loaded.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import diffusers
 import torch
 from diffusers import AutoModel
 from torch import Tensor, nn
 
 from . import _registration
 from .files import read_json
-from .pretrained import hub_file, looking_for
+from .latents import latent_channels as latent_channels
+from .pretrained import hub_file, load_pretrained, looking_for
+from .stated_normalization import adopt_saved_normalization
 
 # AutoencoderKL, AutoencoderTiny or whatever else has encode, decode, encoder, decoder and config: diffusers has no
 # common base class to name here.
@@ -27,6 +32,106 @@ Autoencoder: TypeAlias = Any
 
 # The encoder's variance is exp(logvar) with logvar kept in this range (latent-diffusion's DiagonalGaussian).
 LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How a class of autoencoders gives its latents and says their size.
+
+    Args:
+        output: what its `encode` gives: "latent_dist", a Gaussian, or the name of deterministic latents.
+        stride: pixels per latent position along one side, of its config.
+        magnitude: config entry of the largest value that its decoder tells apart; None = all do.
+    """
+
+    output: str
+    stride: Callable[[Any], int]
+    magnitude: str | None = None
+
+    @property
+    def deterministic(self) -> bool:
+        return self.output != "latent_dist"
+
+
+def _halved_by(widths: str) -> Callable[[Any], int]:
+    """The stride of an encoder that halves the image after every entry of `widths` but the last."""
+    return lambda config: 2 ** (len(config[widths]) - 1)
+
+
+_FAMILIES = {
+    "AutoencoderKL": _Family("latent_dist", _halved_by("block_out_channels")),
+    "AsymmetricAutoencoderKL": _Family("latent_dist", _halved_by("down_block_out_channels")),
+    "AutoencoderKLHunyuanImage": _Family("latent_dist", lambda config: int(config["spatial_compression_ratio"])),
+    "AutoencoderTiny": _Family("latents", _halved_by("encoder_block_out_channels"), "latent_magnitude"),
+    "AutoencoderDC": _Family("latent", _halved_by("encoder_block_out_channels")),
+    "VQModel": _Family("latents", _halved_by("block_out_channels")),
+}
+# Why others are refused; a class that is in neither table is refused as unknown.
+_REFUSED = {
+    "AutoencoderKLFlux2": "normalises its latents by batch statistics of its own, which would stay the old ones",
+    "AutoencoderRAE": "encodes by a frozen vision model, which cannot be trained as an encoder",
+    "ConsistencyDecoderVAE": "decodes by a diffusion process, which gives no gradient and another image each time",
+    "AutoencoderKLKVAE": "has a config of its own kind (z_channels, no normalisation)",
+    **dict.fromkeys(
+        (
+            *("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"),
+            *("AutoencoderKLHunyuanVideo15", "AutoencoderKLHunyuanImageRefiner", "AutoencoderKLKVAEVideo"),
+            *("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3"),
+            *("AutoencoderKLMochi", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"),
+            *("AutoencoderKLTemporalDecoder", "AutoencoderVidTok", "Kandinsky6SRVAE"),
+        ),
+        "takes videos (B, C, T, H, W), not images",
+    ),
+    **dict.fromkeys(
+        (
+            *("AutoencoderKLKVAEAudio", "AutoencoderKLLTX2Audio", "AutoencoderKLMiniMaxH3Audio", "AutoencoderOobleck"),
+            *("AutoencoderSAME", "Cosmos3AVAEAudioTokenizer", "LongCatAudioDiTVae", "MMAudioVAE"),
+        ),
+        "takes sound, not images",
+    ),
+}
+
+
+def uncompiled(module: Any) -> Any:
+    """What `torch.compile` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def stock_class(kind: type) -> str:
+    """Name of the class of diffusers that an autoencoder's class is or derives from, else its own name.
+
+    Example:
+        >>> stock_class(AutoencoderKLEQ)
+        'AutoencoderKL'
+    """
+    return next((each.__name__ for each in kind.__mro__ if each.__module__.startswith("diffusers.")), kind.__name__)
+
+
+def require_handled(autoencoder: Autoencoder | type, whose: str = "The autoencoder") -> None:
+    """Refuses an autoencoder whose class would be trained, normalised or decoded wrongly.
+
+    A class of ours or of yours counts as the class of diffusers that it derives from. A class that diffusers adds is
+    refused until it is in the table here.
+
+    Raises:
+        ValueError: in one sentence, why the class is refused, and which are handled.
+
+    Example:
+        >>> require_handled(vae)
+    """
+    kind = autoencoder if isinstance(autoencoder, type) else type(uncompiled(autoencoder))
+    name = stock_class(kind)
+    if name not in _FAMILIES:
+        reason = _REFUSED.get(name, "is not known here, and might be handled wrongly")
+        handled = ", ".join(_FAMILIES)
+        raise ValueError(
+            f"{whose} is of the class {kind.__name__}, which {reason}; use {handled} or a subclass of one."
+        )
+
+
+def _family(vae: Autoencoder) -> _Family:
+    require_handled(vae)
+    return _FAMILIES[stock_class(type(uncompiled(vae)))]
 
 
 @dataclass(frozen=True)
@@ -78,7 +183,8 @@ class Posterior:
         """KL(q || N(0, I)) summed over C, h, w: (B,) in nats; 0 for a deterministic posterior."""
         if self.logvar is None:
             return self.mean.new_zeros(self.mean.shape[0])
-        mean, logvar = self.mean.float(), self.logvar.float()
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
 
@@ -98,30 +204,54 @@ class Decoded:
 
 
 def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Autoencoder:
-    """Any diffusers autoencoder in float32 and eval mode.
+    """Any diffusers autoencoder in float32 and eval mode, with the normalisation that its files state in its config.
 
     `name` is a directory or Hub name of an autoencoder, or of a pipeline with one in vae/; otherwise `subfolder` says
-    where it lies inside. A model of another kind raises ValueError, and OSError where nothing is found.
+    where it lies inside. Its class is looked at before anything else. A mean_std.json beside its config means
+    (raw - mean) / std, per channel before scalar, and replaces a scaling_factor and shift_factor; a scaling_factor
+    that the config does not state is not applied on top of a latents_mean that it does.
+
+    Raises:
+        ValueError: a class that is not handled, or not an autoencoder; statements about latents that contradict.
+        OSError: nothing is found.
 
     Example:
         >>> vae = load_autoencoder("stabilityai/sd-vae-ft-mse").requires_grad_(False)
     """
     location = autoencoder_location(name, subfolder=subfolder, revision=revision)
+    stated = _read_config(name, location)
+    kind = _class_of(stated, name)
+    if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
+        raise ValueError(f"{name} is a {kind.__name__}, not an autoencoder; name one, or its pipeline.")
+    require_handled(kind, name)
+    with _without_false_warning():
+        model = load_pretrained(
+            AutoModel.from_pretrained, name, "an autoencoder", torch_dtype=torch.float32, **location
+        )
+    inside = "/".join(filter(None, (location.get("subfolder"), "mean_std.json")))
+    adopt_saved_normalization(model, stated, hub_file(name, inside, revision))
+    return model.eval()
+
+
+def _read_config(name: str, location: Mapping[str, str]) -> dict[str, Any]:
+    """What a saved model's config.json says, and nothing that its class would add."""
     try:
-        with _without_false_warning(), looking_for(name, "an autoencoder") as options:
-            model = AutoModel.from_pretrained(name, torch_dtype=torch.float32, **location, **options)
+        with looking_for(name, "an autoencoder") as options:
+            return AutoModel.load_config(name, **location, **options)
     except OSError as error:
         folder = Path(name) / location.get("subfolder", "")
         if (folder / "config.json").is_file() or not Path(name).is_dir():
             raise  # it is there, and something else is wrong with it; or it is nowhere, which is said
         hint = f" Did you mean {folder / 'vae'}?" if (folder / "vae").is_dir() else ""
         raise OSError(f"{name} does not hold an autoencoder: there is no {folder / 'config.json'}.{hint}") from error
-    except ValueError:
-        _registration.require_class(AutoModel.load_config(name, **location).get("_class_name", "AutoModel"), name)
-        raise
-    if not (hasattr(model, "encode") and hasattr(model, "decode")):
-        raise ValueError(f"{name} is a {type(model).__name__}, not an autoencoder; name one, or its pipeline.")
-    return model.eval()
+
+
+def _class_of(config: Mapping[str, Any], name: str) -> type:
+    kind = config.get("_class_name") if isinstance(config, Mapping) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"The config.json of {name} names no class of diffusers (_class_name); it names {kind!r}.")
+    _registration.require_class(kind, name)
+    return getattr(sys.modules[_registration.LIBRARY], kind, None) or getattr(diffusers, kind)
 
 
 @contextmanager
@@ -180,16 +310,14 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     """
     for side, size in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
         require_fitting(size, downsampling_factor(vae), name=f"The {side} of images")
-    output = vae.encode(pixels)
-    if hasattr(output, "latent_dist"):
-        return Posterior(output.latent_dist.mean, output.latent_dist.logvar)
-    for name in ("latents", "latent"):  # AutoencoderTiny's word and AutoencoderDC's
-        if hasattr(output, name):
-            return Posterior(getattr(output, name))
-    raise ValueError(
-        f"An autoencoder's encode must give latent_dist, latents or latent; {type(vae).__name__} gives "
-        f"{type(output).__name__} with {', '.join(vars(output)) or 'nothing'}."
-    )
+    family, output = _family(vae), vae.encode(pixels)
+    found = getattr(output, family.output, None)
+    if found is None:
+        raise ValueError(
+            f"This autoencoder's encode must give {family.output}; {type(vae).__name__} gives "
+            f"{type(output).__name__} with {', '.join(vars(output)) or 'nothing'}."
+        )
+    return Posterior(found) if family.deterministic else Posterior(found.mean, found.logvar)
 
 
 def decode(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
@@ -219,18 +347,19 @@ def decode_upcast(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
 
 def is_deterministic(vae: Autoencoder) -> bool:
     """True where the encoder gives latents and no variance (AutoencoderTiny, AutoencoderDC, VQModel)."""
-    return last_encoder_layer(vae).out_channels == vae.config.latent_channels
+    return _family(vae).deterministic
 
 
-def latent_channels(vae: Autoencoder) -> int:
-    """C of latents (B, C, h, w); for a VQ model the width of its codebook."""
-    return int(getattr(vae.config, "vq_embed_dim", None) or vae.config.latent_channels)
+def latent_range(vae: Autoencoder) -> tuple[float, float] | None:
+    """Between which raw latents the decoder tells apart; None = all (AutoencoderTiny: -3 to 3)."""
+    family = _family(vae)
+    magnitude = None if family.magnitude is None else float(vae.config[family.magnitude])
+    return None if magnitude is None else (-magnitude, magnitude)
 
 
 def downsampling_factor(vae: Autoencoder) -> int:
     """f of an 'f8' autoencoder: pixels per latent position along one side."""
-    channels = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
-    return 2 ** (len(channels) - 1)
+    return _family(vae).stride(vae.config)
 
 
 def require_fitting(size: int, stride: int, *, name: str = "resolution", smallest: int | None = None) -> None:

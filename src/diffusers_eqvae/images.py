@@ -33,7 +33,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """A PIL image of pixels (3, H, W) in [-1, 1], by `to_uint8`: e.g. `to_image(pixels[0]).save("x.png")`."""
+    """A PIL image of finite pixels (3, H, W) in [-1, 1], by `to_uint8`: e.g. `to_image(pixels[0]).save("x.png")`."""
     return Image.fromarray(to_uint8(pixels.detach().cpu()).permute(1, 2, 0).numpy())
 
 
@@ -47,6 +47,7 @@ def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
     Returns:
         Colours (B, 3, h, w) in [-1, 1], scaled to two standard deviations, and the basis (C, 3).
     """
+    require_finite(latents, whose=f"The encoder, in {latents.dtype},")
     positions = latents.detach().float().permute(0, 2, 3, 1)
     centred = positions - positions.mean((0, 1, 2), keepdim=True)
     if basis is None:
@@ -211,8 +212,28 @@ def to_pixels(image: Image.Image) -> Tensor:
 def to_uint8(pixels: Tensor) -> Tensor:
     """Of pixels in [-1, 1], in the same shape, by `UINT8_RULE`; the inverse of `to_pixels` on its range.
 
+    Raises:
+        ValueError: NaN or infinity, which would be black or white pixels.
+
     Example:
         >>> to_uint8(torch.tensor([-1.0, 0.0, 0.99, 3.0])).tolist()
         [0, 128, 254, 255]
     """
+    require_finite(pixels, whose=f"What made these pixels, in {pixels.dtype},")
     return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def require_finite(values: Tensor, *, whose: str) -> None:
+    """Refuses NaN and infinity, which an image would hide.
+
+    Args:
+        whose: what gave the values, and in which dtype, for the message.
+
+    Example:
+        >>> require_finite(pixels, whose=f"The autoencoder in {vae.dtype}")
+    """
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{whose} gave NaN or infinity; use float32 or bfloat16 where it was float16, which overflows in some "
+            "autoencoders, else check its weights."
+        )

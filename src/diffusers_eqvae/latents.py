@@ -15,11 +15,24 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .autoencoders import Autoencoder, latent_channels
 from .files import read_json, write_json
+
+ENTRIES = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+MEAN_AND_STD_UNREAD = (
+    "The pipelines of Stable Diffusion 1.5, Stable Diffusion 3, FLUX and Sana do not read latents_mean and "
+    "latents_std (those of SDXL do)"
+)
+SHIFT_UNREAD = "The pipelines of Stable Diffusion 1.5 and SDXL do not read shift_factor (those of SD3 and FLUX do)"
+TOLERANCE = 0.01  # in standard deviations: what does not matter
+
+
+def latent_channels(vae: Any) -> int:
+    """C of latents (B, C, h, w) of an autoencoder; for a VQ model the width of its codebook."""
+    return int(getattr(vae.config, "vq_embed_dim", None) or vae.config.latent_channels)
 
 
 @dataclass(frozen=True)
@@ -81,28 +94,46 @@ class LatentNormalization:
         return (latents.to(_math_dtype(latents)) / scale + shift).to(latents.dtype)
 
     @classmethod
-    def from_vae(cls, vae: Autoencoder) -> LatentNormalization:
+    def from_vae(cls, vae: Any) -> LatentNormalization:
         """What a diffusers autoencoder's config says."""
         return cls.from_config(vae.config)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentNormalization:
-        """From latents_mean, latents_std, scaling_factor and shift_factor, each of which may be absent or None."""
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        scaling_factor, shift_factor = config.get("scaling_factor"), config.get("shift_factor")
-        return cls(
-            mean=None if mean is None else tuple(float(value) for value in mean),
-            std=None if std is None else tuple(float(value) for value in std),
-            scaling_factor=1.0 if scaling_factor is None else float(scaling_factor),
-            shift_factor=0.0 if shift_factor is None else float(shift_factor),
-        )
+        """From latents_mean, latents_std, scaling_factor and shift_factor, each of which may be absent or None.
+
+        Values per channel are read in the shapes C, (C, 1, 1) and (1, C, 1, 1).
+        """
+        stated: dict[str, Any] = {key: config.get(key) for key in ENTRIES}
+        values = {key: None if value is None else _values(key, value) for key, value in stated.items()}
+        for key in ("scaling_factor", "shift_factor"):
+            if values[key] is not None and np.ndim(stated[key]):
+                raise ValueError(f"{key} must be one number; got {stated[key]} of shape {np.shape(stated[key])}.")
+        scaling_factor, shift_factor = values["scaling_factor"] or (1.0,), values["shift_factor"] or (0.0,)
+        return cls(values["latents_mean"], values["latents_std"], scaling_factor[0], shift_factor[0])
 
     @classmethod
     def from_statistics(cls, statistics: LatentStatistics, *, scalar: bool = False) -> LatentNormalization:
-        """To zero mean and unit variance per channel, or over all channels together where `scalar` (ReaLS)."""
+        """To zero mean and unit variance per channel, or over all channels together where `scalar` (ReaLS).
+
+        The scalar form is shift_factor = mean and scaling_factor = 1 / std, which the pipelines of SD3 and FLUX read.
+        """
         if scalar:
-            return cls(mean=(statistics.scalar_mean,), std=(statistics.scalar_std,))
+            return cls(scaling_factor=1.0 / statistics.scalar_std, shift_factor=statistics.scalar_mean)
         return cls(mean=tuple(statistics.mean), std=tuple(statistics.std))
+
+    @property
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(raw - mean) / std is this normalisation, whatever it is made of; one number each, or one per channel."""
+        std = tuple(value / self.scaling_factor for value in self.std or (1.0,))
+        return self.mean or (self.shift_factor,), std
+
+    def unread(self) -> str | None:
+        """Which pipelines of diffusers do not read what this is made of, in a sentence without its end, or None."""
+        if self.mean is not None:
+            return MEAN_AND_STD_UNREAD
+        shift = abs(self.shift_factor * self.scaling_factor)
+        return f"{SHIFT_UNREAD}; it is {shift:.3g} standard deviations" if shift > TOLERANCE else None
 
     def to_config(self) -> dict[str, Any]:
         """latents_mean, latents_std, scaling_factor, shift_factor as a diffusers autoencoder's config spells them."""
@@ -113,7 +144,7 @@ class LatentNormalization:
             "shift_factor": self.shift_factor,
         }
 
-    def apply_to(self, vae: Autoencoder) -> None:
+    def apply_to(self, vae: Any) -> None:
         """Writes this normalisation into the autoencoder's config, from where save_pretrained and from_vae take it.
 
         A single mean and std is spelled out for every channel, which is what diffusers' pipelines expect.
@@ -124,8 +155,8 @@ class LatentNormalization:
         config, channels = self.to_config(), latent_channels(vae)
         if self.mean is not None and self.std is not None:
             self._check_channels(channels)
-            config["latents_mean"] = _repeat(self.mean, channels)
-            config["latents_std"] = _repeat(self.std, channels)
+            config["latents_mean"] = repeated(self.mean, channels)
+            config["latents_std"] = repeated(self.std, channels)
         vae.register_to_config(**config)
 
     def save_json(self, path: str | os.PathLike[str], *, num_samples: int | None = None) -> None:
@@ -134,9 +165,8 @@ class LatentNormalization:
         Keys: "mean" and "std", the scalars over all channels (ReaLS' format); "latents_mean" and "latents_std", the
         lists per channel; "num_samples", how many images they were measured on.
         """
-        mean = self.mean or (self.shift_factor,)
-        std = tuple(value / self.scaling_factor for value in self.std or (1.0,))
-        scalar_mean, scalar_std = _over_channels(mean, std)
+        mean, std = self.mean_and_std
+        scalar_mean, scalar_std = over_channels(mean, std)
         content = {
             "mean": scalar_mean,
             "std": scalar_std,
@@ -156,7 +186,10 @@ class LatentNormalization:
         content = read_json(path)
         for mean, std in (("latents_mean", "latents_std"), ("mean", "std")):
             if mean in content and std in content:
-                return cls(mean=_as_tuple(content[mean]), std=_as_tuple(content[std]))
+                try:
+                    return cls(mean=_values(mean, content[mean]), std=_values(std, content[std]))
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
         raise ValueError(f'{path} must hold {{"mean": ..., "std": ...}} or "latents_mean" and "latents_std" lists.')
 
     def _shift_and_scale(self, latents: Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -252,12 +285,12 @@ class LatentStatistics:
     @property
     def scalar_mean(self) -> float:
         """Over all channels together."""
-        return _over_channels(self.mean, self.std)[0]
+        return over_channels(self.mean, self.std)[0]
 
     @property
     def scalar_std(self) -> float:
         """Over all channels together, which includes how the channels' means differ."""
-        return _over_channels(self.mean, self.std)[1]
+        return over_channels(self.mean, self.std)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers that survive JSON bit for bit."""
@@ -294,16 +327,27 @@ def _math_dtype(latents: Tensor) -> torch.dtype:
     return torch.promote_types(latents.dtype, torch.float32)
 
 
-def _over_channels(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:
+def over_channels(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation over all channels of equal size, from those of each."""
     center = math.fsum(mean) / len(mean)
     variance = math.fsum(s**2 + (m - center) ** 2 for m, s in zip(mean, std, strict=True)) / len(mean)
     return center, math.sqrt(variance)
 
 
-def _repeat(values: tuple[float, ...], channels: int) -> list[float]:
+def repeated(values: tuple[float, ...], channels: int) -> list[float]:
     return list(values) * (channels if len(values) == 1 else 1)
 
 
-def _as_tuple(value: float | Sequence[float]) -> tuple[float, ...]:
-    return (float(value),) if isinstance(value, (int, float)) else tuple(float(each) for each in value)
+def _values(key: str, value: Any) -> tuple[float, ...]:
+    """One number, or one per channel in the shapes C, (C, 1, 1) or (1, C, 1, 1)."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
+    flat = array.ndim <= 1 or array.shape in ((array.size, 1, 1), (1, array.size, 1, 1))
+    if array.dtype.kind not in "if" or not array.size or not flat:
+        shape = "no numbers" if array.dtype.kind not in "if" else f"the shape {array.shape}"
+        raise ValueError(
+            f"{key} must be a number, or one per channel in the shape C, (C, 1, 1) or (1, C, 1, 1); it has {shape}."
+        )
+    return tuple(float(each) for each in array.ravel())

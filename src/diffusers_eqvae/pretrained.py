@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
+logger = logging.getLogger(__name__)
+
 PATIENCE_S = 5.0
+T = TypeVar("T")
+# diffusion_pytorch_model.fp16.safetensors, in shards as diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+_VARIANT = re.compile(r"diffusion_pytorch_model\.(?P<name>[^./]+?)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 
 
 @contextmanager
@@ -51,6 +58,51 @@ def looking_for(name: str | os.PathLike[str], what: str) -> Iterator[dict[str, A
     except (OSError, HFValidationError) as error:
         detail = f"the Hub cannot be asked ({why}), nor is it in its cache" if why else _one_line(error)
         raise OSError(f"{name} is not {what}: there is no such directory here, and {detail}.") from error
+
+
+def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: str, **location: Any) -> T:
+    """`load(name, **location)`; where its weights are there in one variant only (fp16), with that variant.
+
+    Args:
+        load: a `from_pretrained`.
+        what: as `looking_for` takes it.
+        location: `subfolder`, `revision` and whatever else `load` takes.
+
+    Raises:
+        OSError: as `looking_for`; or there are weights, in several variants, and the message names the files.
+
+    Example:
+        >>> load_pretrained(AutoencoderKL.from_pretrained, "vae", "an autoencoder", torch_dtype=torch.float32)
+    """
+    with looking_for(name, what) as options:
+        try:
+            return load(name, **location, **options)
+        except OSError as error:
+            files = _weight_files(name, location.get("subfolder"), location.get("revision"))
+            found = [match for match in map(_VARIANT.fullmatch, (Path(file).name for file in files)) if match]
+            variants = sorted({match["name"] for match in found})
+            if not variants:
+                raise
+            if len(variants) > 1:
+                raise OSError(
+                    f"{name} has weights in the variants {', '.join(variants)} ({', '.join(files)}) and none without "
+                    "one; rename those that you mean to the same name without the variant."
+                ) from error
+            logger.warning("%s has weights of the variant %s only (%s); they are loaded.", name, variants[0], files)
+            return load(name, variant=variants[0], **location, **options)
+
+
+def _weight_files(name: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> list[str]:
+    """Files of weights below the folder, by path, in order."""
+    if Path(name).exists():
+        files = [path.relative_to(name).as_posix() for path in Path(name).rglob("*")]
+    else:
+        try:
+            files = HfApi().list_repo_files(str(name), revision=revision)
+        except (OSError, HFValidationError):
+            return []
+    inside = f"{subfolder}/" if subfolder else ""
+    return sorted(file for file in files if file.startswith(inside) and Path(file).suffix in (".safetensors", ".bin"))
 
 
 def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:

@@ -21,7 +21,14 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
-from .autoencoders import Autoencoder, downsampling_factor, latent_channels
+from .autoencoders import (
+    Autoencoder,
+    downsampling_factor,
+    latent_channels,
+    latent_range,
+    stock_class,
+    uncompiled,
+)
 from .latents import LatentNormalization
 
 # How the Hub's cache lays files out: models--OWNER--NAME/snapshots/COMMIT/...
@@ -45,28 +52,33 @@ LATENT_SPACE = ("encoder", "codebook", "normalization")
 def autoencoder_identity(vae: Autoencoder) -> dict[str, Any]:
     """What an autoencoder is, as a JSON value that travels with whatever was made by it.
 
+    `class` is the class of diffusers that it is or derives from; `latent_range` what raw latents its decoder tells
+    apart, where that is bounded.
     `encoder` (with quant_conv), `codebook` (of a VQ model, else None) and `decoder` (with post_quant_conv) are each
     hashed as float32, bfloat16 and float16, the padding of their convolutions included; `normalization` is one hash of
     the config's four entries. Every hash is the first 16 hexadecimal digits of a SHA-256.
 
     Example:
         >>> autoencoder_identity(vae)
-        {'class': 'AutoencoderKL', 'latent_channels': 4, 'downsampling_factor': 8,
+        {'class': 'AutoencoderKL', 'latent_channels': 4, 'downsampling_factor': 8, 'latent_range': None,
          'encoder': {'float32': '5e0b...', 'bfloat16': '91c7...', 'float16': '07aa...'}, 'codebook': None,
          'decoder': {...}, 'normalization': '3f52...'}
 
     Raises:
         ValueError: no encoder parameters, as in a wrapped autoencoder.
     """
+    vae = uncompiled(vae)
     if not _parameters(vae, "encoder"):
         raise ValueError(
             f"The identity of an autoencoder needs its encoder; {type(vae).__name__} has no parameter named encoder.* "
             "and may be wrapped: unwrap it first (accelerator.unwrap_model)."
         )
+    bounds = latent_range(vae)
     return {
-        "class": type(vae).__name__,
+        "class": stock_class(type(vae)),
         "latent_channels": latent_channels(vae),
         "downsampling_factor": downsampling_factor(vae),
+        "latent_range": None if bounds is None else list(bounds),
         **{part: _part_hashes(vae, part) for part in _PARAMETERS},
         "normalization": _normalization_hash(vae),
     }
@@ -93,6 +105,7 @@ def require_same_autoencoder(
     Example:
         >>> require_same_autoencoder(store.autoencoder, vae, whose="the store latents/images")
     """
+    given = uncompiled(given)
     differing = [
         _CALLED[part] for part in parts if expected and part in expected and not _agree(part, expected[part], given)
     ]
@@ -230,7 +243,7 @@ def weights_hash(*modules: nn.Module) -> str:
         >>> weights_hash(pipeline.transformer, pipeline.vae)
         '0f2c6f6f9d0c3f7e'
     """
-    return hash_tensors(named for module in modules for named in module.state_dict().items())
+    return hash_tensors(named for module in map(uncompiled, modules) for named in module.state_dict().items())
 
 
 def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:

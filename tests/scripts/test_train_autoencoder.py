@@ -106,7 +106,7 @@ def test_both_regularizers_on_one_autoencoder(folder, tiny_autoencoder_kl):
     run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
     network = AlignmentNetwork.from_pretrained(folder / "run", subfolder="alignment_network")
     assert (network.config.feature_size, network.config.teacher_image_size) == (16, 56)
-    assert json.loads((folder / "run" / "config.json").read_text())["_class_name"] == "AutoencoderKLEQ"
+    assert json.loads((folder / "run" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["alignment_weight"] > 0
     assert not any("teacher" in name for name in last_checkpoint(folder / "run", "objective")["module"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autoencoders import decode, downsampling_factor, encode, evaluating, is_deterministic, latent_channels
-from ..images import to_uint8
+from ..images import require_finite, to_uint8
 from ..randomness import torch_generator
 from .base import Measurement, Metric, build_metrics, measure
 from .feature_networks import FeatureNetwork
@@ -40,7 +40,7 @@ def reconstruct(vae: nn.Module, pixels: Tensor, *, noise: Tensor | None = None) 
     """
     posterior = encode(vae, pixels)
     decoded = decode(vae, posterior.mode() if noise is None else posterior.sample(noise))
-    require_finite(decoded)
+    require_finite(decoded, whose=f"{type(vae).__name__} in {decoded.dtype}")
     return {
         "images": pixels,
         "reconstructions": decoded.clamp(-1, 1),
@@ -149,12 +149,3 @@ def image_noise(index: int, seed: int, shape: tuple[int, int, int]) -> Tensor:
         torch.Size([4, 32, 32])
     """
     return torch.randn(shape, generator=torch_generator(seed, index))
-
-
-def require_finite(pixels: Tensor) -> None:
-    """Raises ValueError for NaN and infinity, which uint8 would hide."""
-    if not pixels.isfinite().all():
-        raise ValueError(
-            "Images must be finite; got NaN or infinity. Check the model and its dtype: float16 overflows in some "
-            "autoencoders, float32 and bfloat16 do not."
-        )

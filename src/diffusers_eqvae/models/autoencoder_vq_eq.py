@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..tokens import decode_tokens, encode_tokens
-from .autoencoder_kl_eq import PaddingMode, set_padding_mode
+from .autoencoder_kl_eq import PaddingMode, set_padding_mode, stock_kinds
 
 
 class VQModelEQ(VQModel):
@@ -66,7 +66,7 @@ class VQModelEQ(VQModel):
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,
-            down_block_types=down_block_types,
+            down_block_types=stock_kinds(down_block_types),
             up_block_types=up_block_types,
             block_out_channels=block_out_channels,
             layers_per_block=layers_per_block,

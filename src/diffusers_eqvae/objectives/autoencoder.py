@@ -24,6 +24,7 @@ from ..autoencoders import (
     last_decoder_layer,
     last_encoder_layer,
     latent_channels,
+    require_handled,
 )
 from ..losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from ..losses.reconstruction import kl_loss, reconstruction_loss
@@ -63,6 +64,7 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         sample_posterior: bool = True,
         reduction: Literal["sum", "mean"] = "sum",
     ) -> None:
+        require_handled(model)
         super().__init__(model, regularizers)
         self.sample_posterior = sample_posterior
         self.reduction = reduction

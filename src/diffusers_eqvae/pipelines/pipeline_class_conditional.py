@@ -17,12 +17,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..autoencoders import decode_upcast, latent_channels
+from ..autoencoders import decode_upcast, latent_channels, require_handled, uncompiled
 from ..classes import ClassTable, parse_id2label
 from ..guidance import IntervalGuidance
-from ..images import to_image
+from ..images import require_finite, to_image
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork
+from ..models.autoencoder_kl_eq import AutoencoderKLEQ
 from ..provenance import require_same_autoencoder
 from ..schedulers.capabilities import integrates_velocity, noise_levels, takes_variance
 from .labels import resolve_class_labels
@@ -68,6 +69,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         alignment_network: the `AlignmentNetwork` that was trained with the VAE, where there is one; sampling does not
             use it, `perception.perception_image` does.
 
+    Attributes:
+        preview_decoder: None, or a small autoencoder (AutoencoderTiny) that decodes in place of `vae`. It is not the
+            one that the transformer was trained with, and that it decodes the same latents is yours to know: it takes
+            them normalised, as its own config says. It is not saved; settings and cards of samples name it.
+
     Raises:
         ValueError: transformer, VAE, scheduler or id2label do not belong together.
 
@@ -94,8 +100,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_modules(alignment_network=alignment_network)
         self.register_to_config(id2label=id2label)
-        self._checked_parts: tuple[Any, Any, Any] = (None, None, None)
+        self.preview_decoder: ModelMixin | None = None
+        self._checked_parts: tuple[Any, ...] = (None,) * 4
+        self._called_with = (0, 1.0)  # steps and guidance scale
         self.check_parts()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        module = uncompiled(value)
+        if isinstance(module, AutoencoderKLEQ) and module.is_stock:
+            # What is saved is a plain AutoencoderKL, and loads where this package is not installed.
+            self.register_to_config(**{name: ("diffusers", "AutoencoderKL")})
 
     @property
     def id2label(self) -> dict[int, tuple[str, ...]]:
@@ -112,6 +127,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         table = ClassTable.from_config({key: getattr(config, key, None) for key in ("id2label", "class_counts")})
         return table.present if table and table.counts else list(range(config.num_classes))
 
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or ran last, for callbacks."""
+        return self._called_with[0]
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that runs, or ran last, for callbacks."""
+        return self._called_with[1]
+
     def resolve_class_labels(self, class_labels: Any) -> list[int]:
         """Flat class ids of ids, names or nested lists of them; see `labels.resolve_class_labels`."""
         return resolve_class_labels(class_labels, self.transformer.config.num_classes, id2label=self.id2label)
@@ -122,8 +147,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: in one sentence, what does not fit.
         """
-        parts = (self.transformer, self.vae, self.scheduler)
-        if any(part is None for part in parts) or all(
+        parts = (self.transformer, self.vae, self.scheduler, self.preview_decoder)
+        if any(part is None for part in parts[:3]) or all(
             new is old for new, old in zip(parts, self._checked_parts, strict=True)
         ):
             return
@@ -135,12 +160,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self._checked_parts = parts
 
     def _check_autoencoder(self) -> None:
-        expected, given = self.transformer.config.in_channels, latent_channels(self.vae)
-        if expected != given:
-            raise ValueError(
-                f"The transformer works on {expected} latent channels but the {type(self.vae).__name__} has {given}: "
-                "load the VAE that the transformer was trained with."
-            )
+        expected = self.transformer.config.in_channels
+        for decoder in (self.vae, self.preview_decoder):
+            if decoder is None:
+                continue
+            require_handled(decoder)
+            name, channels = type(uncompiled(decoder)).__name__, latent_channels(decoder)
+            if channels != expected:
+                raise ValueError(
+                    f"The transformer works on {expected} latent channels but the {name} has {channels}: "
+                    "load the VAE that the transformer was trained with."
+                )
 
     def _check_scheduler(self) -> None:
         objective = getattr(self.transformer.config, "objective", "flow_matching")
@@ -225,9 +255,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) float32, nominally in [-1, 1], of normalised latents.
 
-        A float16 VAE whose config says `force_upcast` is decoded in float32; see `autoencoders.decode_upcast`.
+        A float16 VAE whose config says `force_upcast` is decoded in float32; see `autoencoders.decode_upcast`. A
+        `preview_decoder` decodes in place of the VAE.
         """
-        return decode_upcast(self.vae, LatentNormalization.from_vae(self.vae).denormalize(latents.float()))
+        decoder = self.vae if self.preview_decoder is None else self.preview_decoder
+        latents = latents.to(decoder.device, torch.float32)
+        return decode_upcast(decoder, LatentNormalization.from_vae(decoder).denormalize(latents))
+
+    def _images(self, latents: Tensor, output_type: str) -> Any:
+        """What the caller asked for, of latents; NaN and infinity are refused, which images would show as black."""
+        if output_type == "latent":
+            return latents
+        decoder = self.vae if self.preview_decoder is None else self.preview_decoder
+        pixels = self.decode_latents(latents)
+        require_finite(pixels, whose=f"{type(uncompiled(decoder)).__name__} in {decoder.dtype}")
+        return _to_output(pixels, output_type)
 
     @torch.no_grad()
     def __call__(
@@ -295,6 +337,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         device = self._execution_device
         labels = torch.tensor(label_ids).repeat_interleave(num_images_per_label).to(device)
         self._set_timesteps(num_inference_steps)
+        self._called_with = (len(self.scheduler.timesteps), guidance_scale)
         latents = self.prepare_latents(batch_size, generator=generator, latents=latents, device=device)
         step_kwargs = {"generator": generator} if _accepts(self.scheduler.step, "generator") else {}
 
@@ -311,7 +354,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     latents, labels = tensors["latents"], tensors["class_labels"]
                 progress.update()
 
-        images = latents if output_type == "latent" else _to_output(self.decode_latents(latents), output_type)
+        images = self._images(latents, output_type)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.maybe_free_model_hooks()

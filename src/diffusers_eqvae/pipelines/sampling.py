@@ -35,7 +35,7 @@ from ..files import (
     write_npz,
 )
 from ..images import UINT8_RULE
-from ..pretrained import looking_for
+from ..pretrained import load_pretrained, looking_for
 from ..provenance import autoencoder_identity, weights_hash
 from ..randomness import numpy_generator, torch_generator
 from .pipeline_class_conditional import ClassConditionalPipeline
@@ -74,8 +74,7 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
     for entry in config.values():
         if isinstance(entry, list) and entry[0] == _registration.LIBRARY:
             _registration.require_class(entry[1], model)
-    with looking_for(model, "a pipeline") as where:
-        pipeline = found.from_pretrained(model, **options, **where)
+    pipeline = load_pretrained(found.from_pretrained, model, "a pipeline", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -271,5 +270,8 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
 
 
 def identities(pipeline: Any) -> dict[str, Any]:
-    """Which weights the two models of a pipeline have, under the names of a result card."""
-    return {"autoencoder": autoencoder_identity(pipeline.vae), "transformer": weights_hash(pipeline.transformer)}
+    """Which weights the models of a pipeline have, under the names of a result card."""
+    made_by = {"autoencoder": autoencoder_identity(pipeline.vae), "transformer": weights_hash(pipeline.transformer)}
+    if pipeline.preview_decoder is not None:  # decodes in place of the autoencoder
+        made_by["preview_decoder"] = autoencoder_identity(pipeline.preview_decoder)
+    return made_by

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...equivariance import equivariance_error
 from ...images import UINT8_RULE, to_uint8
-from ..autoencoder import require_finite
 from ..base import Measurement
 from ..feature_networks import FeatureNetwork, load_feature_network
 from ..generation import evaluate_generation, evaluate_reconstruction, load_reference
@@ -258,7 +257,6 @@ def as_images_uint8(images: Any, name: str) -> np.ndarray:
                 f"Float {name} must lie in [-1, 1]; got floats up to {batch.abs().max().item():.4g}. Give 0 .. 255 as "
                 f"uint8 ({UINT8_RULE})."
             )
-        require_finite(batch)
         return to_uint8(batch).permute(0, 2, 3, 1).cpu().numpy()
     if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
         raise ValueError(

@@ -15,7 +15,7 @@ from ...autoencoders import autoencoder_location, downsampling_factor, load_auto
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...files import read_json
 from ...losses.perceptual import LPIPS
-from ...models.autoencoder_kl_eq import AutoencoderKLEQ
+from ...models.autoencoder_kl_eq import AutoencoderKLEQ, as_class
 from ...models.autoencoder_vq_eq import VQModelEQ
 from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
@@ -65,17 +65,13 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
 
 def _load_pretrained(name: str, arguments: AutoencoderArguments, padding: dict[str, Any]) -> ModelMixin:
     location = autoencoder_location(name, subfolder=arguments.subfolder, revision=arguments.revision)
-    with looking_for(name, "an autoencoder") as options:
-        saved_class = AutoencoderKLEQ.load_config(name, **location, **options).get("_class_name")
-    if saved_class in TRAINED_AS:
-        with looking_for(name, "an autoencoder") as options:
-            options |= {**location, **padding}
-            vae = TRAINED_AS[saved_class].from_pretrained(name, torch_dtype=torch.float32, **options)
-    elif padding:
+    vae = load_autoencoder(name, **location)
+    kind = TRAINED_AS.get(type(vae).__name__)
+    if padding and kind is None:
         known = " and ".join(cls.__base__.__name__ for cls in dict.fromkeys(TRAINED_AS.values()))
-        raise ValueError(f"--padding_mode exists for {known}; {name} is an {saved_class}. Leave it out.")
-    else:
-        vae = load_autoencoder(name, **location)
+        raise ValueError(f"--padding_mode exists for {known}; {name} is an {type(vae).__name__}. Leave it out.")
+    if kind is not None and (padding or type(vae) is not kind):
+        vae = as_class(kind, vae, **padding)
     vae.location = location  # where regularizers find the networks that were saved beside it
     return vae
 

@@ -22,7 +22,7 @@ from ...models.backbone import Backbone
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.labels import resolve_class_labels
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ...pretrained import looking_for
+from ...pretrained import load_pretrained
 from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...regularizers.base import build_regularizers
 from ...tokens import codebook
@@ -159,8 +159,9 @@ def build_transformer(
     _refuse_mismatch(arguments.model, source.config, {key: fitting[key] for key in fitting if key not in free})
     if source.directory is not None:
         warn_without_effect(arguments, ["class_dropout_prob"], f"the saved model {source.directory} has its own")
-        with looking_for(source.directory, "a transformer"):
-            model = source.cls.from_pretrained(source.directory, torch_dtype=torch.float32)
+        model = load_pretrained(
+            source.cls.from_pretrained, source.directory, "a transformer", torch_dtype=torch.float32
+        )
         require_same_autoencoder(model.config.autoencoder, identity, whose=f"the model {source.directory}")
         model = _with_classes_of(latents, model, source.directory, new=arguments.new_classes)
     else:
