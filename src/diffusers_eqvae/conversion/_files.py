@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning and others.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Entries of a training checkpoint that may hold the weights, the preferred one first.
-ENTRIES = ("ema", "model", "state_dict")
+ENTRIES = ("ema", "model", "state_dict", "model_state_dict")
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pt", ".pth", ".ckpt", ".bin")
 
