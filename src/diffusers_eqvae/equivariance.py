@@ -92,8 +92,8 @@ class TauDistribution:
         scale: of a latent side of L cells,
             "isotropic": s = k/L with k uniform on L//4 .. L-1 (both sides alike; L is the shorter side);
             "anisotropic": the same grid, drawn for height and width independently;
-            "uniform": s uniform in [1/4, 1), both sides alike, rounded to whole cells;
-            "discrete": s one of 1/4, 1/2, 3/4, both sides alike, rounded to whole cells;
+            "uniform": s uniform in [1/4, 1), both sides alike, rounded to whole cells and never to all of them;
+            "discrete": s one of 1/4, 1/2, 3/4, both sides alike, rounded in the same way;
             "none": s = 1.
         rotation: k uniform on {1, 2, 3} quarter turns; else 0.
         interpolation, antialias: see `Tau`.
@@ -145,9 +145,9 @@ class TauDistribution:
             shorter = min(height, width)
             return _scaled(latent_size, _pick(_grid(shorter), uniform[0]) / shorter)
         if self.scale == "uniform":
-            return _scaled(latent_size, SMALLEST_SCALE + (1.0 - SMALLEST_SCALE) * uniform[0])
+            return _shrunk(latent_size, SMALLEST_SCALE + (1.0 - SMALLEST_SCALE) * uniform[0])
         if self.scale == "discrete":
-            return _scaled(latent_size, _pick(SCALES, uniform[0]))
+            return _shrunk(latent_size, _pick(SCALES, uniform[0]))
         return height, width
 
 
@@ -205,6 +205,12 @@ def _pick(choices: Sequence[T], uniform: float) -> T:
 
 def _scaled(latent_size: tuple[int, int], scale: float) -> tuple[int, int]:
     return max(1, round(latent_size[0] * scale)), max(1, round(latent_size[1] * scale))
+
+
+def _shrunk(latent_size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """As `_scaled`, where rounding up to the full side would make a scaling below 1 the identity."""
+    height, width = _scaled(latent_size, scale)
+    return min(height, latent_size[0] - 1), min(width, latent_size[1] - 1)
 
 
 def _check_interpolation(interpolation: str) -> None:

@@ -157,6 +157,13 @@ def test_uniform_and_discrete_scales():
     assert chi_square(Counter(tau.latent_size for tau in taus), [(8, 4), (16, 8), (24, 12)]) < 14.0
 
 
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (2, 2), (3, 5), (16, 24)], ids=str)
+@pytest.mark.parametrize("scale", ["isotropic", "anisotropic", "uniform", "discrete"])
+def test_a_scaling_is_never_the_identity(scale, size):
+    for tau in draw_many(TauDistribution(scale, rotation=False), size, 600):
+        assert tau.latent_size[0] < size[0] and tau.latent_size[1] < size[1]
+
+
 def test_rectangular_scaling_keeps_the_shape_up_to_whole_cells():
     for tau in draw_many(TauDistribution("isotropic"), (16, 24), 200):
         height, width = tau.latent_size

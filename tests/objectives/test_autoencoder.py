@@ -187,6 +187,23 @@ def test_a_weighted_term_needs_its_network():
         AutoencoderStep(objective, objective, weights=AutoencoderLossWeights())
 
 
+def test_a_fixed_weight_of_a_mean_penalty_means_the_same_for_summed_and_mean_reconstruction():
+    """The two objectives differ by the number of elements of an image, and so do their gradients."""
+
+    class MeanSquare(LatentSquare):
+        mean_over_elements = True
+
+    gradients = {}
+    for reduction in ("sum", "mean"):
+        weights = AutoencoderLossWeights(discriminator=0, kl=0, reduction=reduction)
+        regularizers = {"square": MeanSquare(weight=2.0, adaptive=False)}
+        vae, objective, _, _, step = make_parts(regularizers=regularizers, weights=weights)
+        batch = make_batch()
+        loss, _, _ = step(batch, plain_draw(objective), step=0)
+        gradients[reduction] = torch.autograd.grad(loss, vae.encoder.conv_out.weight)[0]
+    assert torch.allclose(gradients["sum"], batch["pixel_values"][0].numel() * gradients["mean"], rtol=1e-3, atol=1e-2)
+
+
 def test_adaptive_penalty_has_the_gradient_norm_of_the_reconstruction():
     weights = AutoencoderLossWeights(discriminator=0, kl=0)
     regularizers = {"square": LatentSquare(weight=1.0, adaptive=True)}

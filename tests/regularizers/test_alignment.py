@@ -48,6 +48,10 @@ def normed(teacher, tokens):
     return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
+def test_its_weight_counts_once_per_element_of_a_summed_reconstruction(regularizer):
+    assert regularizer.mean_over_elements, "a mean over positions beside a sum over pixels would be inert"
+
+
 def test_penalty_is_cosine_after_the_norm_and_smooth_l1_before_it_of_patches_and_cls(regularizer, teacher):
     raw_latents, pixels = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 28, 28)
     with torch.no_grad():

@@ -320,7 +320,8 @@ class AutoencoderStep:
             return 1.0
         regularizer: Any = self.inner.regularizers[name]
         if not regularizer.adaptive or not term.requires_grad or not self.encoder_end.calls:
-            return regularizer.weight
+            per_element = regularizer.mean_over_elements and self.weights.reduction == "sum"
+            return regularizer.weight * (reconstructions[0][0].numel() if per_element else 1)
         nll = self.average(self.encoder_end.weight_gradient(reconstructions, nll_gradients))
         own = self.average(self.encoder_end.weight_gradient(term))
         return regularizer.weight * adaptive_weight(nll, own, max_weight=MAX_PENALTY_RATIO)

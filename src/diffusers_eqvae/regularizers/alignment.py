@@ -62,7 +62,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
     Args:
         network: trained along with the autoencoder; `AlignmentNetwork.for_teacher` builds it.
         teacher: frozen, with `final_norm=False`; `hold` keeps it.
-        weight: factor of the penalty.
+        weight: factor of the penalty; without `adaptive` it means the same for summed and for mean reconstruction.
         adaptive: scale the penalty to the reconstruction's gradient at the encoder's last layer first.
 
     Example:
@@ -72,6 +72,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
 
     paper = ("ReaLS", "2502.00359")
     Arguments = AlignmentArguments
+    mean_over_elements = True
 
     def __init__(
         self, network: AlignmentNetwork, teacher: FeatureTeacher, *, weight: float = 1.0, adaptive: bool = True

@@ -38,6 +38,8 @@ class Regularizer(nn.Module):
     Attributes:
         Arguments: dataclass of its command-line options, each named after the method or with one of `prefixes`.
         weight: factor of the penalty.
+        mean_over_elements: whether the penalty is a mean, so that beside a reconstruction error that is summed over
+            channels and pixels it counts once per element (autoencoder side).
         adaptive: whether the penalty is first scaled so that its gradient at the encoder's last layer is as large as
             that of the reconstruction (autoencoder side).
         couples_samples: whether it gathers samples over ranks, so that two ranks may still equal twice the batch.
@@ -62,6 +64,7 @@ class Regularizer(nn.Module):
     features: ClassVar[tuple[str, ...]] = ()
     reads_pixels: ClassVar[bool] = False
     paper: ClassVar[tuple[str, str] | None] = None
+    mean_over_elements: ClassVar[bool] = False
     weight: float = 1.0
     adaptive: bool = False
     _held: tuple[_Shared, ...] = ()

@@ -72,7 +72,8 @@ class RunArguments(Checked):
         default=None,
         metadata={
             "help": "bf16 computes the forward in bfloat16 while weights, optimizer and EMA stay float32; no is "
-            "float32 throughout; fp16 is refused (its range ends at 65504). Unset: what `accelerate config` says."
+            "float32 throughout (for cards older than Ampere: V100, T4, RTX 20); fp16 is refused (its range ends at "
+            "65504). Unset: what `accelerate config` says."
         },
     )
     allow_tf32: bool = field(

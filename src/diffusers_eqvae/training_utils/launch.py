@@ -24,6 +24,9 @@ from ..directories import OutputDirectory
 from ..errors import run_program
 from .arguments import RunArguments
 
+# Where accelerate finds how many processes there are.
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 def runs_on_cpu() -> bool:
     """Whether there is no accelerator, or ACCELERATE_USE_CPU says not to use it.
@@ -35,7 +38,28 @@ def runs_on_cpu() -> bool:
 
 def build_state() -> PartialState:
     """The processes of a script that does not train; they wait at its end for the slowest, however long."""
+    _refuse_lone_process()
     return PartialState(cpu=runs_on_cpu(), timeout=timedelta(days=7))
+
+
+def _refuse_lone_process() -> None:
+    """`accelerate launch --cpu --num_processes 2` sets a master's address and starts one process, without a word."""
+    counted = any(name in os.environ for name in PROCESS_COUNTS)
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and not counted:
+        raise ValueError(
+            "accelerate launch --cpu starts one process only, whatever --num_processes says. Start more by "
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 {sys.argv[0]} ..., or leave --num_processes out."
+        )
+
+
+def _refuse_other_parallelism() -> None:
+    for name in ("FSDP", "DeepSpeed", "Megatron_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            raise ValueError(
+                f"{name} is not supported: every process keeps whole weights, averages and optimizer states, and an "
+                "autoencoder's adaptive weights read the gradient of one layer. Launch data parallel: accelerate "
+                "launch --multi_gpu, or distributed_type: MULTI_GPU in the config that accelerate reads."
+            )
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
@@ -62,13 +86,17 @@ def build_accelerator(arguments: RunArguments) -> Accelerator:
     """An Accelerator for one process or many, with its tracker; a dry run has none.
 
     Raises:
-        ValueError: float16, wherever it was asked for, or a tracker that is not installed.
+        ValueError: float16, wherever it was asked for, sharded weights, a launcher that starts one process where
+            more were asked for, or a tracker that is not installed.
     """
+    _refuse_lone_process()
+    _refuse_other_parallelism()
     precision = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise ValueError(
             f"Mixed precision must be no or bf16; got {precision}. float16 ends at 65504, which activations and sums "
-            "over pixels exceed: the run would end in NaN. Use --mixed_precision bf16."
+            "over pixels exceed: the run would end in NaN. Use --mixed_precision bf16 (CPUs, and NVIDIA cards from "
+            "Ampere on: A100, RTX 30), or no on older cards (V100, T4, RTX 20)."
         )
     tracker = arguments.report_to
     if tracker != "none" and LoggerType(tracker) not in get_available_trackers():  # accelerate goes on without it
@@ -85,6 +113,14 @@ def build_accelerator(arguments: RunArguments) -> Accelerator:
         ],
         step_scheduler_with_optimizer=False,
     )
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """torch.compile, with a backward that may be walked more than once: adaptive weights read gradients before it."""
+    import torch._functorch.config as functorch
+
+    functorch.donated_buffer = False
+    module.compile()
 
 
 def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:

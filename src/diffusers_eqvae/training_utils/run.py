@@ -42,7 +42,7 @@ from .arguments import RunArguments
 from .checkpoints import Ancestry, find_checkpoint, publish, read_module, write_checkpoint
 from .console import start_logging
 from .dry_run import dry_run
-from .launch import StopSignal, build_accelerator, claim, wrap
+from .launch import StopSignal, build_accelerator, claim, compile_in_place, wrap
 from .nonfinite import NonfiniteGuard, require_finite, too_many_in_a_row
 from .optimization import (
     ExponentialAverage,
@@ -87,8 +87,7 @@ class TrainingRun:
         self.output_dir = Path(arguments.output_dir)
         self.accelerator = build_accelerator(arguments)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        level = logging.INFO if self.is_main else logging.ERROR
-        start_logging(level)
+        start_logging(logging.INFO if self.is_main else logging.ERROR)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.allow_tf32
         reseed_global(arguments.seed, 0, 0, 0)
         # Without the resumption: what is saved is to repeat the run, not to open it again.
@@ -151,7 +150,7 @@ class TrainingRun:
         if self._checkpoint is not None:
             entry.load_state_dict(read_module(self._checkpoint, name))
         if self.arguments.compile:
-            module.compile()
+            compile_in_place(module)
         entry.wrapped = wrap(self.accelerator, module)
         self.modules[name] = entry
         return entry.wrapped
