@@ -27,6 +27,7 @@ CORE = [
 ]
 TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
 EVAL = ["evaluate", "torch-fidelity>=0.4"]
+ODE = ["torchode>=1"]
 DEMO = ["scikit-image", "matplotlib"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
@@ -64,8 +65,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "ode": ODE,
         "demo": TRAIN + DEMO,
-        "dev": TRAIN + EVAL + DEMO + DEV,
+        "dev": TRAIN + EVAL + ODE + DEMO + DEV,
     },
     entry_points={"console_scripts": ["eqvae=eqvae_command:main"]},
     classifiers=[

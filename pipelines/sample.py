@@ -22,7 +22,7 @@ from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.options import Checked
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.provenance import hardware
-from diffusers_eqvae.schedulers.choices import SDE_OPTIONS, choose_scheduler
+from diffusers_eqvae.schedulers.choices import OPTIONS, choose_scheduler
 from diffusers_eqvae.training_utils.arguments import DTYPES
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
@@ -74,12 +74,15 @@ class SampleArguments(Checked):
         default=None,
         metadata={"help": "Guide the first n latent channels only; all when absent.", "range": "(0, inf)"},
     )
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler.", "range": "(0, inf)"})
+    num_inference_steps: int = field(
+        default=50,
+        metadata={"help": "Steps of the sampler; dopri5 finds its own number.", "range": "(0, inf)"},
+    )
     scheduler: str = field(
         default="saved",
         metadata={
-            "help": "Sampler: saved (the pipeline's own), euler, heun or sde of a flow, ddpm or ddim of a diffusion, "
-            "dpmsolver++ or unipc of either."
+            "help": "Sampler: saved (the pipeline's own), euler, heun, dopri5 or sde of a flow, ddpm or ddim of a "
+            "diffusion, dpmsolver++ or unipc of either."
         },
     )
     shift: float | None = field(
@@ -106,6 +109,12 @@ class SampleArguments(Checked):
         default=None,
         metadata={"help": "Noise level at which the sde's last step begins.", "range": "(0, 1)"},
     )
+    atol: float | None = field(
+        default=None, metadata={"help": "Absolute tolerance of dopri5; unset, 1e-6.", "range": "(0, inf)"}
+    )
+    rtol: float | None = field(
+        default=None, metadata={"help": "Relative tolerance of dopri5; unset, 1e-3.", "range": "(0, inf)"}
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = field(
         default="fp32", metadata={"help": "Of transformer and VAE; the state stays float32."}
     )
@@ -115,7 +124,7 @@ class SampleArguments(Checked):
 def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
     dtype = getattr(torch, DTYPES[arguments.dtype])
     pipeline = sampling.load_pipeline(arguments.model, dtype=dtype).to(device)
-    given = {name: getattr(arguments, name) for name in ("shift", *SDE_OPTIONS)}
+    given = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
     if options.get("last_step") == "none":
         options["last_step"] = None

@@ -85,15 +85,29 @@ class IntervalGuidance:
         inside = low < high and low - SIGMA_TOLERANCE <= sigma <= high + SIGMA_TOLERANCE
         return inside and self.guidance_scale != 1.0
 
-    def __call__(self, latents: Tensor, sigma: float, class_labels: Tensor) -> Tensor:
-        """The prediction for latents (B, C, h, w) at noise level `sigma` (a host float) and labels (B,)."""
-        timestep = torch.full(
-            (latents.shape[0],), self.num_train_timesteps * sigma, dtype=torch.float32, device=latents.device
-        )
-        if not self.is_guided_at(sigma):
-            self.nfe += 1.0
+    def __call__(self, latents: Tensor, sigma: float | Tensor, class_labels: Tensor) -> Tensor:
+        """The prediction for latents (B, C, h, w) and labels (B,) at noise level `sigma`, a host float or (B,)."""
+        size, device = latents.shape[0], latents.device
+        if not isinstance(sigma, Tensor):
+            timestep = torch.full((size,), self.num_train_timesteps * sigma, dtype=torch.float32, device=device)
+            return self._predict(latents, timestep, class_labels, guided=self.is_guided_at(sigma))
+        timestep = (self.num_train_timesteps * sigma).to(device, torch.float32)
+        levels = [self.is_guided_at(each) for each in sigma.tolist()]
+        parts = [[row for row, guided in enumerate(levels) if guided is wanted] for wanted in (True, False)]
+        predictions = [
+            self._predict(latents[rows], timestep[rows], class_labels[rows], guided=guided, share=len(rows) / size)
+            for rows, guided in zip(parts, (True, False), strict=True)
+            if rows
+        ]
+        return torch.cat(predictions)[torch.tensor(parts[0] + parts[1], device=device).argsort()]
+
+    def _predict(
+        self, latents: Tensor, timestep: Tensor, class_labels: Tensor, *, guided: bool, share: float = 1.0
+    ) -> Tensor:
+        """One call of the denoiser, or two in one, for a `share` of the samples."""
+        self.nfe += share * (2.0 if guided else 1.0)
+        if not guided:
             return self.denoiser(latents, timestep, class_labels)
-        self.nfe += 2.0
         null_labels = torch.full_like(class_labels, self.null_class)
         if self.batched:
             both = self.denoiser(

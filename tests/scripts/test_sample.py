@@ -20,7 +20,7 @@ from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 from diffusers_eqvae.objectives.denoising import DenoisingObjective
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from diffusers_eqvae.schedulers.choices import SDE_OPTIONS, choose_scheduler
+from diffusers_eqvae.schedulers.choices import OPTIONS, choose_scheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_maskgit import MaskGITScheduler
 from diffusers_eqvae.training_utils.command_line import parse
@@ -255,6 +255,24 @@ def test_many_pngs_are_not_flushed_one_by_one(tmp_path, monkeypatch):
 PRESETS = ("dit_ddpm_250", "maskgit_8", "reals_1_8", "repa_1_8", "sit_ode", "sit_sde_250")
 
 
+def test_dopri5_reports_the_model_calls_it_needed(script, model, tmp_path):
+    """Twice the calls inside the interval; a tighter tolerance needs more; images are those of a fine grid of Heun."""
+
+    def calls(name):
+        return json.loads((tmp_path / name / "sampling.json").read_text())["nfe"]
+
+    for name, flags in {
+        "loose": {"rtol": 1e-2},
+        "tight": {"rtol": 1e-5},
+        "heun": {"num_inference_steps": 200},
+    }.items():
+        sampler = "heun" if name == "heun" else "dopri5"
+        script.main(words(model, tmp_path / name, **{"scheduler": sampler, "num_samples": 4, **flags}))
+    assert 14 < calls("loose") < calls("tight") < 400
+    tight, heun = (read(tmp_path / name)[0].astype(int) for name in ("tight", "heun"))
+    assert np.abs(tight - heun).max() <= 3
+
+
 def test_presets_name_a_sampler_with_options_that_it_has(script, repository):
     presets = sorted((repository / "pipelines" / "configs").glob("*.yaml"))
     assert tuple(path.stem for path in presets) == PRESETS
@@ -263,7 +281,7 @@ def test_presets_name_a_sampler_with_options_that_it_has(script, repository):
         family = preset.stem.partition("_")[0]
         of_family = {"dit": DenoisingObjective.chain_scheduler(learned_variance=True), "maskgit": MaskGITScheduler()}
         saved = of_family.get(family, FlowMatchODEScheduler())
-        given = {name: getattr(arguments, name) for name in ("shift", *SDE_OPTIONS)}
+        given = {name: getattr(arguments, name) for name in OPTIONS}
         options = {name: value for name, value in given.items() if value is not None}
         assert (choose_scheduler(arguments.scheduler, saved, **options) is saved) == (family == "maskgit")
 

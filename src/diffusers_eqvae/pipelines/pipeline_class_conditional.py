@@ -345,8 +345,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             calls = zip(self.scheduler.timesteps, noise_levels(self.scheduler), strict=True)
             for index, (timestep, sigma) in enumerate(calls):
                 guidance.guidance_scale = self._guidance_scale(guidance_scale, index)
-                prediction = self._drop_variance(guidance(self._scale(latents, timestep), sigma, labels), latents)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+                latents = self._advance(guidance, latents, timestep, sigma, labels, **step_kwargs)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "class_labels": labels}
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
@@ -387,6 +386,25 @@ class ClassConditionalPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(sigmas=sigmas, device="cpu")
         else:
             self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+
+    def _advance(
+        self,
+        guidance: IntervalGuidance,
+        latents: Tensor,
+        timestep: Tensor,
+        sigma: float,
+        labels: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """The latents after one step of the scheduler, or after all of those that it chooses itself."""
+
+        def predict(x: Tensor, level: float | Tensor) -> Tensor:
+            return self._drop_variance(guidance(x, level, labels), latents)
+
+        if hasattr(self.scheduler, "integrate"):
+            return self.scheduler.integrate(predict, latents)
+        prediction = predict(self._scale(latents, timestep), sigma)
+        return self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
 
     def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         hidden_states = latents.to(self.transformer.dtype)

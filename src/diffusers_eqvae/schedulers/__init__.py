@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "choices": ["SAMPLERS", "choose_scheduler"],
+        "scheduling_flow_match_adaptive": ["FlowMatchAdaptiveScheduler"],
         "scheduling_flow_match_ode": ["FlowMatchODEScheduler"],
         "scheduling_flow_match_sde": ["FlowMatchSDEScheduler"],
         "scheduling_maskgit": ["MaskGITScheduler"],

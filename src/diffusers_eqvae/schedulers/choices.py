@@ -9,10 +9,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .capabilities import integrates_velocity
+from .scheduling_flow_match_adaptive import FlowMatchAdaptiveScheduler
 from .scheduling_flow_match_ode import FlowMatchODEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 SDE_OPTIONS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+ADAPTIVE_OPTIONS = ("atol", "rtol")
+OPTIONS = ("shift", *SDE_OPTIONS, *ADAPTIVE_OPTIONS)
 
 
 def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> SchedulerMixin:
@@ -22,6 +25,7 @@ def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> Schedu
     |-------------|---------------------------------------|---------------------------------------------|
     | saved       | `saved` itself                        | `saved` itself                              |
     | euler, heun | ODE of order 1, 2                     |                                             |
+    | dopri5      | ODE of order 5, steps per sample      |                                             |
     | sde         | reverse SDE, Euler-Maruyama           |                                             |
     | ddpm        |                                       | ancestral, N steps from first to last (ADM) |
     | ddim        |                                       | deterministic, every (1000 // N)-th step    |
@@ -31,8 +35,8 @@ def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> Schedu
     Args:
         name: one of `SAMPLERS`.
         saved: a pipeline's scheduler.
-        options: of the sde, over the saved ones: diffusion_form, diffusion_norm, last_step, last_step_size; and
-            `shift` of any flow sampler.
+        options: over the saved ones. Of sde diffusion_form, diffusion_norm, last_step and last_step_size; of dopri5
+            atol and rtol; of any other flow sampler, and sde, `shift`.
 
     Raises:
         ValueError: an unknown name, a sampler of the other kind of model, one that does not know the model's path or
@@ -50,7 +54,7 @@ def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> Schedu
             f"The sampler {name} does not sample a {'flow-matching' if flow else 'diffusion'} model; its samplers are "
             f"saved, {', '.join(makers)}."
         )
-    known = (*(SDE_OPTIONS if name == "sde" else ()), *(("shift",) if flow else ()))
+    known = {"sde": ("shift", *SDE_OPTIONS), "dopri5": ADAPTIVE_OPTIONS}.get(name, ("shift",) if flow else ())
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ValueError(f"The sampler {name} of this model has no {unknown[0]}; it has {', '.join(known) or 'none'}.")
@@ -82,6 +86,7 @@ def _flow_solver(cls: Any) -> Callable[[Mapping[str, Any], dict[str, Any]], Sche
 _FLOW: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], SchedulerMixin]] = {
     "euler": lambda config, options: FlowMatchODEScheduler.from_config(config, solver="euler", **options),
     "heun": lambda config, options: FlowMatchODEScheduler.from_config(config, solver="heun", **options),
+    "dopri5": lambda config, options: FlowMatchAdaptiveScheduler.from_config(config, **options),
     "sde": lambda config, options: FlowMatchSDEScheduler.from_config(config, **options),
     "dpmsolver++": _flow_solver(DPMSolverMultistepScheduler),
     "unipc": _flow_solver(UniPCMultistepScheduler),

@@ -94,7 +94,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
         if config.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1; got {config.num_train_timesteps}.")
-        if not 0.0 < config.shift < math.inf:
+        if not 0.0 < config.get("shift", 1.0) < math.inf:
             raise ValueError(f"shift is a factor and must be positive; got {config.shift}.")
 
     def _grid(self, steps: int, *, lowest: float | None = None) -> list[float]:
@@ -105,8 +105,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             return [low + (high - low) * k / steps for k in range(steps, -1, -1)]
         return [low + (high - low) * shift_sigma(k / steps, self.config.shift) for k in range(steps, -1, -1)]
 
-    def _velocity(self, model_output: Tensor, x: Tensor, sigma: float) -> Tensor:
-        """d x / d sigma of what the network predicts at noise level `sigma`."""
+    def _velocity(self, model_output: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
+        """d x / d sigma of what the network predicts at noise level `sigma`, one or (B,)."""
         config = self.config
         return to_velocity(model_output, x, sigma, prediction_type=config.prediction_type, path=config.path)
 
