@@ -16,13 +16,15 @@ from typing import Literal
 import torch
 
 from diffusers_eqvae.autoencoders import load_autoencoder
-from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_image
+from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_image, verify_store
 from diffusers_eqvae.data.image_datasets import ImageSource, model_files
+from diffusers_eqvae.data.latent_format import MANIFEST
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
+from diffusers_eqvae.files import read_json
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
 from diffusers_eqvae.options import Checked
-from diffusers_eqvae.provenance import autoencoder_identity
+from diffusers_eqvae.provenance import autoencoder_identity, require_same_data
 from diffusers_eqvae.tokens import has_codebook
 from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
@@ -81,7 +83,13 @@ class EncodeArguments(Checked):
             "range": "(0, inf)",
         },
     )
-    verify: bool = field(default=False, metadata={"help": "Decode a few rows beside the images into verify.png."})
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "Read all images and the whole store against their digests, encode a few rows again, and decode "
+            "them beside the images into verify.png."
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": "Say how large the store will be, and exit."})
 
 
@@ -100,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         source = data.load()
     settings = settings_of(arguments, data, vae, source)
     plan = f"{len(source)} images, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
+    content = source.identity(everything=True)["everything"] if arguments.verify else None
+    refuse_other_images(output_dir, content)
     if source.labels is None:
         state.print("No labels: the store is good for statistics, not for train_transformer.py.")
         state.print("(Except as one class of all images: --num_classes 1.)")
@@ -124,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             writer.write_shard(**shard)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer)
+        finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer, content=content)
         state.print(f"The store is complete: {output_dir}")
     state.destroy_process_group()
 
@@ -152,7 +162,21 @@ def settings_of(
     )
 
 
-def finish(arguments: EncodeArguments, vae: torch.nn.Module, source: ImageSource, writer: LatentStoreWriter) -> None:
+def refuse_other_images(output_dir: Path, content: str | None) -> None:
+    """A finished store that knows every byte of its images is compared with what --verify has read of these."""
+    known = read_json(output_dir / MANIFEST).get("content") if (output_dir / MANIFEST).is_file() else None
+    remedy = "give another --output_dir, or delete the old store"
+    require_same_data({"everything": known}, {"everything": content}, whose=f"the store {output_dir}", remedy=remedy)
+
+
+def finish(
+    arguments: EncodeArguments,
+    vae: torch.nn.Module,
+    source: ImageSource,
+    writer: LatentStoreWriter,
+    *,
+    content: str | None,
+) -> None:
     """The normalisation from all shards into vae/ and mean_std.json, then the manifest, which completes the store."""
     normalization, measured_on = LatentNormalization.from_vae(vae), None
     if arguments.normalization != "config" and not writer.settings.is_tokens:
@@ -163,11 +187,14 @@ def finish(arguments: EncodeArguments, vae: torch.nn.Module, source: ImageSource
     vae.save_pretrained(writer.path / "vae")
     if network := AlignmentNetwork.beside(vae):
         network.save_pretrained(writer.path / "vae" / ALIGNMENT_FOLDER)
-    manifest = writer.finish(autoencoder=autoencoder_identity(vae), id2label=source.id2label)
+    report = source.report.to_json()
+    identity = autoencoder_identity(vae)
+    manifest = writer.finish(autoencoder=identity, id2label=source.id2label, report=report, content=content)
     if manifest["skipped"]:
         logger.warning("%d unreadable images were replaced, see manifest.json", len(manifest["skipped"]))
     if arguments.verify:
         store = LatentStore(writer.path, vae=vae)
+        verify_store(store, vae, source)
         verification_image(store, vae, source).save(writer.path / "verify.png")
 
 

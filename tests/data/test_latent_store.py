@@ -149,7 +149,7 @@ def test_unfinished_foreign_or_newer_directories_are_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="is not a finished latent store"):
         LatentStore(tmp_path / "absent")
     manifest = write(tmp_path) / "manifest.json"
-    for version, message in ((99, "newer than 2: update"), (1, "older than 2, .* encode the data again")):
+    for version, message in ((99, "newer than 3: update"), (1, "older than 3, .* encode the data again")):
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": version}))
         with pytest.raises(ValueError, match=f"manifest.json has format_version {version}, {message}"):
             LatentStore(tmp_path)
@@ -171,7 +171,7 @@ def test_another_autoencoder_is_refused_in_one_sentence(tmp_path: Path, tiny_aut
 
 
 @pytest.mark.parametrize(
-    ("version", "message"), [(1, "older than 2, .* another output directory"), (3, "newer than 2")]
+    ("version", "message"), [(1, "older than 3, .* another output directory"), (4, "newer than 3")]
 )
 def test_shards_of_another_format_are_neither_read_nor_written_over(tmp_path, monkeypatch, version, message) -> None:
     for module in ("latent_store", "latent_format"):

@@ -22,6 +22,7 @@ from .image_datasets import ImageSource, PixelDataset
 from .latent_format import TORCH_DTYPES, StoreSettings
 from .latent_store import LatentStore
 from .order import leave_interrupts
+from .report import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,41 @@ def _encode_views(vae: nn.Module, pixels: Tensor, settings: StoreSettings) -> Te
         values = posterior.moments if tokens is None else tokens
         views.append(values.to(TORCH_DTYPES[settings.dtype]))
     return torch.stack(views, dim=1).cpu().contiguous()
+
+
+def _distance(store: LatentStore, stored: Tensor, fresh: Tensor) -> float:
+    """In standard deviations of the means; the share of tokens that differ."""
+    if store.settings.is_tokens:
+        return float((stored.int() != fresh.int()).float().mean())
+    means = [store.posterior(each.float()).mean for each in (stored, fresh)]
+    return float((means[0] - means[1]).abs().mean() / means[1].std().clamp_min(1e-6))
+
+
+@torch.no_grad()
+def verify_store(
+    store: LatentStore, vae: nn.Module, source: ImageSource, *, rows: int = 16, device: torch.device | str = "cpu"
+) -> None:
+    """Reads the whole store against its digests, and encodes evenly spaced images again, whose rows must agree.
+
+    Raises:
+        ValueError: a damaged shard, or a row whose means are more than a tenth of their standard deviation away (of
+            whose tokens more than a tenth are others).
+
+    Example:
+        >>> verify_store(LatentStore("latents/images", vae=vae), vae, source)
+    """
+    store.verify()
+    images, settings = _ImagesInOrder(source, store.settings.resolution), store.settings
+    for index in evenly_spaced(len(store), rows):
+        fresh = _encode_views(vae, images[index]["pixels"][None].to(device), settings)[0]
+        for view in range(settings.views):
+            stored = store.get_many([index], view=view)[settings.tensor]
+            distance = _distance(store, stored, fresh[view : view + 1])
+            if distance > 0.1:
+                raise DataError(
+                    f"Row {index} of {store.path} is not what {source.name(index)} encodes to now "
+                    f"({distance:.2g} away, where .1 is allowed); encode the images into another directory."
+                )
 
 
 @torch.no_grad()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -12,8 +15,9 @@ import numpy as np
 import torch
 
 from ..files import read_json, require_format_version
+from .report import DataError
 
-FORMAT_VERSION = 2  # 1 knew its autoencoder by one string
+FORMAT_VERSION = 3  # 1 knew its autoencoder by one string; 2 had neither digests nor a crc32 per row
 MANIFEST = "manifest.json"
 METADATA_KEY = "latent_store"  # A single key: safetensors does not keep the order of several.
 TORCH_DTYPES = {
@@ -25,6 +29,8 @@ TORCH_DTYPES = {
 # numpy has no bfloat16; its bits travel as int16.
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.int16, "uint16": np.uint16}
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint16": "U16"}
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U16": 2, "I64": 8}
+_RAW = {"F32": np.int32, "F16": np.int16, "BF16": np.int16, "U16": np.int16, "I64": np.int64}
 # What a store may hold -> the name of the tensor that holds it, in a shard and in a batch.
 KINDS = {"moments": "moments", "latents": "moments", "tokens": "tokens"}
 MAX_CODEBOOK_SIZE = 2**16
@@ -47,8 +53,7 @@ class StoreSettings:
         encoder: its hash as float32, of `autoencoder_identity`.
         mixed_precision: "no" or "bf16", how the encoder computed.
         codebook, codebook_size: its hash as float32 and its number of vectors, of tokens.
-        source: which data (name, split, columns, hashes of the labels and of the files' names and sizes); free,
-            compared for equality.
+        source: which data (name, split, columns, `provenance.data_identity`); free, compared for equality.
 
     Example:
         >>> settings.num_shards, settings.examples(0), settings.bytes(4096) / 1e6
@@ -122,11 +127,12 @@ def shard_name(shard: int) -> str:
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """A shard file's header: where its tensors lie and what its writer noted."""
+    """A shard file's header: where its tensors lie, what its writer noted, and a digest of both."""
 
     tensors: dict[str, Any]
     data_start: int
     notes: dict[str, Any]
+    digest: str
 
     @classmethod
     def read(cls, path: Path) -> ShardHeader:
@@ -137,10 +143,11 @@ class ShardHeader:
                 length = int.from_bytes(file.read(8), "little")
                 if not 0 < length <= _MAX_HEADER_BYTES:
                     raise ValueError("no header")
-                tensors = json.loads(file.read(length))
+                raw = file.read(length)
+            tensors = json.loads(raw)
             metadata = tensors.pop("__metadata__")
-            header = cls(tensors, 8 + length, json.loads(metadata[METADATA_KEY]))
-            expected = header.data_start + max(entry["data_offsets"][1] for entry in tensors.values())
+            header = cls(tensors, 8 + length, json.loads(metadata[METADATA_KEY]), digest_of(raw))
+            expected = header.data_start + max(map(_end_of_tensor, tensors.values()))
         except FileNotFoundError:
             raise ValueError(f"The shard {path} is missing; encode the data again.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,6 +165,11 @@ class ShardHeader:
         offset = self.data_start + entry["data_offsets"][0]
         # A plain view: numpy.memmap's own indexing costs several times more.
         return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=tuple(entry["shape"])).view(np.ndarray)
+
+    def content_digest(self, path: Path) -> str:
+        """Of all tensors as they lie in the file; see `content_digest`."""
+        tensors = self.tensors.items()
+        return content_digest({name: self.map(path, name, _RAW[entry["dtype"]]) for name, entry in tensors})
 
     def check(self, path: Path, settings: StoreSettings, shard: int) -> None:
         """Refuses a shard of another format, or one that was written with other settings, naming them."""
@@ -182,6 +194,8 @@ class ShardHeader:
             or moments.get("shape") != shape
             or moments.get("dtype") != _SAFETENSORS_DTYPES[settings.dtype]
             or settings.labelled != ("labels" in self.tensors)
+            or self.tensors.get("crc32", {}).get("shape") != shape[:2]
+            or not _all_finite(self.notes.get("statistics"))
         ):
             raise ValueError(f"{path} does not hold what its name and settings say; delete it and encode it again.")
 
@@ -192,8 +206,62 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "source"} | source
 
 
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of a shard's tensors, by name."""
+    digest = hashlib.sha256()
+    for _, values in sorted(arrays.items()):
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()[:16]
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says besides its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return digest_of(json.dumps(content, sort_keys=True).encode())
+
+
+def _end_of_tensor(entry: Mapping[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end or end - begin != prod(entry["shape"]) * _BYTES[entry["dtype"]]:
+        raise ValueError(f"a tensor of shape {entry['shape']} does not lie at bytes {begin} to {end}")
+    return int(end)
+
+
+def _all_finite(statistics: Any) -> bool:
+    if isinstance(statistics, Mapping):
+        return all(map(_all_finite, statistics.values()))
+    if isinstance(statistics, list):
+        return all(map(_all_finite, statistics))
+    return statistics is None or math.isfinite(statistics)
+
+
+def foreign_layout(path: Path) -> str | None:
+    """What other programs' latents a directory holds, in words, or None.
+
+    Example:
+        >>> foreign_layout(Path("imagenet256_features"))
+        'one .npy file per image, as the extraction of DiT and SiT writes them'
+    """
+    for file in path.glob("*.safetensors") if path.is_dir() else ():
+        with file.open("rb") as stream:
+            header = stream.read(min(8 + int.from_bytes(stream.read(8), "little"), 1 << 16))
+        if b'"latents"' in header:
+            return (
+                "latents, latents_flip and labels in .safetensors files, as the extraction of LightningDiT writes them"
+            )
+    if path.is_dir() and next(
+        (each for depth in ("*.npy", "*/*.npy", "*/*/*.npy") for each in path.glob(depth)), None
+    ):
+        return "one .npy file per image, as the extraction of DiT and SiT writes them"
+    return None
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a finished store says about itself; refuses an unfinished one and one of another format.
+    """What a finished store says about itself; refuses an unfinished or changed one and one of another format.
 
     Example:
         >>> read_manifest(Path("latents/images"))["class_counts"]
@@ -202,10 +270,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
+        if layout := foreign_layout(path):
+            raise DataError(
+                f"{path} holds {layout}, and not a latent store: such files say neither which autoencoder made them "
+                "nor what the posteriors were, so they cannot be read; encode the images into a directory of its own."
+            ) from None
         raise ValueError(
             f"{path} does not hold a {MANIFEST}, so it is not a finished latent store; encode the data (again: "
             "finished shards are kept)."
         ) from None
     found = manifest.get("format_version")
     require_format_version(found, FORMAT_VERSION, path=path / MANIFEST, remedy="encode the data again")
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise DataError(
+            f"{path / MANIFEST} has been changed since it was written, as its digest shows: run the encoding again "
+            "with the same settings, which writes it anew from the shards."
+        )
     return manifest

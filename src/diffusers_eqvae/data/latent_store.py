@@ -1,9 +1,10 @@
 """Latent store: the posteriors of a data set in a few memory-mapped safetensors files.
 
     store/
-      manifest.json                what the store holds (see `LatentStoreWriter.finish`)
-      shard-00000.safetensors      "moments" (n, views, c, h, w), or "tokens" (n, views, h, w) uint16, and "labels"
-                                   (n,) int64 where the data has labels
+      manifest.json                what the store holds (see `LatentStoreWriter.finish`), and a digest of each shard
+      shard-00000.safetensors      "moments" (n, views, c, h, w), or "tokens" (n, views, h, w) uint16; "labels" (n,)
+                                   int64 where the data has labels; "crc32" (n, views) int64 of each row with its
+                                   label, which every read checks
       mean_std.json, vae/          the normalisation and the autoencoder it was made with (training/encode_latents.py)
 
 Shard s holds the examples s * shard_size ... in the data set's order, whoever wrote it; its header carries the
@@ -18,6 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -38,9 +40,26 @@ from .latent_format import (
     TORCH_DTYPES,
     ShardHeader,
     StoreSettings,
+    content_digest,
+    manifest_digest,
     read_manifest,
     shard_name,
 )
+from .report import DataError
+
+_32_BITS = 0xFFFFFFFF
+
+
+def _checksums(moments: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """(n, views) int64: the crc32 of each row's bytes, begun with its label."""
+    seeds = [0] * len(moments) if labels is None else (labels & _32_BITS).tolist()
+    rows = zip(moments, seeds, strict=True)
+    return np.array([[crc32(view.data, seed) for view in row] for row, seed in rows], dtype=np.int64)
+
+
+def _raw(values: Tensor) -> np.ndarray:
+    """The bits of a tensor as integers of their width."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).numpy()
 
 
 class LatentStoreWriter:
@@ -112,12 +131,16 @@ class LatentStoreWriter:
                 "store float32 or bfloat16, or check the autoencoder."
             )
         tensors = {settings.tensor: moments.contiguous()} | ({} if labels is None else {"labels": labels.long()})
+        raw = {name: _raw(values) for name, values in tensors.items()}
+        raw["crc32"] = _checksums(raw[settings.tensor], raw.get("labels"))
+        tensors["crc32"] = torch.from_numpy(raw["crc32"])
         notes = {
             "format_version": FORMAT_VERSION,
             "shard": shard,
             "settings": settings.to_json(),
             "statistics": self._statistics(moments),
             "skipped": list(skipped),
+            "content": content_digest(raw),
         }
         metadata = {METADATA_KEY: json.dumps(notes, sort_keys=True)}
         with atomic_path(self.path / shard_name(shard)) as sibling:
@@ -136,16 +159,24 @@ class LatentStoreWriter:
         return np.sum(counts, axis=0).tolist()
 
     def finish(
-        self, *, autoencoder: Mapping[str, Any] | None, id2label: dict[int, str] | None = None
+        self,
+        *,
+        autoencoder: Mapping[str, Any] | None,
+        id2label: dict[int, str] | None = None,
+        report: Mapping[str, Any] | None = None,
+        content: str | None = None,
     ) -> dict[str, Any]:
         """Writes and returns the manifest.
 
-        Keys: format_version, settings, autoencoder, id2label, class_counts, statistics, skipped (names), shards
-        (file, num_examples, bytes).
+        Keys: format_version, settings, autoencoder, id2label, class_counts, statistics, report, skipped (names),
+        shards (file, num_examples, bytes, digest of the header, which holds that of the content), content (of all
+        images, where it is known) and digest (of all these).
 
         Args:
             autoencoder: its `autoencoder_identity`, with the normalisation that training will use.
             id2label: class names.
+            report: `DataReport.to_json` of the images.
+            content: "everything" of the images' `data_identity`.
         """
         headers = self._headers()
         classes = ClassTable()
@@ -162,16 +193,20 @@ class LatentStoreWriter:
             "statistics": {"token_counts": self.token_counts()}
             if self.settings.is_tokens
             else self.statistics().state_dict(),
+            "report": dict(report or {}),
+            "content": content,
             "skipped": [name for header in headers for name in header.notes["skipped"]],
             "shards": [
                 {
                     "file": shard_name(shard),
                     "num_examples": len(self.settings.examples(shard)),
                     "bytes": (self.path / shard_name(shard)).stat().st_size,
+                    "header": header.digest,
                 }
-                for shard in range(self.settings.num_shards)
+                for shard, header in enumerate(headers)
             ],
         }
+        manifest["digest"] = manifest_digest(manifest)
         write_json(self.path / MANIFEST, manifest)
         for leftover in self.path.glob(f".*{UNFINISHED}"):
             leftover.unlink(missing_ok=True)
@@ -222,7 +257,9 @@ class LatentStore(Dataset):
         for shard in range(self.settings.num_shards):
             self._headers.append(ShardHeader.read(self.path / shard_name(shard)))
             self._headers[-1].check(self.path / shard_name(shard), self.settings, shard)
-        self._maps: dict[int, np.ndarray] = {}
+            if self._headers[-1].digest != self.manifest["shards"][shard]["header"]:
+                raise self._damaged(shard, "its header is not the one that the manifest knows")
+        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._labels: np.ndarray | None = None
         if vae is not None:
             require_same_autoencoder(self.autoencoder, vae, whose=f"the store {self.path}")
@@ -259,8 +296,36 @@ class LatentStore(Dataset):
         """Class ids (N,) int64, or None."""
         if self._labels is None and self.settings.labelled:
             maps = (h.map(self.path / shard_name(s), "labels", np.int64) for s, h in enumerate(self._headers))
-            self._labels = np.concatenate(list(maps))
+            labels = np.concatenate(list(maps))
+            within = labels.min() >= 0 and labels.max() < len(self.classes)
+            if not within or ClassTable.of_labels(labels, self.classes.names) != self.classes:
+                raise DataError(
+                    f"The labels in {self.path} are not those that its manifest counted, so a shard is damaged: "
+                    "verify the store, which names it."
+                )
+            self._labels = labels
         return self._labels
+
+    def identity(self) -> dict[str, Any]:
+        """What the store is: its data (`provenance.data_identity`) and the digest of its manifest, so of everything.
+
+        Example:
+            >>> store.identity()
+            {'store': '1c7f...', 'images': 1382, 'files': '81c0...', ...}
+        """
+        return {"store": self.manifest["digest"], **self.settings.source}
+
+    def verify(self) -> None:
+        """Reads everything: refuses a shard whose content is not what was written, and names it."""
+        for shard, header in enumerate(self._headers):
+            if header.content_digest(self.path / shard_name(shard)) != header.notes["content"]:
+                raise self._damaged(shard, "its content does not agree with its digest")
+
+    def _damaged(self, shard: int, reason: str) -> DataError:
+        return DataError(
+            f"The shard {self.path / shard_name(shard)} is damaged: {reason}; delete it and encode the data again "
+            "with the same settings: only this shard is written anew."
+        )
 
     def statistics(self) -> LatentStatistics:
         """Mean and standard deviation of the latents; tokens have none."""
@@ -311,27 +376,27 @@ class LatentStore(Dataset):
         views = np.full(len(wanted), view)
         if words is not None and self.settings.views == 2:
             views = (words >> np.uint64(63)).astype(np.int64)
+        labels = None if self.labels is None else self.labels[wanted]
+        seeds = [0] * len(wanted) if labels is None else (labels & _32_BITS).tolist()
         shards, rows = np.divmod(wanted, self.settings.shard_size)
         out = np.empty((len(wanted), *self.settings.shape), dtype=NUMPY_DTYPES[self.settings.dtype])
-        for position, (shard, row, view) in enumerate(
-            zip(shards.tolist(), rows.tolist(), views.tolist(), strict=True)
-        ):
-            shard_moments = self._maps.get(shard)
-            if shard_moments is None:
-                shard_moments = self._open(shard)
-            out[position] = shard_moments[row, view]
+        places = zip(shards.tolist(), rows.tolist(), views.tolist(), seeds, out, strict=True)
+        for shard, row, each_view, seed, target in places:
+            opened = self._maps.get(shard)
+            shard_moments, checksums = self._open(shard) if opened is None else opened
+            target[...] = shard_moments[row, each_view]
+            if crc32(target.data, seed) != checksums[row, each_view]:
+                raise self._damaged(shard, f"example {shard * self.settings.shard_size + row} is not what was written")
         moments = torch.from_numpy(out)
         if self.settings.dtype == "bfloat16":
             moments = moments.view(torch.bfloat16)
-        labels = self.labels
-        return {self.settings.tensor: moments} | (
-            {} if labels is None else {"class_labels": torch.from_numpy(labels[wanted])}
-        )
+        labelled = {} if labels is None else {"class_labels": torch.from_numpy(labels)}
+        return {self.settings.tensor: moments} | labelled
 
-    def _open(self, shard: int) -> np.ndarray:
-        """The shard's memory map, opened on first use: in the worker that uses it, not before a fork."""
-        dtype = NUMPY_DTYPES[self.settings.dtype]
-        self._maps[shard] = self._headers[shard].map(self.path / shard_name(shard), self.settings.tensor, dtype)
+    def _open(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shard's memory maps, opened on first use: in the worker that uses it, not before a fork."""
+        path, header, dtype = self.path / shard_name(shard), self._headers[shard], NUMPY_DTYPES[self.settings.dtype]
+        self._maps[shard] = header.map(path, self.settings.tensor, dtype), header.map(path, "crc32", np.int64)
         return self._maps[shard]
 
     def __getstate__(self) -> dict[str, Any]:
