@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         source = data.load()
     settings = settings_of(arguments, data, vae, source)
     plan = f"{len(source)} images, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
-    content = source.identity(everything=True)["everything"] if arguments.verify else None
+    content = source.full_identity()["everything"] if arguments.verify else None
     refuse_other_images(output_dir, content)
     if source.labels is None:
         state.print("No labels: the store is good for statistics, not for train_transformer.py.")

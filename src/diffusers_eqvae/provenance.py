@@ -185,7 +185,7 @@ def data_identity(
         everything: the bytes of all, where every one shall count.
 
     Example:
-        >>> source.identity()
+        >>> source.identity
         {'images': 1382, 'files': '81c0...', 'labels': '9af2...', 'classes': '07d1...', 'sampled': '5e0b...'}
     """
     named = None if files is None else (f"{name}\0{size}\n".encode() for name, size in files)
@@ -216,7 +216,7 @@ def require_same_data(
     """Refuses the identity of a data set that differs from `expected`, of `whose`.
 
     Example:
-        >>> require_same_data(saved, source.identity(), whose="the store latents/images", remedy="encode them anew")
+        >>> require_same_data(saved, source.identity, whose="the store latents/images", remedy="encode them anew")
     """
     if difference := data_difference(expected, given):
         raise ValueError(f"These are not the data of {whose}: the {difference} differ; {remedy}.")

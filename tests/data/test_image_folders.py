@@ -58,7 +58,7 @@ def test_split_folders_hold_class_folders(tmp_path: Path, caplog) -> None:
 
 def test_the_digest_of_files_sees_names_and_sizes_and_no_path(tmp_path: Path) -> None:
     def digest(root: Path) -> str | None:
-        return load_image_dataset(train_data_dir=root).identity()["files"]
+        return load_image_dataset(train_data_dir=root).identity["files"]
 
     first = write(tmp_path / "first", "a.png", "b.png")
     shutil.copytree(first, tmp_path / "second")

@@ -400,19 +400,19 @@ def test_the_identity_of_images_sees(tmp_path, change, differs):
     for name in "ab":
         for k in range(2):
             save(tmp_path / name / f"{k}.bmp", 16, "BMP", 10 * k)
-    before = load(tmp_path).identity()
-    assert data_difference(before, load(tmp_path).identity()) is None
+    before = load(tmp_path).identity
+    assert data_difference(before, load(tmp_path).identity) is None
     change(tmp_path)
     with pytest.raises(ValueError, match=f"not the data of the store x: the {differs}.* differ; encode them anew"):
-        require_same_data(before, load(tmp_path).identity(), whose="the store x", remedy="encode them anew")
+        require_same_data(before, load(tmp_path).identity, whose="the store x", remedy="encode them anew")
 
 
 def test_the_identity_of_a_table_sees_its_pixels(tmp_path):
     undecoded = datasets.Image(decode=False)
     tables = (as_table(tmp_path / "x", [grey] * 4).cast_column("image", undecoded) for grey in (10, 200))
     one, other = map(ImageSource, tables)
-    assert data_difference(one.identity(), other.identity()) == "content of images"
-    assert data_difference(one.identity(), {**one.identity(everything=True), "sampled": None}) is None
+    assert data_difference(one.identity, other.identity) == "content of images"
+    assert data_difference(one.identity, {**one.full_identity(), "sampled": None}) is None
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

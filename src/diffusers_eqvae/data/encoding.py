@@ -65,7 +65,7 @@ def store_settings(
         downsampling_factor=factor,
         labelled=source.labels is not None,
         encoder=identity["encoder"]["float32"],
-        source={**description, **source.identity()},
+        source={**description, **source.identity},
         **settings,
     )
 

@@ -99,8 +99,16 @@ class ImageSource:
         self._report.note("unreadable", self.unreadable.values(), text, remedy="repair or remove them")
         return self._report
 
-    def identity(self, *, everything: bool = False) -> dict[str, Any]:
-        """Which images and labels these are: see `provenance.data_identity`; with `everything`, every byte of them."""
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Which images and labels these are: see `provenance.data_identity`."""
+        return self._identity(everything=False)
+
+    def full_identity(self) -> dict[str, Any]:
+        """As `identity`, with "everything": every byte of the images."""
+        return self._identity(everything=True)
+
+    def _identity(self, *, everything: bool) -> dict[str, Any]:
         return data_identity(
             len(self),
             files=self._files(),
@@ -241,6 +249,11 @@ class PixelDataset(Dataset):
         self.random_crop = random_crop
         self.random_flip = random_flip
         source.expect(resolution)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of the source, whatever its images are cropped to."""
+        return self.source.identity
 
     def __len__(self) -> int:
         return len(self.source)

@@ -306,11 +306,12 @@ class LatentStore(Dataset):
             self._labels = labels
         return self._labels
 
+    @property
     def identity(self) -> dict[str, Any]:
         """What the store is: its data (`provenance.data_identity`) and the digest of its manifest, so of everything.
 
         Example:
-            >>> store.identity()
+            >>> store.identity
             {'store': '1c7f...', 'images': 1382, 'files': '81c0...', ...}
         """
         return {"store": self.manifest["digest"], **self.settings.source}
