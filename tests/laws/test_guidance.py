@@ -206,3 +206,21 @@ def test_more_guided_channels_than_the_latents_have_is_refused(inputs):
     latents, labels = inputs
     with pytest.raises(ValueError, match=r"1 \.\. 4"):
         build(guidance_scale=2.0, guided_channels=5)(latents, 0.5, labels)
+
+
+def test_a_weaker_model_guides_instead_of_the_null_class():
+    """Autoguidance, arXiv 2406.02070: weak + w (strong - weak), both of the same labels, inside the interval only."""
+    asked = []
+
+    def weak(latents, timestep, labels):
+        asked.append(labels.tolist())
+        return 0.5 * latents
+
+    options = {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5), "null_class": 9, "guide": weak}
+    guidance = IntervalGuidance(lambda latents, timestep, labels: 2.0 * latents, **options)
+    latents, labels = torch.ones(2, 4, 1, 1), torch.tensor([1, 2])
+    assert torch.equal(guidance(latents, 0.9, labels), 2.0 * latents) and not asked
+    assert torch.equal(guidance(latents, 0.25, labels), (0.5 + 3 * 1.5) * latents)
+    assert asked == [[1, 2]] and guidance.nfe == 3.0
+    with_three = IntervalGuidance(lambda latents, timestep, labels: 2.0 * latents, **options, guided_channels=3)
+    assert with_three(latents, 0.25, labels)[0].flatten().tolist() == [5.0, 5.0, 5.0, 2.0]

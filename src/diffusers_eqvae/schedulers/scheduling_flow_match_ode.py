@@ -40,7 +40,9 @@ class FlowMatchODEScheduler(FlowMatchScheduler):
         sigmas: the same and the noise level it ends at as a tensor on the CPU.
 
     Differs from the reference: SiT's fixed-step solvers take N - 1 steps for N. diffusers' default flow grid ends at
-    .001 before 0; this one equals `FlowMatchEulerDiscreteScheduler` with sigmas = linspace(1, 1/N, N).
+    .001 before 0; this one equals `FlowMatchEulerDiscreteScheduler` with sigmas = linspace(1, 1/N, N). REPA's Heun
+    guides the second call of a step by the noise level of the first, and its last step is Euler's (2N - 1 calls); here
+    every call is guided by its own level, and every step is Heun's (2N calls), the last one's second at sigma = 0.
 
     Raises:
         ValueError: an unknown solver, path or prediction type, num_train_timesteps < 1, or shift <= 0.
