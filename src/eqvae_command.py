@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": Command("inspection.run", "write a health card of an autoencoder, beside that of a second", "demo"),
     "compare": Command("commands.compare", "line up result cards and say whether their numbers may be compared"),
     "convert": Command("commands.convert", "turn published weights into a model, or a model into published weights"),
+    "export": Command("commands.export", "turn a checkpoint of a run into a pipeline or an autoencoder"),
     "push": Command("commands.push", "publish a finished run on the Hub, also after a push that failed"),
 }
 USAGE = "usage: eqvae COMMAND [arguments] (eqvae COMMAND --help explains one)"

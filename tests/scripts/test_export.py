@@ -1,0 +1,45 @@
+"""`eqvae export`: the weights of a checkpoint, averaged or not, as a pipeline that loads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_eqvae.commands.export import main
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+
+from ..invariants.test_transformer_trajectories import store, train  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_a_checkpoint_becomes_a_pipeline(tmp_path, store):  # noqa: F811
+    train(store, tmp_path / "run", checkpoints_total_limit=5)
+    run, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000005"
+    saved = torch.load(step / "objective.pt", weights_only=True)
+    for weights, part in (("ema", "ema"), ("model", "module")):
+        main([str(step), str(tmp_path / weights), "--weights", weights])
+        state = ClassConditionalPipeline.from_pretrained(tmp_path / weights).transformer.state_dict()
+        for name, weight in state.items():
+            assert torch.equal(weight, saved[part][f"model.{name}"]), f"{part} {name}"
+        facts = json.loads((tmp_path / weights / "run_metadata.json").read_text())
+        assert facts["training"]["optimizer_steps"] == 5
+        assert (facts["training"].get("ema_decay") is None) == (weights == "model")
+    main([str(run), str(tmp_path / "newest")])
+    newest = ClassConditionalPipeline.from_pretrained(tmp_path / "newest").transformer.state_dict()
+    finished = ClassConditionalPipeline.from_pretrained(run).transformer.state_dict()
+    assert all(map(torch.equal, newest.values(), finished.values()))
+    for source, message in (
+        (tmp_path / "ema", "is neither a complete checkpoint nor"),
+        (tmp_path / "x", "is neither"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([str(source), str(tmp_path / "other")])
