@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.flow import DIFFUSION_FORMS
 from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.options import Checked
@@ -118,6 +119,13 @@ class SampleArguments(Checked):
     dtype: Literal["bf16", "fp16", "fp32"] = field(
         default="fp32", metadata={"help": "Of transformer and VAE; the state stays float32."}
     )
+    preview_decoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Decode by this small autoencoder of the same latents (AutoencoderTiny) instead: quick images, "
+            "which are not the pipeline's; sampling.json and cards say so."
+        },
+    )
     save_png: bool = field(default=False, metadata={"help": "Also write png/000000.png and so on."})
 
 
@@ -129,6 +137,8 @@ def load_pipeline(arguments: SampleArguments, device: torch.device) -> Diffusion
     if options.get("last_step") == "none":
         options["last_step"] = None
     pipeline.scheduler = choose_scheduler(arguments.scheduler, pipeline.scheduler, **options)
+    if arguments.preview_decoder is not None:
+        pipeline.preview_decoder = load_autoencoder(arguments.preview_decoder).to(device, dtype)
     pipeline.check_parts()
     return pipeline
 
@@ -136,7 +146,7 @@ def load_pipeline(arguments: SampleArguments, device: torch.device) -> Diffusion
 def what_decides_the_images(
     arguments: SampleArguments, pipeline: DiffusionPipeline, class_ids: list[int]
 ) -> dict[str, Any]:
-    elsewhere = ("model", "output_dir", "save_png", "class_labels")
+    elsewhere = ("model", "output_dir", "save_png", "class_labels", "preview_decoder")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"dtype": DTYPES[arguments.dtype], "class_ids": class_ids}
     settings["scheduler_config"] = sampling.scheduler_settings(pipeline.scheduler)

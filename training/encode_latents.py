@@ -25,6 +25,7 @@ from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
 from diffusers_eqvae.options import Checked
 from diffusers_eqvae.provenance import autoencoder_identity, require_same_data
+from diffusers_eqvae.stated_normalization import scale_complaint
 from diffusers_eqvae.tokens import has_codebook
 from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
@@ -70,7 +71,7 @@ class EncodeArguments(Checked):
         default="channel",
         metadata={
             "help": "What vae/ says about normalisation: measured mean and std per channel, one for all channels "
-            "(ReaLS), or what the autoencoder's config says already."
+            "(as shift_factor and scaling_factor), or what the autoencoder's config says already."
         },
     )
     dataloader_num_workers: int = field(
@@ -183,6 +184,8 @@ def finish(
         scalar, measured_on = arguments.normalization == "scalar", writer.settings.num_examples
         normalization = LatentNormalization.from_statistics(writer.statistics(), scalar=scalar)
         normalization.apply_to(vae)
+    elif not writer.settings.is_tokens and (complaint := scale_complaint(normalization, writer.statistics())):
+        logger.warning("%s --normalization channel or scalar writes what is measured, config keeps this.", complaint)
     normalization.save_json(writer.path / "mean_std.json", num_samples=measured_on)
     vae.save_pretrained(writer.path / "vae")
     if network := AlignmentNetwork.beside(vae):

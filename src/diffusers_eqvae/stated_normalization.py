@@ -110,5 +110,5 @@ def _described(normalization: LatentNormalization) -> str:
     stated = {key: value for key, value in normalization.to_config().items() if value not in (None, 0.0)}
     if normalization.mean is not None and normalization.scaling_factor == 1.0:
         del stated["scaling_factor"]
-    shown = {key: [float(f"{each:.4g}") for each in np.atleast_1d(value)] for key, value in stated.items()}
+    shown = {key: [float(f"{each:.5g}") for each in np.atleast_1d(value)] for key, value in stated.items()}
     return ", ".join(f"{key} {value[0] if len(value) == 1 else value}" for key, value in shown.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,12 +14,16 @@ from torch import Tensor
 
 from ..autoencoders import Posterior, downsampling_factor, encode, encoder_features, last_encoder_layer
 from ..classes import ClassTable
-from ..latents import LatentNormalization
+from ..latents import LatentNormalization, LatentStatistics
 from ..randomness import StepRandomness
+from ..stated_normalization import scale_complaint
 from ..tokens import codebook, encode_tokens
 from .image_datasets import PixelDataset
 from .latent_store import LatentStore
 
+logger = logging.getLogger(__name__)
+
+CHECKED_IMAGES = 64
 Reads = Literal["latents", "tokens"]
 
 
@@ -33,6 +38,7 @@ class LatentData:
         latent_shape: (C, h, w), or (h, w) of tokens.
         name: of the data, for the model card.
         wanted: what `read` gives besides: "pixel_values", or "features.NAME" of one in `features`.
+        scale_remedy: what is said where normalised latents have a standard deviation far from 1, besides that.
 
     Example:
         >>> batch = latents.read(stored, run.randomness)
@@ -44,6 +50,8 @@ class LatentData:
     latent_shape: tuple[int, ...]
     name: str | None
     wanted: frozenset[str] = field(default=frozenset())
+    scale_remedy: str = "Check the normalisation in the config of the autoencoder."
+    _statistics: LatentStatistics | None = field(default_factory=LatentStatistics, init=False, repr=False)
 
     @property
     def features(self) -> dict[str, int]:
@@ -102,11 +110,26 @@ class LatentData:
         rest |= {name: value for name, value in more.items() if name in self.wanted and value is not None}
         return {self.reads: values, **rest}
 
+    def _check_scale(self, posterior: Posterior) -> None:
+        """Warns once, after the first images or by a store's statistics, where normalised latents have another std."""
+        statistics = self._statistics
+        assert statistics is not None
+        if isinstance(self.dataset, LatentStore):
+            statistics = self.dataset.statistics()
+        else:
+            statistics.update(posterior.mean, posterior.logvar)
+        if statistics.num_samples >= min(CHECKED_IMAGES, len(self.dataset)):
+            self._statistics = None
+            if complaint := scale_complaint(self.normalization, statistics):
+                logger.warning("%s %s", complaint, self.scale_remedy)
+
     def _tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["tokens"].long() if self.stored else encode_tokens(self.vae, batch["pixel_values"])
 
     def _latents(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> Tensor:
         posterior = self._posterior(batch)
+        if self._statistics is not None:
+            self._check_scale(posterior)
         raw_latents = posterior.sample(randomness.randn(posterior.mean.shape, device=posterior.mean.device))
         return self.normalization.normalize(raw_latents)
 

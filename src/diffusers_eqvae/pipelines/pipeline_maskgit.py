@@ -40,6 +40,8 @@ class MaskGITPipeline(ClassConditionalPipeline):
     """
 
     def _check_autoencoder(self) -> None:
+        if self.preview_decoder is not None:
+            raise ValueError("Tokens are decoded by the codebook they belong to; leave preview_decoder at None.")
         expected, given = self.transformer.config.codebook_size, len(codebook(self.vae))
         if expected != given:
             raise ValueError(

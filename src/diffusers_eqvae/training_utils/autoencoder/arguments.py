@@ -128,11 +128,12 @@ class AutoencoderEvaluationArguments(Checked):
         default=None,
         metadata={"help": "Side of the validation images in pixels; unset: --resolution.", "range": "(0, inf)"},
     )
-    normalization: Literal["channel", "scalar", "config"] = field(
-        default="channel",
+    normalization: Literal["channel", "scalar", "config"] | None = field(
+        default=None,
         metadata={
-            "help": "What the finished config says about latents: mean and std per channel, one mean and std over all "
-            "channels (ReaLS), or config: keep the scaling_factor it came with (what Stable Diffusion pipelines read)."
+            "help": "What the finished config says about latents: latents_mean and latents_std per channel, scalar: "
+            "one shift_factor and scaling_factor (what pipelines of SD3 and FLUX read), or config: what it came with. "
+            "Unset: config for a pretrained autoencoder that has a scaling_factor alone, else channel."
         },
     )
     num_normalization_images: int = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ...latents import LatentNormalization, LatentStatistics
 from ...model_card import METADATA_FILE, RunMetadata
 from ...objectives.autoencoder import AutoencoderObjective
 from ...regularizers.base import REGULARIZERS
+from ...stated_normalization import scale_complaint
+from ...tokens import has_codebook
 from ..arguments import DataArguments
 from ..console import progress_bar
 from ..run import TrainingRun
@@ -28,7 +31,10 @@ from .arguments import (
     RegularizerArguments,
 )
 
+logger = logging.getLogger(__name__)
+
 NORMALIZATION_BATCH = 8
+CHECKED_IMAGES = 16  # where nothing is measured but whether the config is right
 MEASURED = {
     "psnr": "reconstruction from the posterior mean, dB",
     "equivariance_rotation": "|tau(E(x)) - E(tau(x))|^2 / |E(tau(x))|^2 over 90, 180 and 270 degrees",
@@ -93,6 +99,29 @@ def measure_normalization(vae: ModelMixin, images: PixelDataset, num_samples: in
     return statistics
 
 
+def settle_normalization(
+    vae: ModelMixin, images: PixelDataset, evaluation: AutoencoderEvaluationArguments, *, pretrained: bool
+) -> int | None:
+    """Writes what --normalization means into the config; on how many images it was measured, or None."""
+    chosen, came = evaluation.normalization, LatentNormalization.from_vae(vae)
+    if chosen is None:
+        chosen = "config" if pretrained and came.mean is None else "channel"
+        logger.info("--normalization %s: unset, and decided by what the autoencoder came with.", chosen)
+    if chosen == "config" and has_codebook(vae):
+        return None  # tokens need none
+    count = CHECKED_IMAGES if chosen == "config" else evaluation.num_normalization_images
+    statistics = measure_normalization(vae, images, count)
+    if chosen == "config":
+        if complaint := scale_complaint(came, statistics):
+            logger.warning("%s --normalization channel or scalar writes what is measured.", complaint)
+        return None
+    normalization = LatentNormalization.from_statistics(statistics, scalar=chosen == "scalar")
+    normalization.apply_to(vae)
+    if note := normalization.unread():
+        logger.warning("%s; for those use --normalization config%s.", note, "" if chosen == "scalar" else " or scalar")
+    return statistics.num_samples
+
+
 def save_autoencoder(
     directory: Path,
     objective: AutoencoderObjective,
@@ -117,11 +146,7 @@ def save_autoencoder(
         measured: from `evaluation_metadata`.
     """
     vae = objective.model
-    num_samples = None
-    if evaluation.normalization != "config":
-        statistics = measure_normalization(vae, images, evaluation.num_normalization_images)
-        scalar, num_samples = evaluation.normalization == "scalar", statistics.num_samples
-        LatentNormalization.from_statistics(statistics, scalar=scalar).apply_to(vae)
+    num_samples = settle_normalization(vae, images, evaluation, pretrained=bool(model.pretrained_model_name_or_path))
     # mean_std.json is always the map in the config, so that whoever reads either normalises alike.
     normalization = LatentNormalization.from_vae(vae)
     vae.save_pretrained(directory)
@@ -144,6 +169,7 @@ def save_autoencoder(
                 "scaling_factor": normalization.scaling_factor,
                 "shift_factor": normalization.shift_factor,
                 "num_samples": num_samples,
+                "unread": normalization.unread(),
             },
         },
         training=dict(training),

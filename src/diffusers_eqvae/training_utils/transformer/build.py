@@ -32,6 +32,10 @@ from .model_source import ModelSource
 
 logger = logging.getLogger(__name__)
 
+SCALE_REMEDY = (
+    "encode_latents.py --normalization channel measures them and writes an autoencoder that says so (vae/ of the "
+    "store, for --vae); --normalization config keeps the config as it is."
+)
 STORED_AS = {"latents": "posteriors (encode_latents.py --kind posteriors)", "tokens": "tokens, by a VQ model"}
 
 
@@ -77,7 +81,8 @@ def _from_store(arguments: TransformerArguments) -> LatentData:
     store = LatentStore(path, vae=vae)
     remedy = "encode a dataset with labels (--label_column, or one folder per class)"
     classes = store.classes or _one_class(arguments, f"The store {path} has", remedy, len(store))
-    return LatentData(store, vae, classes, store.latent_shape, name=store.settings.source.get("dataset"))
+    name = store.settings.source.get("dataset")
+    return LatentData(store, vae, classes, store.latent_shape, name=name, scale_remedy=SCALE_REMEDY)
 
 
 def _from_images(arguments: TransformerArguments, data: DataArguments) -> LatentData:
@@ -95,7 +100,7 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
     if tokens:
         codebook(vae)  # refused without one
     shape = (side, side) if tokens else (latent_channels(vae), side, side)
-    return LatentData(dataset, vae, classes, shape, name=data.name)
+    return LatentData(dataset, vae, classes, shape, name=data.name, scale_remedy=SCALE_REMEDY)
 
 
 def build_objective(
