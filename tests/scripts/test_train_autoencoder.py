@@ -86,7 +86,8 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
 
 
 def test_deterministic_autoencoder_and_no_regularizer(folder, tiny_autoencoder_tiny):
-    run_script(SCRIPT, flags(folder, tiny_autoencoder_tiny, regularizers="none", validation_steps=0))
+    options = {"regularizers": "none", "validation_steps": 0, "normalization": "channel"}
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_tiny, **options))
     trained = AutoencoderTiny.from_pretrained(folder / "run")
     assert len(trained.config.latents_mean) == 4
 
