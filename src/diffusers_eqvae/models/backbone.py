@@ -51,7 +51,7 @@ class Backbone(ModelMixin, ConfigMixin):
         objective: "flow_matching" (time is 1000 sigma), "denoising" (time is a step of 0 .. 999) or "masked_tokens".
         prediction_type: what the output is, in diffusers' words: "flow_prediction" (velocity), "epsilon" (noise),
             "sample" (clean data), and "score".
-        sample_size, in_channels: of the latents.
+        sample_size: of the latents or tokens; in_channels of latents, codebook_size of tokens.
         num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null class.
         class_dropout_prob: share of samples trained without their label; 0 = there is no null class to guide with.
         autoencoder: identity of the autoencoder whose latents it knows (`provenance.autoencoder_identity`).
