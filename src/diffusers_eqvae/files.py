@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+# The most that a byte of a zip archive can unpack to, in bytes.
+_DEFLATE_RATIO = 1032
 UNFINISHED = ".tmp"
 JSON_KINDS = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 JSON_KINDS |= {bool: "true or false"}
@@ -333,10 +335,30 @@ def read_npz(path: str | Path, *keys: str) -> dict[str, np.ndarray]:
 
     Raises:
         KeyError: no such array.
-        ValueError: a file that is not a whole .npz, or an array of Python objects, which is never unpickled.
+        ValueError: a file that is not a whole .npz, an array of Python objects, which is never unpickled, or one that
+            claims to be larger than what is there can unpack to.
     """
     with _whole_archive(path), np.load(path) as archive:
+        for key in keys:
+            _refuse_false_claims(path, key)
         return {key: archive[key] for key in keys}
+
+
+def _refuse_false_claims(path: str | Path, key: str) -> None:
+    """Before memory is taken for it: an array larger than its entry, or an entry larger than deflate can unpack."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+        with archive.open(entry) as file:
+            version = np.lib.format.read_magic(file)
+            first = version == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+    claimed, there = math.prod(shape) * dtype.itemsize, min(entry.file_size, _DEFLATE_RATIO * entry.compress_size)
+    if claimed > there and not dtype.hasobject:
+        raise ValueError(
+            f"{key} of {path} claims to be {dtype} {shape}, which is {claimed} bytes, and what is there cannot unpack "
+            f"to more than {there}: the file is damaged or forged. Write it again."
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -435,3 +436,31 @@ def test_an_image_of_any_source_is_looked_at_first(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(ValueError, match="not a regular file"):
         open_image(tmp_path / "x.png")
+
+
+def forged_npz(path: Path, shape: tuple[int, ...], entry_size: int | None) -> None:
+    """A compressed .npz whose array header, and where given the archive's directory, claim more than is there."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(64))
+    if entry_size is not None:
+        content = path.read_bytes()
+        size = struct.pack("<I", len(header.getvalue()) + 64)
+        path.write_bytes(content.replace(size, struct.pack("<I", entry_size)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "entry_size"),
+    [((1 << 18, 1024, 1024, 3), None), ((4000, 1000, 1000, 1), 4_000_000_128)],
+    ids=["the array", "the archive as well"],
+)
+def test_an_npz_that_claims_more_than_is_there_is_refused_before_memory_is_taken(tmp_path, shape, entry_size):
+    forged_npz(tmp_path / "x.npz", shape, entry_size)
+    with pytest.raises(ValueError, match=r"arr_0 of .*x\.npz claims to be uint8 .* Write it again"):
+        open_images(tmp_path / "x.npz")
+
+
+def test_an_honest_compressed_npz_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", arr_0=np.zeros((500, 32, 32, 3), np.uint8))
+    assert len(open_images(tmp_path / "x.npz")) == 500

@@ -80,6 +80,8 @@ def _from_store(arguments: TransformerArguments) -> LatentData:
     vae = load_autoencoder(arguments.vae or str(path / "vae"))
     store = LatentStore(path, vae=vae)
     remedy = "encode a dataset with labels (--label_column, or one folder per class)"
+    if beside := store.manifest["report"].get("beside"):
+        remedy += f"; {beside['count']} {beside['text']} ({listed(beside['examples'])})"
     classes = store.classes or _one_class(arguments, f"The store {path} has", remedy, len(store))
     name = store.settings.source.get("dataset")
     return LatentData(store, vae, classes, store.latent_shape, name=name, scale_remedy=SCALE_REMEDY)
