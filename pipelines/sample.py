@@ -18,16 +18,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.directories import OutputDirectory
 from diffusers_eqvae.flow import DIFFUSION_FORMS
 from diffusers_eqvae.images import image_grid
-from diffusers_eqvae.options import Checked
+from diffusers_eqvae.options import Checked, inputs_of
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.schedulers.choices import OPTIONS, choose_scheduler
 from diffusers_eqvae.training_utils.arguments import DTYPES
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
-from diffusers_eqvae.training_utils.launch import build_state, run_script
+from diffusers_eqvae.training_utils.launch import build_state, claim, run_script
 
 GRID_SAMPLES = 64
 
@@ -122,9 +123,13 @@ class SampleArguments(Checked):
     preview_decoder: str | None = field(
         default=None,
         metadata={
+            "reads": True,
             "help": "Decode by this small autoencoder of the same latents (AutoencoderTiny) instead: quick images, "
-            "which are not the pipeline's; sampling.json and cards say so."
+            "which are not the pipeline's; sampling.json and cards say so.",
         },
+    )
+    break_lock: bool = field(
+        default=False, metadata={"help": "Take output_dir from another program, which must not run any more."}
     )
     save_png: bool = field(default=False, metadata={"help": "Also write png/000000.png and so on."})
 
@@ -146,11 +151,11 @@ def load_pipeline(arguments: SampleArguments, device: torch.device) -> Diffusion
 def what_decides_the_images(
     arguments: SampleArguments, pipeline: DiffusionPipeline, class_ids: list[int]
 ) -> dict[str, Any]:
-    elsewhere = ("model", "output_dir", "save_png", "class_labels", "preview_decoder")
+    elsewhere = ("model", "output_dir", "save_png", "class_labels", "preview_decoder", "break_lock")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"dtype": DTYPES[arguments.dtype], "class_ids": class_ids}
     settings["scheduler_config"] = sampling.scheduler_settings(pipeline.scheduler)
-    return settings | sampling.identities(pipeline)
+    return settings | sampling.identities(pipeline) | {"options": sampling.options_hash(pipeline)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,8 +165,14 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_pipeline(arguments, state.device)
     class_ids = pipeline.resolve_class_labels(arguments.class_labels or pipeline.class_ids)
     settings = what_decides_the_images(arguments, pipeline, class_ids)
+    names = ("guidance_scale", "guidance_interval", "guided_channels", "num_inference_steps")
+    options = {name: getattr(arguments, name) for name in names}
+    output = OutputDirectory(output_dir, kind="set of samples", inputs=inputs_of(arguments))
+    if sampling.find_set(output_dir, settings) != "finished":
+        sampling.require_accepted(pipeline, class_ids, **options)
     with state.main_process_first():
-        finished = sampling.claim_directory(output_dir, settings)
+        claim(output, *sampling.NAMES, lock=state.is_main_process, break_lock=arguments.break_lock)
+        finished = sampling.begin_set(output, settings)
 
     blocks = sampling.plan_blocks(arguments.num_samples, arguments.batch_size)
     if not finished:
@@ -176,11 +187,9 @@ def main(argv: list[str] | None = None) -> None:
                     class_ids,
                     seed=arguments.seed,
                     label_policy=arguments.label_policy,
-                    guidance_scale=arguments.guidance_scale,
-                    guidance_interval=arguments.guidance_interval,
-                    guided_channels=arguments.guided_channels,
-                    num_inference_steps=arguments.num_inference_steps,
+                    **options,
                 )
+                output.require_lock()
                 sampling.write_part(output_dir, block, part)
                 progress.update(len(block))
         state.wait_for_everyone()
@@ -194,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.save_png:
             sampling.write_pngs(samples, output_dir / "png")
         logging.getLogger("sample").info("%d images in %s", len(samples), output_dir / sampling.SAMPLES_FILE)
+    output.release()
     state.destroy_process_group()
 
 

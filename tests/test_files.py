@@ -128,15 +128,6 @@ def test_npz_has_the_arrays_that_were_given(tmp_path):
         assert archive["a"].tolist() == [0, 1, 2] and str(archive["name"]) == "three"
 
 
-def test_an_output_that_cannot_be_written_is_refused(tmp_path):
-    files.require_writable(tmp_path / "new" / "card.json")
-    assert list((tmp_path / "new").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "card.json", tmp_path):
-        with pytest.raises(ValueError, match="cannot be written"):
-            files.require_writable(path)
-
-
 def test_older_and_newer_formats_are_told_apart():
     files.require_format_version(2, 2, path="x.json", remedy="make it again")
     for found in (1, None, "1"):

@@ -17,20 +17,20 @@ import torch
 
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_image, verify_store
-from diffusers_eqvae.data.image_datasets import ImageSource, model_files
+from diffusers_eqvae.data.image_datasets import ImageSource
 from diffusers_eqvae.data.latent_format import MANIFEST
 from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
 from diffusers_eqvae.files import read_json
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
-from diffusers_eqvae.options import Checked
+from diffusers_eqvae.options import Checked, inputs_of
 from diffusers_eqvae.provenance import autoencoder_identity, require_same_data
 from diffusers_eqvae.stated_normalization import scale_complaint
 from diffusers_eqvae.tokens import has_codebook
 from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
-from diffusers_eqvae.training_utils.launch import build_state, run_script, runs_on_cpu
+from diffusers_eqvae.training_utils.launch import build_state, claim, run_script, runs_on_cpu
 
 logger = logging.getLogger("encode_latents")
 
@@ -91,6 +91,9 @@ class EncodeArguments(Checked):
             "them beside the images into verify.png."
         },
     )
+    break_lock: bool = field(
+        default=False, metadata={"help": "Take output_dir from another program, which must not run any more."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Say how large the store will be, and exit."})
 
 
@@ -98,11 +101,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments, data = parse(EncodeArguments, ImageArguments, argv=argv, description=__doc__)
     start_logging(logging.WARNING)
     output_dir = Path(arguments.output_dir)
-    if found := model_files(output_dir):
-        raise ValueError(
-            f"--output_dir {output_dir} is a model's directory (it holds {', '.join(found)}), and a store would "
-            "overwrite its mean_std.json; choose another."
-        )
     state = build_state()
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     with state.main_process_first():
@@ -114,16 +112,18 @@ def main(argv: list[str] | None = None) -> None:
     if source.labels is None:
         state.print("No labels: the store is good for statistics, not for train_transformer.py.")
         state.print("(Except as one class of all images: --num_classes 1.)")
+    writer = LatentStoreWriter(output_dir, settings, inputs=inputs_of(arguments, data))
     if arguments.dry_run:
         state.print(f"{plan}; {check_disk(output_dir, settings.bytes(len(source)))}")
         return
 
-    writer = LatentStoreWriter(output_dir, settings)
     missing = sum(len(settings.examples(shard)) for shard in writer.pending()[0])
     state.print(f"{plan}; {check_disk(output_dir, settings.bytes(missing)) if missing else 'all encoded before'}")
     shards, complaints = writer.pending(state.process_index, state.num_processes)
     for complaint in complaints:
         logger.warning("Encoding a shard again: %s", complaint)
+    with state.main_process_first():
+        claim(writer.output, *writer.names, lock=state.is_main_process, break_lock=arguments.break_lock)
     total = sum(len(settings.examples(shard)) for shard in shards)
     if runs_on_cpu():
         torch.set_num_threads(arguments.cpu_threads)  # torchrun and plain python start with different numbers

@@ -14,11 +14,12 @@ no bit, the batch size changes last digits.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.directories import require_replaceable
 from diffusers_eqvae.extensions import loaded_extensions
-from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.metrics.autoencoder import (
     OFFERS,
     RECONSTRUCTION_METRICS,
@@ -29,8 +30,8 @@ from diffusers_eqvae.metrics.base import METRICS, build_metrics, measure
 from diffusers_eqvae.metrics.feature_networks import FeatureNetwork, load_feature_network
 from diffusers_eqvae.metrics.generation import ImageDigests
 from diffusers_eqvae.metrics.image_sets import ImageSet
-from diffusers_eqvae.metrics.result_card import ResultCard
-from diffusers_eqvae.options import Checked
+from diffusers_eqvae.metrics.result_card import ResultCard, is_card_of
+from diffusers_eqvae.options import Checked, inputs_of
 from diffusers_eqvae.provenance import autoencoder_identity, hardware, model_revision
 from diffusers_eqvae.training_utils.arguments import DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import Choice, parse
@@ -123,7 +124,10 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     )
     start_logging(logging.WARNING)
     state = build_state()
-    require_writable(arguments.output)
+    subject = {"task": "reconstruction", "model": arguments.vae, "num_images": arguments.num_images}
+    subject |= {"data": data.name, "posterior": "sample" if arguments.sample_posterior else "mean"}
+    ours = partial(is_card_of, **subject)
+    require_replaceable(arguments.output, inputs=inputs_of(arguments, data), ours=ours)
     vae = load_autoencoder(arguments.vae).requires_grad_(False).to(state.device)
     networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
     network: FeatureNetwork | None = networks[0] if networks else None
@@ -152,8 +156,9 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
             settings=settings,
             provenance={**provenance, "extensions": loaded_extensions(), **hardware(state.device)},
         )
+        print(card.summary())  # first: a disk that is full now takes no card
         card.save(arguments.output)
-        print(card.summary(), f"card: {arguments.output}", sep="\n")
+        print(f"card: {arguments.output}")
     state.wait_for_everyone()
     state.destroy_process_group()
     return card

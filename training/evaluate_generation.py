@@ -12,6 +12,7 @@ processes changes no bit, the batch size last digits.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ from accelerate import PartialState
 
 from diffusers_eqvae.autoencoders import is_pipeline
 from diffusers_eqvae.data.image_datasets import load_image_dataset
+from diffusers_eqvae.directories import require_replaceable
 from diffusers_eqvae.extensions import loaded_extensions
-from diffusers_eqvae.files import require_writable
 from diffusers_eqvae.metrics.base import METRICS, Measurement, build_metrics, measure
 from diffusers_eqvae.metrics.feature_networks import FeatureNetwork, load_feature_network
 from diffusers_eqvae.metrics.generation import (
@@ -32,8 +33,8 @@ from diffusers_eqvae.metrics.generation import (
     sample_batches,
 )
 from diffusers_eqvae.metrics.image_sets import ImageSet, open_images
-from diffusers_eqvae.metrics.result_card import ResultCard, run_settings, sampling_settings
-from diffusers_eqvae.options import Checked
+from diffusers_eqvae.metrics.result_card import ResultCard, is_card_of, run_settings, sampling_settings
+from diffusers_eqvae.options import Checked, inputs_of
 from diffusers_eqvae.pipelines.generated import GeneratedImages
 from diffusers_eqvae.pipelines.sampling import load_pipeline
 from diffusers_eqvae.provenance import hardware
@@ -172,8 +173,10 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     start_logging(format="%(levelname)s: %(message)s")
     state, path = build_state(), Path(arguments.samples)
     outputs = [card_path(arguments, name) for name in arguments.feature_networks or [None]]
-    for written in filter(None, (*outputs, arguments.save_reference)):
-        require_writable(written)
+    subject = {"task": "generation", "samples": arguments.samples, "num_samples": arguments.num_samples}
+    ours = partial(is_card_of, **subject, compared_with=arguments.reference)
+    kept = filter(None, [arguments.save_reference])
+    require_replaceable(*outputs, companions=kept, inputs=inputs_of(arguments), ours=ours)
     networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
 
     made, resize_rule = None, "none"
@@ -202,13 +205,19 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     for group, target, output in zip(groups, targets or [None], outputs, strict=True):
         measured = Measurement(group)
         protocol = {"num_samples": len(digests), "resize_rule": resize_rule, **rules, **measured.protocol}
-        provenance = {"samples_hash": digests.hash, "extensions": loaded_extensions(), **hardware(state.device)}
+        asked = {"samples": arguments.samples, "compared_with": arguments.reference}
+        provenance = asked | {
+            "samples_hash": digests.hash,
+            "extensions": loaded_extensions(),
+            **hardware(state.device),
+        }
         provenance |= {} if target is None else {"reference": target.name}
         card = ResultCard(protocol=protocol, settings=settings, provenance=provenance, **measured.card_parts())
+        print(card.summary())  # first: a disk that is full now takes no card
         card.save(output)
         if arguments.save_reference and target is not None:
             target.save(arguments.save_reference)
-        print(card.summary(), f"card: {output}", sep="\n")
+        print(f"card: {output}")
         cards.append(card)
     return cards if len(cards) > 1 else cards[0]
 

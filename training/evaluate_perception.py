@@ -12,13 +12,15 @@ and --depth_head apply published linear heads to them. Writes a result card (JSO
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from diffusers_eqvae.files import require_writable
+from diffusers_eqvae.directories import require_replaceable
 from diffusers_eqvae.images import evenly_spaced, grid
-from diffusers_eqvae.metrics.result_card import ResultCard
+from diffusers_eqvae.metrics.result_card import ResultCard, is_card_of
+from diffusers_eqvae.options import inputs_of
 from diffusers_eqvae.perception.annotated_images import paired_files
 from diffusers_eqvae.perception.evaluation import AnnotatedReader, split_results
 from diffusers_eqvae.perception.tasks import Method, transfer_methods
@@ -33,7 +35,10 @@ from diffusers_eqvae.training_utils.perception.build import Rows, build_tasks, c
 def main(argv: list[str] | None = None) -> ResultCard:
     (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__)
     start_logging(logging.WARNING)
-    require_writable(arguments.output)
+    overview_path = Path(arguments.output).with_suffix(".png")
+    subject = {"task": "perception", "model": arguments.vae, "data": Path(arguments.images).name}
+    ours = partial(is_card_of, **subject)
+    require_replaceable(arguments.output, companions=[overview_path], inputs=inputs_of(arguments), ours=ours)
     rows = paired_files(arguments.images, *filter(None, (arguments.masks, arguments.depths)))
     annotated, tested = choose_images(arguments, rows)
     tasks = build_tasks(arguments, rows, tested)
@@ -60,10 +65,11 @@ def main(argv: list[str] | None = None) -> ResultCard:
     details = {"results": {task.name: task.results() for task in tasks}, "arguments": asdict(arguments), **used}
     provenance |= hardware(arguments.device)
     card = ResultCard(metrics, protocol, settings, caveats, provenance, "perception", details)
+    print(card.summary())  # first: a disk that is full now takes no card
     card.save(arguments.output)
     captions = [caption for own in methods for caption in ("truth", *own)]
-    grid(overview, ("image", *captions)).save(Path(arguments.output).with_suffix(".png"))
-    print(card.summary(), f"card: {arguments.output}, the overview beside it", sep="\n")
+    grid(overview, ("image", *captions)).save(overview_path)
+    print(f"card: {arguments.output}, the overview beside it", sep="\n")
     return card
 
 

@@ -138,6 +138,7 @@ class OutputDirectory:
     ) -> None:
         self.path, self.kind = Path(path), kind
         self._lock: DirectoryLock | None = None
+        self._claimed = False
         require_apart(self.path, inputs)
         _require_creatable(self.path)
         self.names = self._look()
@@ -156,7 +157,7 @@ class OutputDirectory:
             lock: False for all but one of the processes that fill it together, after that one has it.
             break_lock: take the lock from another program, which must not run any more.
         """
-        if self._lock is not None:
+        if self._claimed:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -170,6 +171,7 @@ class OutputDirectory:
             for leftover in filter(is_leftover, list(self.path.iterdir())):
                 delete(leftover)
             self.add(*names)
+        self._claimed = True
 
     def add(self, *names: str) -> None:
         """Makes further names its program's own before they are written; refuses what somebody else wrote."""
@@ -199,11 +201,13 @@ class OutputDirectory:
         """Lets other programs write to it."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+        self._lock, self._claimed = None, False
 
     def _look(self) -> list[str]:
         """The names that are ours; refuses a directory that is not."""
         record = self.path / RECORD
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} cannot be written: it is a file. Name a directory.")
         if not record.is_file():
             present = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
             if foreign := [name for name in present if name != LOCK and not _LEFTOVER.fullmatch(name)]:
@@ -253,16 +257,17 @@ def require_replaceable(
     *paths: str | os.PathLike[str],
     inputs: Mapping[str, str | os.PathLike[str] | None] = {},
     ours: Callable[[Path], bool] = lambda path: False,
+    companions: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
     """Refuses files that cannot be written after long work, or that would replace what they must not.
 
-    A file that is there is replaced only where `ours` says so of it, or of the first of `paths` where that is there
-    too: what is written with it. Nothing is created.
+    A file that is there is replaced only where `ours` says so of it; one of the `companions`, which are written with
+    the first of the paths, where that is there and `ours`. Nothing is created.
 
     Example:
         >>> require_replaceable("results/eq-vae.json", inputs={"vae": "runs/eq-vae"})
     """
-    files = [Path(path) for path in paths]
+    files = [*map(Path, paths), *map(Path, companions)]
     for number, path in enumerate(files):
         _require_creatable(path)
         if path.resolve() in [other.resolve() for other in files[:number]]:
@@ -272,7 +277,7 @@ def require_replaceable(
         for name, given in inputs.items():
             if given is not None and os.path.exists(given) and Path(given).resolve() == path.resolve():
                 raise ValueError(f"{path} is read here ({name}) and would be replaced; name another file.")
-        if os.path.lexists(path) and not ours(path) and not (number and files[0].is_file() and ours(files[0])):
+        if os.path.lexists(path) and not ((own := path if number < len(paths) else files[0]).is_file() and ours(own)):
             raise ValueError(
                 f"{path} exists, and is not what this command wrote before and may replace; name another file, or "
                 "remove it."

@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -45,9 +44,10 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
     sibling = temporary_sibling(path)
     os.close(os.open(sibling, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        yield sibling
-        if durable:
-            flush_to_disk(sibling)
+        with disk_trouble_explained(path, remedy="What was whole before still is; start again afterwards."):
+            yield sibling
+            if durable:
+                flush_to_disk(sibling)
         os.replace(sibling, path)
     except BaseException:
         sibling.unlink(missing_ok=True)
@@ -217,25 +217,6 @@ def require_format_version(found: Any, current: int, *, path: str | os.PathLike[
             f"{path} has format_version {found}, newer than {current}: update diffusers_eqvae to read it."
         )
     raise ValueError(f"{path} has format_version {found}, older than {current}, which is read here: {remedy}.")
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Creates the parent folders of a file that is written after long work, and refuses one that cannot be written.
-
-    Example:
-        >>> require_writable("results/eq-vae.json")
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written: {error}. Name a file in a folder that can be written to."
-        ) from error
 
 
 def read_weights(path: str | os.PathLike[str], *, allowed: Sequence[type] = ()) -> dict[str, Any]:

@@ -276,14 +276,18 @@ def module_identity(module: nn.Module) -> dict[str, Any]:
         # Buffers follow the weights.
         named = [each for each in module.state_dict().items() if learns.get(each[0], any(learns.values())) is asked]
         hashes[part] = hash_tensors(named) if named else None
-    config = {
+    return {"class": type(module).__name__, "config": public_config(module), **hashes}
+
+
+def public_config(module: nn.Module) -> dict[str, Any]:
+    """The options of a network's parts, by class and name, which decide beside its weights what it computes."""
+    return {
         f"{type(part).__name__}.{key}": value
         for part in module.modules()
         if isinstance(part, ConfigMixin)
         for key, value in part.config.items()
         if key[0] != "_" and key != "class_counts"  # how many images there are is said by the data
     }
-    return {"class": type(module).__name__, "config": config, **hashes}
 
 
 def model_revision(model: nn.Module) -> str:

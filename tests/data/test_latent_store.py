@@ -93,7 +93,7 @@ def test_statistics_equal_float64_of_everything_stored(tmp_path: Path) -> None:
 def test_order_of_writing_changes_no_byte(tmp_path: Path) -> None:
     write(tmp_path / "forth"), write(tmp_path / "back", order=[2, 0, 1])
     names = sorted(path.name for path in (tmp_path / "forth").iterdir())
-    assert names == ["manifest.json", *(f"shard-0000{shard}.safetensors" for shard in range(3))]
+    assert names == [".eqvae.json", "manifest.json", *(f"shard-0000{shard}.safetensors" for shard in range(3))]
     for name in names:
         assert (tmp_path / "forth" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
 

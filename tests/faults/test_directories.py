@@ -224,7 +224,8 @@ def test_a_file_is_replaced_only_by_its_own_program(tmp_path, paths, message):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
         require_replaceable(
-            *(f"{tmp_path}/{path}" for path in paths),
+            f"{tmp_path}/{paths[0]}",
+            companions=[f"{tmp_path}/{path}" for path in paths[1:]],
             inputs={"config": tmp_path / "read.json"},
             ours=lambda path: path.read_text() == "ours",
         )
@@ -235,7 +236,7 @@ def test_a_file_of_ones_own_is_replaced_with_what_lies_beside_it(tmp_path):
     card, image = tmp_path / "card.json", tmp_path / "card.png"
     card.write_text("ours")
     image.write_text("")
-    require_replaceable(card, image, ours=lambda path: path.read_text() == "ours")
+    require_replaceable(card, companions=[image], ours=lambda path: path.read_text() == "ours")
     require_replaceable(tmp_path / "new" / ("x" * 250 + ".json"))
     assert not (tmp_path / "new").exists()
 

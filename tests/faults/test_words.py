@@ -33,7 +33,7 @@ from diffusers_eqvae.metrics.result_card import ResultCard
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.discriminator import PatchDiscriminator
-from diffusers_eqvae.pipelines.sampling import claim_directory, load_pipeline
+from diffusers_eqvae.pipelines.sampling import find_set, load_pipeline
 from diffusers_eqvae.training_utils import console
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.autoencoder.arguments import AutoencoderLossArguments
@@ -66,7 +66,10 @@ READERS = {
         "config.json",
         lambda path: build_discriminator(AutoencoderLossArguments(disc_pretrained=str(path.parent)), smallest_px=64),
     ),
-    "samples": ("sampling.json", lambda path: claim_directory(path.parent, {"seed": 0})),
+    "samples": (
+        "sampling.json",
+        lambda path: (path.with_name("samples.npz").touch(), find_set(path.parent, {"seed": 0})),
+    ),
 }
 NOT_JSON = [
     pytest.param(b"", "is not a whole JSON file", id="empty"),

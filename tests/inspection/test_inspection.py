@@ -209,7 +209,7 @@ def test_lpips_is_measured_where_given(tiny_autoencoder_kl):
         (["--data_dir", "nowhere"], "does not exist"),
         (["--device", "cuda:77"], "The device cuda:77 cannot be used"),
         (["--data", "nowhere"], "the nearest flag is --data_dir"),
-        (["--output_dir", "FOLDER/vae/config.json/x", "--data_dir", "nowhere"], "card.html cannot be written"),
+        (["--output_dir", "FOLDER/vae/config.json/x", "--data_dir", "nowhere"], "which is read here"),
         (["--lpips_linear_weights", "squeeze.pth"], "needs lpips_backbone_weights"),
     ],
 )

@@ -121,7 +121,7 @@ def test_three_processes_write_the_same_bytes(repository, vae, images, tmp_path)
     assert torch.get_num_threads() == 1
     printed = run_elsewhere(repository, vae, images, tmp_path / "three", processes=3)
     assert printed.count("14 images") == 1  # only the first of three ranks speaks: they know of each other
-    assert content(tmp_path / "three") == content(tmp_path / "one") and len(content(tmp_path / "one")) == 7
+    assert content(tmp_path / "three") == content(tmp_path / "one") and len(content(tmp_path / "one")) == 8
 
 
 def test_a_killed_run_continues_to_the_same_bytes(repository, vae, images, tmp_path, caplog) -> None:
@@ -137,7 +137,7 @@ def test_a_killed_run_continues_to_the_same_bytes(repository, vae, images, tmp_p
     # Whatever the moment of the kill, a later shard is now missing and a half-written one lies about.
     (killed / "manifest.json").unlink(missing_ok=True)
     (killed / "shard-00002.safetensors").unlink(missing_ok=True)
-    (killed / ".shard-00002.safetensors.1.tmp").write_bytes(b"half")
+    (killed / ".0123456789abcdef.tmp").write_bytes(b"half")
     before = (killed / "shard-00000.safetensors").stat().st_mtime_ns
     run(repository, vae, images, killed)
     assert (killed / "shard-00000.safetensors").stat().st_mtime_ns == before
@@ -197,7 +197,7 @@ def test_the_directory_of_a_model_is_left_as_it_is(repository, vae, images, tmp_
     for name in (file, "mean_std.json"):
         (finished / name).write_text("{}")
     for more in ([], ["--dry_run"]):
-        with pytest.raises(ValueError, match=f"finished is a model's directory .it holds {file}.*choose another"):
+        with pytest.raises(ValueError, match=rf"finished holds .*{file}.*choose a new or an empty"):
             run(repository, vae, images, finished, *more)
     assert {path.name: path.read_text() for path in finished.iterdir()} == {file: "{}", "mean_std.json": "{}"}
 

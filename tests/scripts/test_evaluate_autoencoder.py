@@ -105,8 +105,22 @@ def test_flags_without_effect_are_named(repository, vae, images, tmp_path, caplo
     assert "--lpips_backbone_weights is not given: --lpips_net, --lpips_linear_weights." in caplog.text
     assert "mean is reconstructed: --seed." in caplog.text
     caplog.clear()
-    run(repository, vae, images, tmp_path / "x.json", "--num_images", "2", "--sample_posterior", "--seed", "3")
+    sampled = ["--num_images", "2", "--sample_posterior", "--seed", "3"]
+    before = (tmp_path / "x.json").read_bytes()
+    with pytest.raises(ValueError, match=r"x\.json exists, and is not what this command wrote before"):
+        run(repository, vae, images, tmp_path / "x.json", *sampled)
+    assert (tmp_path / "x.json").read_bytes() == before
+    run(repository, vae, images, tmp_path / "y.json", *sampled)
+    run(repository, vae, images, tmp_path / "y.json", *sampled)
     assert "Without effect" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_model_is_not_replaced_by_its_card(repository, vae, images, name):
+    before = (vae / name).read_bytes()
+    with pytest.raises(ValueError, match=rf"{name} exists, and is not what this command wrote"):
+        run(repository, vae, images, vae / name)
+    assert (vae / name).read_bytes() == before
 
 
 def test_metrics_are_chosen_by_name(repository, vae, images, tmp_path):

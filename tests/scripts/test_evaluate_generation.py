@@ -147,7 +147,7 @@ def test_outputs_are_tried_before_anything_is_computed(script, material, tmp_pat
     assert options["output"].is_file() and options["save_reference"].is_file()
     monkeypatch.setattr("diffusers_eqvae.metrics.generation.Reference.save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        script.main(words(material, **options | {"output": tmp_path / "first.json"}))
+        script.main(words(material, output=tmp_path / "first.json", save_reference=tmp_path / "second.npz"))
     assert (tmp_path / "first.json").is_file()
 
 

@@ -84,6 +84,7 @@ def test_samples_their_labels_and_their_record(script, model, tmp_path):
     assert samples.shape == (NUM_SAMPLES, 16, 16, 3) and samples.dtype == np.uint8 and labels.shape == (NUM_SAMPLES,)
     assert len(np.unique(samples.reshape(NUM_SAMPLES, -1), axis=0)) == NUM_SAMPLES
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
+        ".eqvae.json",
         "grid.png",
         "png",
         "samples.npz",
@@ -237,7 +238,7 @@ def test_half_precision_and_another_format_of_record(script, model, tmp_path):
     record = tmp_path / "set" / "sampling.json"
     content = json.loads(record.read_text())
     assert content["settings"]["dtype"] == "bfloat16" and content["format_version"] == sampling.FORMAT_VERSION
-    for version, message in ((0, "older than 1, .* choose another output directory"), (2, "newer than 1: update")):
+    for version, message in ((1, "older than 2, .* choose another output directory"), (3, "newer than 2: update")):
         record.write_text(json.dumps({**content, "format_version": version}))
         with pytest.raises(ValueError, match=f"sampling.json has format_version {version}, {message}"):
             script.main(words(model, tmp_path / "set", dtype="bf16"))
@@ -307,3 +308,70 @@ def test_a_diffusion_model_is_sampled_by_its_own_samplers(script, tmp_path, tiny
     ):
         with pytest.raises(ValueError, match=message):
             script.main(words(tmp_path / "dit", tmp_path / "other", **{"scheduler": "saved", **flags}))
+
+
+def test_what_is_left_of_another_set_gets_in_beside_no_new_image(script, model, tmp_path):
+    script.main(words(model, tmp_path / "set", "--save_png"))
+    old, _ = read(tmp_path / "set")
+    (tmp_path / "set" / "samples.npz").unlink()
+    script.main(words(model, tmp_path / "set", "--save_png", seed=8, num_samples=4))
+    samples, _ = read(tmp_path / "set")
+    shown = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "set" / "png").iterdir())]
+    assert len(shown) == 4 and np.array_equal(np.stack(shown), samples) and not np.array_equal(samples, old[:4])
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_other_options_of_the_same_weights_make_another_set(script, model, tmp_path, part):
+    script.main(words(model, tmp_path / "set"))
+    config = model / part / "config.json"
+    changed = {"norm_eps": 0.5} if part == "transformer" else {"norm_num_groups": 2}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    with pytest.raises(ValueError, match=r"made with other settings: .*options"):
+        script.main(words(model, tmp_path / "set"))
+
+
+def test_damaged_samples_are_neither_taken_as_finished_nor_measured(script, model, tmp_path):
+    script.main(words(model, tmp_path / "set"))
+    path = tmp_path / "set" / "samples.npz"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"samples.npz is not what .* was written .*remove it to sample again"):
+        script.main(words(model, tmp_path / "set"))
+    with pytest.raises(ValueError, match=r"samples.npz is not the set that .*sampling.json describes"):
+        sampling_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"guided_channels": 99}, "guided_channels"), ({"class_labels": 99}, "99"), ({"model": "nowhere"}, "nowhere")],
+    ids=["option of the pipeline", "class", "model"],
+)
+def test_a_refused_command_leaves_nothing_that_refuses_the_right_one(script, model, tmp_path, changes, message):
+    place = changes.pop("model", model)
+    with pytest.raises((ValueError, OSError), match=message):
+        script.main(words(place, tmp_path / "set", **changes))
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("place", ["model", "model/transformer", "foreign"])
+def test_samples_go_to_no_directory_of_something_else(script, model, tmp_path, place):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="choose a"):
+        script.main(words(model, tmp_path / place))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_part_that_was_cut_is_sampled_again(script, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "finish", lambda *_, **__: pytest.skip)
+    with pytest.raises(FileNotFoundError):
+        script.main(words(model, tmp_path / "set"))
+    part = tmp_path / "set" / "parts" / "part-00000004.npz"
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    monkeypatch.undo()
+    script.main(words(model, tmp_path / "set"))
+    script.main(words(model, tmp_path / "again"))
+    assert np.array_equal(read(tmp_path / "set")[0], read(tmp_path / "again")[0])

@@ -29,7 +29,8 @@ from torch.utils.data import Dataset
 
 from ..autoencoders import Posterior
 from ..classes import ClassTable
-from ..files import UNFINISHED, atomic_path, require_writable, write_json
+from ..directories import OutputDirectory
+from ..files import atomic_path, write_json
 from ..latents import LatentStatistics
 from ..provenance import require_same_autoencoder
 from .latent_format import (
@@ -65,6 +66,9 @@ def _raw(values: Tensor) -> np.ndarray:
 class LatentStoreWriter:
     """Writes a store shard by shard; several processes may write different shards of one store.
 
+    One of them claims the directory for all (`output.claim(*names)`, the others with `lock=False`); a writer that is
+    alone does so with its first shard. `inputs` are never written to.
+
     Example:
         >>> writer = LatentStoreWriter("latents/images", settings)
         >>> for shard in writer.pending()[0]:
@@ -72,10 +76,22 @@ class LatentStoreWriter:
         >>> manifest = writer.finish(autoencoder=autoencoder_identity(vae))
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: StoreSettings) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: StoreSettings,
+        *,
+        inputs: Mapping[str, str | os.PathLike[str] | None] = {},
+    ) -> None:
         self.path = Path(path)
         self.settings = settings
-        require_writable(self.path / MANIFEST)
+        self.output = OutputDirectory(self.path, kind="latent store", inputs=inputs)
+
+    @property
+    def names(self) -> list[str]:
+        """What a finished store consists of; `output.claim` with them before anything is written."""
+        shards = [shard_name(shard) for shard in range(self.settings.num_shards)]
+        return [*shards, MANIFEST, "mean_std.json", "vae", "verify.png"]
 
     def pending(self, rank: int = 0, world_size: int = 1) -> tuple[list[int], list[str]]:
         """The shards this rank still has to write (s % world_size == rank), and complaints about unreadable ones.
@@ -130,6 +146,8 @@ class LatentStoreWriter:
                 f"The encoder gave values in shard {shard} that are not finite in {settings.dtype}; "
                 "store float32 or bfloat16, or check the autoencoder."
             )
+        self.output.claim(*self.names)
+        self.output.require_lock()
         tensors = {settings.tensor: moments.contiguous()} | ({} if labels is None else {"labels": labels.long()})
         raw = {name: _raw(values) for name, values in tensors.items()}
         raw["crc32"] = _checksums(raw[settings.tensor], raw.get("labels"))
@@ -178,6 +196,7 @@ class LatentStoreWriter:
             report: `DataReport.to_json` of the images.
             content: "everything" of the images' `data_identity`.
         """
+        self.output.claim(*self.names)
         headers = self._headers()
         classes = ClassTable()
         if self.settings.labelled:
@@ -208,8 +227,7 @@ class LatentStoreWriter:
         }
         manifest["digest"] = manifest_digest(manifest)
         write_json(self.path / MANIFEST, manifest)
-        for leftover in self.path.glob(f".*{UNFINISHED}"):
-            leftover.unlink(missing_ok=True)
+        self.output.release()
         return manifest
 
     def _headers(self) -> list[ShardHeader]:

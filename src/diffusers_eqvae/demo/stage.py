@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..files import write_json
+from ..files import delete, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 DONE = "stage.json"
@@ -60,7 +59,7 @@ class Stage:
             tqdm.write(f"[{self.name}] has run before")
             return
         tqdm.write(f"\n[{self.name}]\n$ {shlex.join(self.command)}")
-        shutil.rmtree(self.directory, ignore_errors=True)
+        delete(self.directory)  # the demo's own: see its `OutputDirectory`
         start = time.perf_counter()
         # The stages see the package that runs the demo, also when it is not installed.
         path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))

@@ -16,9 +16,11 @@ from typing import Any, TypeAlias
 
 from tqdm.auto import tqdm
 
+from ..directories import OutputDirectory
 from ..files import write_json
-from ..options import Checked
+from ..options import Checked, inputs_of
 from ..training_utils.command_line import parse
+from ..training_utils.launch import claim
 from .photographs import write_photographs
 from .report import write_report
 from .stage import ROOT, Stage, end_with_stages
@@ -75,6 +77,11 @@ TRANSFORMER_TRAINING: Flags = TRAINING | {
 SAMPLING: Flags = {"num_samples": 30, "batch_size": 30, "label_policy": "balanced", "scheduler": "heun"}
 
 
+# What the demo writes beside the directories of its stages.
+FILES = ["autoencoder.json", "transformer.json", "metrics.json", "report.png", "report.html"]
+FILES += [f"latents_{branch}.png" for branch in BRANCHES]
+
+
 @dataclass
 class DemoArguments(Checked):
     """What the demo runs on. Without data of your own it uses photographs that ship inside scikit-image."""
@@ -121,11 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("The demo runs the scripts of the repository: clone it, and call `make demo` there.")
     signal.signal(signal.SIGTERM, end_with_stages)
     output_dir = Path(arguments.output_dir)
+    output = OutputDirectory(output_dir, kind="demo", inputs=inputs_of(arguments))
+    first, branches = plan(arguments, *image_flags(arguments))
+    stages = [first, *(stage for branch in branches for stage in branch)]
+    claim(output, *FILES, images_folder(arguments).name, *(stage.name for stage in stages))
+    write_images(arguments)
     write_json(output_dir / "autoencoder.json", AUTOENCODER)
     write_json(output_dir / "transformer.json", TRANSFORMER)
-    first, branches = plan(arguments, *image_flags(arguments))
     started = time.perf_counter()
-    stages = [first, *(stage for branch in branches for stage in branch)]
     with tqdm(total=len(stages), desc="demo", unit="stage") as bar:
         first.run()
         bar.update()
@@ -203,9 +213,17 @@ def image_flags(arguments: DemoArguments) -> tuple[dict[str, str], dict[str, str
         return {"train_data_dir": arguments.train_data_dir}, {}
     if arguments.dataset_name:
         return {"dataset_name": arguments.dataset_name}, {}
-    side_px = arguments.resolution * 3 // 2
-    images = Path(arguments.output_dir) / f"images_{side_px}px"
-    for name, per_class, seed in (("train", 40, 0), ("held_out", 4, 1)):
-        if not (images / name).is_dir():
-            write_photographs(images / name, per_class=per_class, side_px=side_px, seed=seed)
+    images = images_folder(arguments)
     return {"train_data_dir": str(images / "train")}, {"validation_data_dir": str(images / "held_out")}
+
+
+def images_folder(arguments: DemoArguments) -> Path:
+    return Path(arguments.output_dir) / f"images_{arguments.resolution * 3 // 2}px"
+
+
+def write_images(arguments: DemoArguments) -> None:
+    """The built-in photographs, unless they are there or other images are given."""
+    images = images_folder(arguments)
+    for name, per_class, seed in (("train", 40, 0), ("held_out", 4, 1)):
+        if not (arguments.train_data_dir or arguments.dataset_name or (images / name).is_dir()):
+            write_photographs(images / name, per_class=per_class, side_px=arguments.resolution * 3 // 2, seed=seed)

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from ..autoencoders import downsampling_factor, load_autoencoder, require_fitting
 from ..data.image_datasets import load_image_dataset
-from ..files import require_writable
+from ..directories import OutputDirectory, require_replaceable
 from ..images import adm_center_crop, evenly_spaced, to_pixels, to_uint8
 from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests
-from ..options import Checked
+from ..metrics.result_card import is_card_of
+from ..options import Checked, inputs_of
 from ..provenance import hardware
 from ..training_utils.command_line import parse
 from ..training_utils.console import start_logging
@@ -104,7 +106,14 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
     """
     pyplot()  # what is not installed is missed here, not after measuring
     folder, resolution = Path(arguments.output_dir), arguments.resolution
-    require_writable(folder / "card.html")
+    output = OutputDirectory(folder, kind="health card", inputs=inputs_of(arguments))
+    locations = [(arguments.vae, arguments.subfolder)]
+    if arguments.compare is not None:
+        locations.append((arguments.compare, arguments.compare_subfolder))
+    names = _short_names([name for name, _ in locations])
+    models = ["/".join(filter(None, location)) for location in locations]
+    for file, model in zip(_card_names(names), models, strict=True):
+        require_replaceable(folder / file, ours=partial(is_card_of, model=model, data=Path(arguments.data_dir).name))
     images = load_images(arguments.data_dir, resolution=resolution, num_images=arguments.num_images)
     try:
         device = torch.zeros(0, device=arguments.device).device
@@ -122,10 +131,6 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
             backbone_weights=arguments.lpips_backbone_weights,
             linear_weights=arguments.lpips_linear_weights,
         ).to(device)
-    locations = [(arguments.vae, arguments.subfolder)]
-    if arguments.compare is not None:
-        locations.append((arguments.compare, arguments.compare_subfolder))
-    names = _short_names([name for name, _ in locations])
     vaes = [
         load_autoencoder(name, subfolder=inside).to(device, memory_format=torch.channels_last)
         for name, inside in locations
@@ -138,13 +143,14 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         inspect_autoencoder(vae, images, name=name, perceptual=perceptual)
         for vae, name in zip(vaes, names, strict=True)
     ]
-    for file, location, inspection in zip(_card_names(names), locations, inspections, strict=True):
-        model = "/".join(filter(None, location))
+    output.claim("card.html", "card.png", *_card_names(names))
+    for file, model, inspection in zip(_card_names(names), models, inspections, strict=True):
         result_card(inspection, model, protocol=protocol, provenance=provenance).save(folder / file)
     write_png(folder / "card.png", inspections, strips(vaes, images[evenly_spaced(len(images), SHOWN_IMAGES)]))
     write_html(
         folder / "card.html", inspections, {"images": len(images), **protocol, "posterior": "mean", **provenance}
     )
+    output.release()
     return inspections
 
 

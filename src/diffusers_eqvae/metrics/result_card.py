@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, require_format_version, write_json
+from ..provenance import hash_file
 
 FORMAT_VERSION = 2
 _NETWORK = {
@@ -159,18 +160,42 @@ class ResultCard:
         return cls(**content)
 
 
+def is_card_of(path: str | os.PathLike[str], **subject: Any) -> bool:
+    """Whether a file is the result card of a subject, which a new one of it may replace.
+
+    Args:
+        subject: what its task, protocol, settings or provenance say, as far as it is known before measuring; a value
+            of None is not asked for.
+
+    Example:
+        >>> is_card_of("eq-vae.json", task="reconstruction", model="runs/eq-vae")
+    """
+    try:
+        card = ResultCard.load(path)
+    except (OSError, ValueError):
+        return False
+    said = {**card.provenance, **card.settings, **card.protocol, "task": card.task}
+    return all(said.get(key) == value for key, value in subject.items() if value is not None)
+
+
 def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `pipelines/sample.py` wrote down beside its samples: settings of a card, and label policy and uint8 rule.
 
     It is read for the set it describes, which is samples.npz in the folder of sampling.json, its folder png/ or that
-    folder itself. Of any other file nothing is known: {} and None for both rules. Whether the weights are an average
-    is read from the run's `resolved_arguments.json`, where the model is a local directory.
+    folder itself; samples.npz must be the file that was written. Of any other file nothing is known: {} and None for
+    both rules. Whether the weights are an average is read from the run's `resolved_arguments.json`, where the model is
+    a local directory.
     """
     samples = Path(samples)
     folder = samples if samples.is_dir() and samples.name != "png" else samples.parent
     record = folder / "sampling.json"
     described = samples.is_dir() or samples.name == "samples.npz"
     content = read_json(record, needs={"settings": dict}) if described and record.is_file() else {}
+    if samples.is_file() and "samples_hash" in content and content["samples_hash"] != hash_file(samples):
+        raise ValueError(
+            f"{samples} is not the set that {record} describes (it is damaged, or another file under its name). "
+            "Sample again, or move it to a folder of its own to measure it as samples of which nothing is known."
+        )
     known = content.get("settings", {}) | {key: value for key, value in content.items() if key != "settings"}
     settings = {key: known[key] for key in SETTINGS if key in known}
     if "scheduler_config" in known:  # what the flag's word meant

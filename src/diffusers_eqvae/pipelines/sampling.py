@@ -9,11 +9,12 @@ uint8 by one.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,21 @@ from PIL import Image
 from torch import Tensor
 
 from .. import _registration
+from ..directories import OutputDirectory
 from ..files import (
     atomic_path,
+    delete,
     map_npz_array,
     read_json,
     read_npz,
     require_format_version,
-    require_writable,
     strict_json,
     write_json,
     write_npz,
 )
 from ..images import UINT8_RULE
 from ..pretrained import load_pretrained, looking_for
-from ..provenance import autoencoder_identity, weights_hash
+from ..provenance import autoencoder_identity, hash_file, public_config, weights_hash
 from ..randomness import numpy_generator, torch_generator
 from .pipeline_class_conditional import ClassConditionalPipeline
 
@@ -44,7 +46,9 @@ LABEL_POLICIES = ("random", "balanced")
 PARTS_DIR = "parts"
 SETTINGS_FILE = "sampling.json"
 SAMPLES_FILE = "samples.npz"
-FORMAT_VERSION = 1
+BEGUN = "settings.json"
+NAMES = (SAMPLES_FILE, SETTINGS_FILE, PARTS_DIR, "grid.png", "png")
+FORMAT_VERSION = 2  # 1 had no digest of the samples
 # Independent streams of one image.
 _NOISE, _LABEL = 0, 1
 
@@ -155,45 +159,80 @@ def write_part(output_dir: str | Path, block: range, arrays: Mapping[str, Any]) 
 def pending_blocks(
     output_dir: str | Path, blocks: Sequence[range], *, rank: int = 0, world_size: int = 1
 ) -> list[range]:
-    """This rank's share of the blocks whose part file is not there yet: every world_size-th of them.
+    """This rank's share of the blocks whose part file is not there yet, or cut: every world_size-th of them.
 
     All ranks must list before any writes, or they cut different lists.
     """
-    return [block for block in blocks if not part_path(output_dir, block).exists()][rank::world_size]
+    return [block for block in blocks if not zipfile.is_zipfile(part_path(output_dir, block))][rank::world_size]
 
 
-def claim_directory(output_dir: str | Path, settings: Mapping[str, Any]) -> bool:
-    """Takes a directory for one set of images; True where that set is already finished there.
+def find_set(output_dir: str | Path, settings: Mapping[str, Any]) -> str | None:
+    """How far the set of these settings is in a directory: None, "begun" or "finished"; writes nothing.
 
-    A directory that cannot be written to, or holds (part of) a set of other settings or of another format, is refused;
-    the message names what differs.
+    A finished set is known by the digest of its samples; where they are gone, it counts as not begun.
+
+    Raises:
+        ValueError: (part of) a set of other settings, naming what differs, or of another format; samples that are not
+            those which were written.
 
     Example:
-        >>> finished = claim_directory("runs/samples", {"seed": 0, "num_samples": 50000})
+        >>> find_set("runs/samples", {"seed": 0, "num_samples": 50000})
     """
-    output_dir = Path(output_dir)
-    settings = json.loads(strict_json(settings))
-    finished, begun = output_dir / SETTINGS_FILE, output_dir / PARTS_DIR / "settings.json"
-    require_writable(begun)
-    for path in (finished, begun):
-        if not path.exists():
+    samples, stages = Path(output_dir) / SAMPLES_FILE, {"finished": SETTINGS_FILE, "begun": f"{PARTS_DIR}/{BEGUN}"}
+    for stage, name in stages.items():
+        path = Path(output_dir) / name
+        if not path.exists() or (stage == "finished" and not samples.exists()):
             continue
         content = read_json(path, needs={"settings": dict})
         remedy = "choose another output directory"
         require_format_version(content.get("format_version"), FORMAT_VERSION, path=path, remedy=remedy)
-        present = content["settings"]
-        changed = [key for key in {**present, **settings} if present.get(key) != settings.get(key)]
+        present, wanted = content["settings"], json.loads(strict_json(settings))
+        changed = [key for key in {**present, **wanted} if present.get(key) != wanted.get(key)]
         if changed:
-            differences = ", ".join(f"{key} ({present.get(key)} -> {settings.get(key)})" for key in changed)
+            differences = ", ".join(f"{key} ({present.get(key)} -> {wanted.get(key)})" for key in changed)
             raise ValueError(
                 f"{output_dir} holds samples made with other settings: {differences}. "
                 "Repeat the settings to resume, or choose another output directory."
             )
-        if path == finished:
-            shutil.rmtree(begun.parent, ignore_errors=True)  # left by a run killed after it had finished
-        return path == finished
-    write_json(begun, {"format_version": FORMAT_VERSION, "settings": settings})
-    return False
+        if stage == "finished" and hash_file(samples) != content.get("samples_hash"):
+            raise ValueError(
+                f"{samples} is not what {path} says was written (it is damaged, or another file); remove it to sample "
+                "again, or choose another output directory."
+            )
+        return stage
+    return None
+
+
+def begin_set(output: OutputDirectory, settings: Mapping[str, Any]) -> bool:
+    """Notes in a directory that has been claimed which set it is to hold; True where that is finished already.
+
+    What is left of a set that was neither is deleted: no image of it gets beside the new ones.
+
+    Example:
+        >>> output = OutputDirectory("runs/samples", kind="set of samples")
+        >>> output.claim(*NAMES)
+        >>> finished = begin_set(output, {"seed": 0, "num_samples": 50000})
+    """
+    stage = find_set(output.path, settings)
+    if stage == "finished":
+        output.delete(PARTS_DIR)  # left by a run killed after it had finished
+    elif stage is None:
+        output.delete(*NAMES)
+        write_json(output.path / PARTS_DIR / BEGUN, {"format_version": FORMAT_VERSION, "settings": settings})
+    return stage == "finished"
+
+
+def require_accepted(pipeline: Any, class_ids: Sequence[int], **options: Any) -> None:
+    """Raises what a pipeline has against its options, which it says when it is called; takes one step of one image."""
+
+    class Accepted(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Accepted
+
+    with suppress(Accepted):
+        pipeline(list(class_ids[:1]), generator=sample_generators(0, [0]), callback_on_step_end=stop, **options)
 
 
 def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, float]:
@@ -204,7 +243,7 @@ def merge_parts(output_dir: str | Path, blocks: Sequence[range]) -> dict[str, fl
     Returns:
         `seconds` summed over all parts and `nfe` of one image.
     """
-    missing = [block for block in blocks if not part_path(output_dir, block).exists()]
+    missing = pending_blocks(output_dir, blocks)
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(blocks)} parts are missing in {output_dir}; run it again.")
     labels, seconds, nfe = [], 0.0, 0.0
@@ -250,12 +289,14 @@ def finish(
 ) -> None:
     """Writes samples.npz, then sampling.json, which marks the set as finished, then removes the parts.
 
-    sampling.json holds format_version, settings, uint8_rule, nfe, seconds and `metadata`. Killed in between, the next
-    call begins again with what is there.
+    sampling.json holds format_version, settings, uint8_rule, nfe, seconds, samples_hash and `metadata`. Killed in
+    between, the next call begins again with what is there.
     """
     record = {"format_version": FORMAT_VERSION, "settings": settings, "uint8_rule": UINT8_RULE}
-    write_json(Path(output_dir) / SETTINGS_FILE, {**record, **merge_parts(output_dir, blocks), **metadata})
-    shutil.rmtree(Path(output_dir) / PARTS_DIR)
+    record |= merge_parts(output_dir, blocks)
+    record["samples_hash"] = hash_file(Path(output_dir) / SAMPLES_FILE)
+    write_json(Path(output_dir) / SETTINGS_FILE, {**record, **metadata})
+    delete(Path(output_dir) / PARTS_DIR)
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:
@@ -275,3 +316,11 @@ def identities(pipeline: Any) -> dict[str, Any]:
     if pipeline.preview_decoder is not None:  # decodes in place of the autoencoder
         made_by["preview_decoder"] = autoencoder_identity(pipeline.preview_decoder)
     return made_by
+
+
+def options_hash(pipeline: Any) -> str:
+    """The identity of what the configs of a pipeline's models say, class names apart: 16 hexadecimal digits."""
+    models = (pipeline.transformer, pipeline.vae, pipeline.preview_decoder)
+    configs = [public_config(model) for model in models if model is not None]
+    said = [{key: value for key, value in config.items() if not key.endswith(".id2label")} for config in configs]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
