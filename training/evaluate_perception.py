@@ -27,7 +27,7 @@ from diffusers_eqvae.perception.tasks import Method, transfer_methods
 from diffusers_eqvae.provenance import hardware
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
-from diffusers_eqvae.training_utils.launch import run_script
+from diffusers_eqvae.training_utils.launch import require_device, run_script
 from diffusers_eqvae.training_utils.perception.arguments import PerceptionArguments
 from diffusers_eqvae.training_utils.perception.build import Rows, build_tasks, choose_images, load_models
 
@@ -35,6 +35,7 @@ from diffusers_eqvae.training_utils.perception.build import Rows, build_tasks, c
 def main(argv: list[str] | None = None) -> ResultCard:
     (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__)
     start_logging(logging.WARNING)
+    require_device(arguments.device)
     overview_path = Path(arguments.output).with_suffix(".png")
     subject = {"task": "perception", "model": arguments.vae, "data": Path(arguments.images).name}
     ours = partial(is_card_of, **subject)

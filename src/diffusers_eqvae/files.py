@@ -195,7 +195,7 @@ def read_json(
         raise ValueError(f"{path} must hold a JSON object ({{...}}); it holds a {type(content).__name__}.")
     for key, kind in (needs or {}).items():
         if key not in content:
-            raise ValueError(f"{path} must hold {key!r}; it holds {', '.join(content) or 'nothing'}.")
+            raise ValueError(f"{path} must hold {key!r}; it holds {', '.join([*content][:5]) or 'nothing'}.")
         if not isinstance(content[key], kind):
             kinds = " or ".join(JSON_KINDS[each] for each in (kind if isinstance(kind, tuple) else (kind,)))
             raise ValueError(f"{key!r} of {path} must be {kinds}; it is {JSON_KINDS.get(type(content[key]), 'null')}.")

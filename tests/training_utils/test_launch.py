@@ -45,6 +45,12 @@ def test_success_is_status_0():
     assert ended.value.code == 0
 
 
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense"])
+def test_a_device_that_cannot_be_used_is_named(name):
+    with pytest.raises(ValueError, match=f"The device {name} cannot be used: "):
+        launch.require_device(name)
+
+
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SHARDED = [
     pytest.param({"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported", id="fsdp"),

@@ -24,6 +24,7 @@ from ..options import Checked, inputs_of
 from ..provenance import hardware
 from ..training_utils.command_line import parse
 from ..training_utils.console import start_logging
+from ..training_utils.launch import require_device
 from .card import SHOWN_IMAGES, pyplot, strips, write_html, write_png
 from .health import Inspection, inspect_autoencoder, result_card
 
@@ -115,10 +116,7 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
     for file, model in zip(_card_names(names), models, strict=True):
         require_replaceable(folder / file, ours=partial(is_card_of, model=model, data=Path(arguments.data_dir).name))
     images = load_images(arguments.data_dir, resolution=resolution, num_images=arguments.num_images)
-    try:
-        device = torch.zeros(0, device=arguments.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {arguments.device} cannot be used: {error}") from error
+    device = require_device(arguments.device)
     provenance = {"data": Path(arguments.data_dir).name}
     provenance |= hardware(device)
     images_uint8 = to_uint8(images).permute(0, 2, 3, 1).numpy()

@@ -36,6 +36,14 @@ def runs_on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def require_device(name: str) -> torch.device:
+    """The device of this name, tried by an empty tensor; refused where it cannot be used."""
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name} cannot be used: {error}") from error
+
+
 def build_state() -> PartialState:
     """The processes of a script that does not train; they wait at its end for the slowest, however long."""
     _refuse_lone_process()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,8 +69,11 @@ class ModelSource:
             return cls(kind, read_model_config(path, kind))
         known = backbones()
         if model not in known:
+            families = ", ".join(dict.fromkeys(name.partition("/")[0] for name in known))
             raise ValueError(
-                f"Unknown model {model!r}. Choose one of: {', '.join(known)}; or name a JSON file or a saved model."
+                f"Unknown model {model!r}; the nearest is {difflib.get_close_matches(model, known, n=1, cutoff=0.0)[0]}. "
+                f"There are {families} (most with a patch size behind them: SiT-B/2); or name a JSON file or a saved "
+                "model."
             )
         return cls(known[model], dict(known[model].PRESETS[model]))
 
