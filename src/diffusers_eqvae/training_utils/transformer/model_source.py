@@ -69,9 +69,10 @@ class ModelSource:
             return cls(kind, read_model_config(path, kind))
         known = backbones()
         if model not in known:
+            (nearest,) = difflib.get_close_matches(model, known, n=1, cutoff=0.0)
             families = ", ".join(dict.fromkeys(name.partition("/")[0] for name in known))
             raise ValueError(
-                f"Unknown model {model!r}; the nearest is {difflib.get_close_matches(model, known, n=1, cutoff=0.0)[0]}. "
+                f"Unknown model {model!r}; the nearest is {nearest}. "
                 f"There are {families} (most with a patch size behind them: SiT-B/2); or name a JSON file or a saved "
                 "model."
             )
