@@ -319,14 +319,16 @@ def read_npz(path: str | Path, *keys: str) -> dict[str, np.ndarray]:
         ValueError: a file that is not a whole .npz, an array of Python objects, which is never unpickled, or one that
             claims to be larger than what is there can unpack to.
     """
+    with _whole_archive(path):
+        false = next(filter(None, (_false_claim(path, key) for key in keys)), None)
+    if false:
+        raise ValueError(false)
     with _whole_archive(path), np.load(path) as archive:
-        for key in keys:
-            _refuse_false_claims(path, key)
         return {key: archive[key] for key in keys}
 
 
-def _refuse_false_claims(path: str | Path, key: str) -> None:
-    """Before memory is taken for it: an array larger than its entry, or an entry larger than deflate can unpack."""
+def _false_claim(path: str | Path, key: str) -> str | None:
+    """What is wrong with an array that is larger than its entry, or than deflate can unpack; nothing is unpacked."""
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
         with archive.open(entry) as file:
@@ -335,11 +337,12 @@ def _refuse_false_claims(path: str | Path, key: str) -> None:
             read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
     claimed, there = math.prod(shape) * dtype.itemsize, min(entry.file_size, _DEFLATE_RATIO * entry.compress_size)
-    if claimed > there and not dtype.hasobject:
-        raise ValueError(
-            f"{key} of {path} claims to be {dtype} {shape}, which is {claimed} bytes, and what is there cannot unpack "
-            f"to more than {there}: the file is damaged or forged. Write it again."
-        )
+    if claimed <= there or dtype.hasobject:
+        return None
+    return (
+        f"{key} of {path} cannot be read: it claims to be {dtype} {shape}, which is {claimed} bytes, and what is there "
+        f"cannot unpack to more than {there}. The file is damaged or forged: write it again."
+    )
 
 
 @contextmanager

@@ -457,7 +457,7 @@ def forged_npz(path: Path, shape: tuple[int, ...], entry_size: int | None) -> No
 )
 def test_an_npz_that_claims_more_than_is_there_is_refused_before_memory_is_taken(tmp_path, shape, entry_size):
     forged_npz(tmp_path / "x.npz", shape, entry_size)
-    with pytest.raises(ValueError, match=r"arr_0 of .*x\.npz claims to be uint8 .* Write it again"):
+    with pytest.raises(ValueError, match=r"arr_0 of .*x\.npz cannot be read: it claims to be uint8 .* write it again"):
         open_images(tmp_path / "x.npz")
 
 

@@ -122,7 +122,8 @@ class ImageSource:
         """Names and sizes of the images' files; None where the rows hold the images."""
         if self.root is None or (self._record(0) or {}).get("path") is None or self._record(0)["bytes"] is not None:
             return None
-        records = enumerate(self.dataset[self.image_column])
+        batches = self.dataset.iter(1000)  # many times faster than row by row
+        records = enumerate(record for batch in batches for record in batch[self.image_column])
         return ((self._name(index, record), _size(record)) for index, record in records)
 
     def _content(self, index: int) -> bytes:
