@@ -340,8 +340,8 @@ def _false_claim(path: str | Path, key: str) -> str | None:
     if claimed <= there or dtype.hasobject:
         return None
     return (
-        f"{key} of {path} cannot be read: it claims to be {dtype} {shape}, which is {claimed} bytes, and what is there "
-        f"cannot unpack to more than {there}. The file is damaged or forged: write it again."
+        f"{key} of {path} cannot be read: it claims to be {dtype} {shape}, which is {claimed} bytes, and what is "
+        f"there cannot unpack to more than {there}. The file is damaged or forged: write it again."
     )
 
 
