@@ -307,13 +307,13 @@ def test_a_mistyped_flag_is_answered_with_what_was_meant(given, meant, capsys):
 
 def test_help_is_short_and_shows_every_option_once_and_what_is_required_first(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "119")
-    for command, most in (("train-autoencoder", 126), ("train-transformer", 126), ("sample", 40)):
+    for command in ("train-autoencoder", "train-transformer", "sample"):
         with pytest.raises(SystemExit):
             eqvae_command.main([command, "--help"])
         text = capsys.readouterr().out
         lines = text.splitlines()
-        assert len(lines) <= most, f"{command} --help has {len(lines)} lines"
         flags = [line.split()[0] for line in lines if line.startswith("  --")]
+        assert len(lines) <= 1.7 * len(flags) + 25, f"{command} --help has {len(lines)} lines for {len(flags)} options"
         assert len(flags) == len(set(flags)) and not [flag for flag in flags if "-" in flag[2:]]
         assert lines.index("required:") < lines.index(next(line for line in lines if line.startswith("  --")))
         assert "--output_dir" in lines[0]
