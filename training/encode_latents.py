@@ -26,7 +26,7 @@ from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, Alignment
 from diffusers_eqvae.options import Checked, inputs_of
 from diffusers_eqvae.provenance import autoencoder_identity, require_same_data
 from diffusers_eqvae.stated_normalization import scale_complaint
-from diffusers_eqvae.tokens import has_codebook
+from diffusers_eqvae.tokens import describe_usage, has_codebook
 from diffusers_eqvae.training_utils.arguments import DTYPES, DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
@@ -137,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer, content=content)
         state.print(f"The store is complete: {output_dir}")
+        if settings.is_tokens:
+            state.print(describe_usage(writer.token_counts()))
     state.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ Any autoencoder with diffusers' `quantize` (VQModel, `VQModelEQ`) has a codebook
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,23 @@ def decode_with_terms(vae: Autoencoder, raw_latents: Tensor) -> Decoded:
     return Decoded(vae.decoder(vae.post_quant_conv(passed), spatial), terms, quantized.tokens)
 
 
+def perplexity(shares: Tensor) -> Tensor:
+    """exp(entropy) of shares (K,) that sum to 1: K where all vectors are used alike, 1 where only one is."""
+    return torch.special.entr(shares).sum().exp()
+
+
+def describe_usage(counts: Sequence[int]) -> str:
+    """In words, how much of a codebook is used, from how often each vector is.
+
+    Example:
+        >>> describe_usage([3, 3, 0])
+        '2 of 3 vectors of the codebook are used, perplexity 2.0'
+    """
+    numbers = torch.tensor(counts, dtype=torch.float64)
+    used, effective = int((numbers > 0).sum()), perplexity(numbers / numbers.sum()).item()
+    return f"{used} of {len(counts)} vectors of the codebook are used, perplexity {effective:.1f}"
+
+
 class CodebookUsage:
     """How much of a codebook is in use, from the tokens of each step; without waiting for the device.
 
@@ -156,7 +174,7 @@ class CodebookUsage:
         self._last_used = torch.where(used, step, self._last_used)
         return {
             "codebook/usage": used.float().mean(),
-            "codebook/perplexity": torch.special.entr(shares).sum().exp(),
+            "codebook/perplexity": perplexity(shares),
             "codebook/dead": (step - self._last_used >= DEAD_AFTER_STEPS).sum(),
         }
 

@@ -48,7 +48,7 @@ def train(output, **options):
     run_script(ROOT / "training" / "train_transformer.py", as_flags(options))
 
 
-def test_images_become_tokens_become_a_pipeline_becomes_samples(tmp_path, images, tiny_vq_model, caplog):
+def test_images_become_tokens_become_a_pipeline_becomes_samples(tmp_path, images, tiny_vq_model, caplog, capsys):
     store = encode(tmp_path, images, tiny_vq_model, dtype="fp16")
     assert "tokens are uint16 and have no normalisation: --dtype" in caplog.text
     stored = LatentStore(store, vae=tiny_vq_model)
@@ -57,6 +57,7 @@ def test_images_become_tokens_become_a_pipeline_becomes_samples(tmp_path, images
     with torch.no_grad():
         expected = encode_tokens(tiny_vq_model, batch)
     assert torch.equal(stored.get_many(range(9))["tokens"].long(), expected)
+    assert f"{len(expected.unique())} of 16 vectors of the codebook are used, perplexity" in capsys.readouterr().out
 
     run = tmp_path / "run"
     train(run, model=tmp_path / "maskgit.json", latents_dir=store, validation_steps=1, guidance_scale=3)
