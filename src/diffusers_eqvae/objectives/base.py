@@ -8,7 +8,7 @@ loss, logs = objective.total(output)                 outside the wrapper
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
@@ -124,7 +124,31 @@ class Objective(nn.Module, ABC, Generic[R]):
         return self.regularizers[term].weight if term in self.regularizers else 1.0  # type: ignore[return-value]
 
 
-class LatentObjective(Objective[GeneratorRegularizer]):
+class GeneratorObjective(Objective[GeneratorRegularizer]):
+    """What the objectives of all generators do with their regularizers."""
+
+    def call(self, active: Sequence[tuple[str, GeneratorRegularizer, Any]], *inputs: Any, **options: Any) -> Any:
+        """The network's output, with the hidden states that the regularizers read."""
+        layers = {layer for _, each, _ in active for layer in each.hidden_layers}
+        return self.model(*inputs, **options, hidden_layers=tuple(sorted(layers)))
+
+    def regularized(
+        self,
+        terms: dict[str, Tensor],
+        active: Sequence[tuple[str, GeneratorRegularizer, Any]],
+        *,
+        state: GeneratorState,
+        batch: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """What `forward` gives: its own terms, and those of the regularizers by name."""
+        for name, regularizer, drawn in active:
+            penalty = regularizer.penalty(state, batch, drawn)
+            if penalty is not None:
+                terms[name] = penalty
+        return {"terms": terms, "idle": tie_idle(self, terms.values())}
+
+
+class LatentObjective(GeneratorObjective):
     """What the objectives of continuous latents share: noise, one call of the network, its regularizers.
 
     A member says which noise levels it trains on, how they spoil the latents, and what it compares.
@@ -197,23 +221,13 @@ class LatentObjective(Objective[GeneratorRegularizer]):
         latents, noise, sigmas = batch["latents"], draw["noise"], draw["sigmas"]
         noisy, target = self.corrupt(latents, noise, sigmas)
         active = self.active(draw)
-        output = self.model(
-            noisy,
-            timestep=self.timestep(sigmas),
-            class_labels=batch["class_labels"],
-            drop_labels=draw["drop_labels"],
-            hidden_layers=tuple(sorted({layer for _, each, _ in active for layer in each.hidden_layers})),
-        )
+        labels = {"class_labels": batch["class_labels"], "drop_labels": draw["drop_labels"]}
+        output = self.call(active, noisy, timestep=self.timestep(sigmas), **labels)
         prediction, extra = full_precision(output.sample), None
         if prediction.shape[1] != latents.shape[1]:
             prediction, extra = prediction.split(latents.shape[1], dim=1)
         state = GeneratorState(prediction, target, noisy, latents, noise, sigmas, output.hidden_states or {})
-        terms = self.losses(state, extra)
-        for name, regularizer, drawn in active:
-            penalty = regularizer.penalty(state, batch, drawn)
-            if penalty is not None:
-                terms[name] = penalty
-        return {"terms": terms, "idle": tie_idle(self, terms.values())}
+        return self.regularized(self.losses(state, extra), active, state=state, batch=batch)
 
 
 def tie_idle(module: nn.Module, outputs: Iterable[Tensor]) -> Tensor:

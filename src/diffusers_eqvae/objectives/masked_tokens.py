@@ -14,7 +14,7 @@ from ..options import Checked
 from ..randomness import StepRandomness
 from ..regularizers.base import GeneratorRegularizer, GeneratorState
 from ..schedulers.scheduling_maskgit import MaskGITScheduler
-from .base import Objective, register_objective, tie_idle
+from .base import GeneratorObjective, register_objective
 
 
 @dataclass
@@ -31,7 +31,7 @@ class MaskedTokensArguments(Checked):
 
 
 @register_objective("masked_tokens")
-class MaskedTokensObjective(Objective[GeneratorRegularizer]):
+class MaskedTokensObjective(GeneratorObjective):
     """-log p(token | tokens that are not masked, class) of the masked ones.
 
     A token is masked with probability arccos(r) * 2 / pi, r uniform, which is drawn once per sample; a share
@@ -80,25 +80,14 @@ class MaskedTokensObjective(Objective[GeneratorRegularizer]):
         model: Any = self.model
         visible = tokens.masked_fill(masked, model.mask_token)
         active = self.active(draw)
-        output = model(
-            visible,
-            None,
-            batch["class_labels"],
-            drop_labels=draw["drop_labels"],
-            hidden_layers=tuple(sorted({layer for _, each, _ in active for layer in each.hidden_layers})),
-        )
+        output = self.call(active, visible, None, batch["class_labels"], drop_labels=draw["drop_labels"])
         loss = masked_token_loss(
             output.sample, tokens, masked, label_smoothing=self.arguments.mask_label_smoothing
         ).mean()
         state = GeneratorState(
             output.sample, tokens, visible, tokens, masked, draw["shares"], output.hidden_states or {}
         )
-        terms = {"masked": loss}
-        for name, regularizer, drawn in active:
-            penalty = regularizer.penalty(state, batch, drawn)
-            if penalty is not None:
-                terms[name] = penalty
-        return {"terms": terms, "idle": tie_idle(self, terms.values())}
+        return self.regularized({"masked": loss}, active, state=state, batch=batch)
 
     def scheduler(self) -> MaskGITScheduler:
         """MaskGIT's iterative decoding."""
