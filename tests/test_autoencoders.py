@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -119,3 +120,15 @@ def test_a_size_fits_where_the_stride_divides_it(tiny_autoencoder_kl):
         require_fitting(12, 4, smallest=16)
     with pytest.raises(ValueError, match=r"The width of images must be a multiple of .* stride 4; got 18"):
         encode(tiny_autoencoder_kl, torch.zeros(1, 3, 16, 18))
+
+
+def test_one_out_of_a_pipeline_and_one_alone_load_one_after_the_other(tmp_path, tiny_autoencoder_kl):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]})
+    )
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "pipeline" / "vae")
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "alone")
+    for name in ("pipeline", "alone", "pipeline"):
+        loaded = load_autoencoder(str(tmp_path / name))
+        assert all(map(torch.equal, loaded.parameters(), tiny_autoencoder_kl.parameters()))

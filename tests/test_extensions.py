@@ -210,7 +210,7 @@ def test_options_of_a_method_that_was_not_chosen_name_it(tmp_path):
 def test_help_shows_the_options_of_what_was_chosen():
     told = run("training/train_autoencoder.py", "--regularizers", "alignment", "--help")
     assert "--alignment_teacher" in told and "--tau_scale" not in told
-    assert "Other choices of --regularizers: equivariance." in told
+    assert "Other choices of --regularizers: " in told and "equivariance" in told
     assert "--train-data-dir" not in told  # each option under one name
 
 
@@ -275,13 +275,15 @@ def test_a_room_lists_its_folder_without_importing_it():
     code = """
 import sys
 from diffusers_eqvae.objectives.base import OBJECTIVES
-assert OBJECTIVES.names() == ("autoencoder", "flow_matching"), OBJECTIVES.names()
+assert {"autoencoder", "flow_matching"} <= set(OBJECTIVES.names()), OBJECTIVES.names()
 assert "diffusers_eqvae.objectives.flow_matching" not in sys.modules
 assert OBJECTIVES["flow_matching"].__name__ == "FlowMatchingObjective"
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    with pytest.raises(ValueError, match="There is no objective 'flow'; there are autoencoder, flow_matching"):
+    with pytest.raises(
+        ValueError, match="There is no objective 'flow'; there are autoencoder, denoising, flow_matching"
+    ):
         OBJECTIVES["flow"]
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import diffusers
 import torch
-from diffusers import AutoModel
+from diffusers import ConfigMixin
 from torch import Tensor, nn
 
 from . import _registration
@@ -98,20 +98,22 @@ def uncompiled(module: Any) -> Any:
 
 
 def stock_class(kind: type) -> str:
-    """Name of the class of diffusers that an autoencoder's class is or derives from, else its own name.
+    """Name of the class of diffusers that an autoencoder's class is, derives from or says that it `works_as`.
 
     Example:
         >>> stock_class(AutoencoderKLEQ)
         'AutoencoderKL'
     """
-    return next((each.__name__ for each in kind.__mro__ if each.__module__.startswith("diffusers.")), kind.__name__)
+    derived = (each.__name__ for each in kind.__mro__ if each.__module__.startswith("diffusers."))
+    return getattr(kind, "works_as", None) or next(derived, kind.__name__)
 
 
 def require_handled(autoencoder: Autoencoder | type, whose: str = "The autoencoder") -> None:
     """Refuses an autoencoder whose class would be trained, normalised or decoded wrongly.
 
-    A class of ours or of yours counts as the class of diffusers that it derives from. A class that diffusers adds is
-    refused until it is in the table here.
+    A class of ours or of yours counts as the class of diffusers that it derives from; one that derives from none says
+    by an attribute, `works_as = "AutoencoderTiny"`, whose encode, decode and config it has. A class that diffusers
+    adds is refused until it is in the table here.
 
     Raises:
         ValueError: in one sentence, why the class is refused, and which are handled.
@@ -125,7 +127,7 @@ def require_handled(autoencoder: Autoencoder | type, whose: str = "The autoencod
         reason = _REFUSED.get(name, "is not known here, and might be handled wrongly")
         handled = ", ".join(_FAMILIES)
         raise ValueError(
-            f"{whose} is of the class {kind.__name__}, which {reason}; use {handled} or a subclass of one."
+            f"{whose} is of the class {kind.__name__}, which {reason}; use {handled}, or a subclass of one."
         )
 
 
@@ -220,24 +222,31 @@ def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
     """
     location = autoencoder_location(name, subfolder=subfolder, revision=revision)
     stated = _read_config(name, location)
-    kind = _class_of(stated, name)
+    kind: Any = _class_of(stated, name)
     if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         raise ValueError(f"{name} is a {kind.__name__}, not an autoencoder; name one, or its pipeline.")
     require_handled(kind, name)
     with _without_false_warning():
-        model = load_pretrained(
-            AutoModel.from_pretrained, name, "an autoencoder", torch_dtype=torch.float32, **location
-        )
+        model = load_pretrained(kind.from_pretrained, name, "an autoencoder", torch_dtype=torch.float32, **location)
     inside = "/".join(filter(None, (location.get("subfolder"), "mean_std.json")))
     adopt_saved_normalization(model, stated, hub_file(name, inside, revision))
     return model.eval()
+
+
+class _Config(ConfigMixin):
+    """Reads any model's config.json.
+
+    AutoModel, once it has loaded a model out of a pipeline, looks for model_index.json in every later directory.
+    """
+
+    config_name = "config.json"
 
 
 def _read_config(name: str, location: Mapping[str, str]) -> dict[str, Any]:
     """What a saved model's config.json says, and nothing that its class would add."""
     try:
         with looking_for(name, "an autoencoder") as options:
-            return AutoModel.load_config(name, **location, **options)
+            return _Config.load_config(name, **location, **options)
     except OSError as error:
         folder = Path(name) / location.get("subfolder", "")
         if (folder / "config.json").is_file() or not Path(name).is_dir():

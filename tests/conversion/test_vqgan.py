@@ -36,8 +36,8 @@ def test_a_vqgan_written_back_is_the_same_bits():
     published = reference.published_weights()
     vae = from_published(published)
     assert type(vae) is VQModelEQ and vae.config.vq_embed_dim == 4 and vae.config.num_vq_embeddings == 20
-    assert vae.config.down_block_types == ["DownEncoderBlock2D"] * 2 + ["AttnDownEncoderBlock2D"]
-    assert vae.config.up_block_types == ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2
+    assert list(vae.config.down_block_types) == ["DownEncoderBlock2D"] * 2 + ["AttnDownEncoderBlock2D"]
+    assert list(vae.config.up_block_types) == ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2
     back = to_published(vae, "vqgan")
     assert back.keys() == published.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in published.items())

@@ -17,10 +17,12 @@ from diffusers_eqvae.metrics import measure_equivariance, psnr
 class AveragingAutoencoder(nn.Module):
     """Encodes a cell as the mean of its 4x4 pixels and decodes by repeating it; `shift` rolls the latents."""
 
+    works_as = "AutoencoderTiny"
+
     def __init__(self, *, offset: float = 0.0, shift: int = 0) -> None:
         super().__init__()
         self.offset, self.shift = offset, shift
-        self.config = SimpleNamespace(block_out_channels=(1, 1, 1), encoder_block_out_channels=None)
+        self.config = {"encoder_block_out_channels": (1, 1, 1)}
 
     def encode(self, pixels):
         latents = F.avg_pool2d(pixels, 4) + self.offset
@@ -68,7 +70,8 @@ def ramp(height: int, width: int) -> np.ndarray:
 class WeightedAutoencoder(nn.Module):
     """Cell means times a ramp, and pixels that repeat a cell times the ramp: linear and not equivariant."""
 
-    config = SimpleNamespace(block_out_channels=(1, 1, 1), encoder_block_out_channels=None)
+    config = {"encoder_block_out_channels": (1, 1, 1)}  # noqa: RUF012
+    works_as = "AutoencoderTiny"
 
     def encode(self, pixels):
         means = F.avg_pool2d(pixels, FACTOR)
@@ -150,7 +153,8 @@ def test_figures_of_a_map_that_is_not_equivariant_are_those_worked_out_by_hand()
 class PixelwiseAutoencoder(nn.Module):
     """One linear map at every pixel, which commutes with resizing and rotating."""
 
-    config = SimpleNamespace(block_out_channels=(1,), encoder_block_out_channels=None)
+    config = {"encoder_block_out_channels": (1,)}  # noqa: RUF012
+    works_as = "AutoencoderTiny"
     matrix = torch.tensor([[1.0, 0.5, -0.25], [0.0, 2.0, 0.5], [0.25, 0.0, 1.0]])
 
     def encode(self, pixels):

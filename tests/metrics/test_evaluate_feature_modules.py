@@ -146,7 +146,7 @@ def test_what_is_no_batch_of_images_is_refused(load, tmp_path):
     metric, good = load("rfid"), images_uint8(4)
     pixels = torch.zeros(4, 3, 8, 8)
     for wrong, complaint in (
-        (pixels * float("nan"), "must be finite"),
+        (pixels * float("nan"), "gave NaN or infinity"),
         (pixels + 255, "floats up to 255"),
         (pixels + 4, "floats up to 4"),
         (pixels.permute(0, 2, 3, 1), r"uint8 \(B, H, W, 3\) or floats"),

@@ -333,6 +333,7 @@ def test_presets_describe_models_that_exist(preset, tmp_path, monkeypatch):
         model = source.cls(**source.config)
     trained_by = {
         "dit": ("denoising", "epsilon"),
+        "lightningdit": ("flow_matching", "flow_prediction"),
         "maskgit": ("masked_tokens", "logits"),
         "sit": ("flow_matching", "flow_prediction"),
     }

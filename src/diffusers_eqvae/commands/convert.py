@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ..autoencoders import stock_class
 from ..conversion import CONVERTERS, from_published, read_published, save_published, to_published
 from ..conversion._files import SUFFIXES
 from ..files import read_json
@@ -78,6 +79,6 @@ def _load_model(directory: Path, layout: str) -> Any:
         directory /= components.get(target.__name__, "")
     config = directory / "config.json"
     kind = read_json(config).get("_class_name") if config.is_file() else None
-    if kind != target.__name__:
+    if kind not in (target.__name__, stock_class(target)):
         raise ValueError(f"{directory} does not hold a {target.__name__}, which the layout {layout} is for.")
     return target.from_pretrained(directory)

@@ -84,7 +84,7 @@ class Backbone(ModelMixin, ConfigMixin):
         return self.config.num_classes
 
     @property
-    def classes(self) -> ClassTable | None:
+    def class_table(self) -> ClassTable | None:
         """Names and counts of the classes, as the config states them."""
         return ClassTable.from_config(self.config)
 
@@ -103,7 +103,7 @@ class Backbone(ModelMixin, ConfigMixin):
         for name, (dimension, first) in self.label_tables().items():
             saved, table = state[name].movedim(dimension, 0), begun[name].to(state[name].dtype).movedim(dimension, 0)
             table[:first] = saved[:first]
-            for here, there in classes.rows_from(self.classes).items():
+            for here, there in classes.rows_from(self.class_table).items():
                 table[first + here] = saved[first + there]
             table[first + len(classes) :] = saved[first + self.config.num_classes :]
             state[name] = table.movedim(0, dimension)

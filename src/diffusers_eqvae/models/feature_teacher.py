@@ -147,11 +147,10 @@ def load_vision_model(name_or_path: str | os.PathLike[str], *, revision: str | N
         with looking_for(name_or_path, "a feature network of transformers") as known:
             model, found = AutoModel.from_pretrained(name_or_path, **options, **known)
     except OSError as error:
-        if not Path(name_or_path).exists():
-            raise  # which says where it was looked for
+        where = "" if Path(name_or_path).exists() else f" ({str(error).rstrip('.')})"
         raise FileNotFoundError(
             f"There are no weights at {name_or_path}, which must be a directory with config.json and "
-            "model.safetensors, or a Hub name. Fetch it with `hf download` to a directory, and name that."
+            f"model.safetensors, or a Hub name{where}. Fetch it with `hf download` to a directory, and name that."
         ) from error
     except Exception as error:  # a config or weights of another shape fail in many ways
         raise ValueError(

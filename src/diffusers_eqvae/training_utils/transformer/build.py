@@ -185,7 +185,7 @@ def build_transformer(
 
 def _with_classes_of(latents: LatentData, model: Backbone, directory: Path, *, new: bool) -> Backbone:
     """A saved model on the data's classes: the same by name and id, or with a label table of its own."""
-    classes, saved = latents.classes, model.classes
+    classes, saved = latents.classes, model.class_table
     if new:
         kept = [classes.names[each] for each in classes.rows_from(saved)]
         others = [name for name in classes.names if name not in kept]
