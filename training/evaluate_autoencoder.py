@@ -151,12 +151,13 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
             measured,
             data_hash=digests.hash,
             num_images=len(digests),
+            image_size=digests.image_size,
             resize_rule=images.resize_rule,
             posterior="sample" if arguments.sample_posterior else "mean",
             settings=settings,
             provenance={**provenance, "extensions": loaded_extensions(), **hardware(state.device)},
         )
-        print(card.summary())  # first: a disk that is full now takes no card
+        print(card.summary(), flush=True)  # first: a disk that is full now takes no card
         card.save(arguments.output)
         print(f"card: {arguments.output}")
     state.wait_for_everyone()

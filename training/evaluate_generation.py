@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
         for network, target in zip(networks or [None], targets or [None], strict=True)
     ]
     digests = ImageDigests()
-    measure([*(metric for group in groups for metric in group), digests], sample_batches(batches, networks), state)
+    checked = sample_batches(batches, networks, references=targets, resolution="--resolution")
+    measure([*(metric for group in groups for metric in group), digests], checked, state)
     if not state.is_main_process:
         return None
     if made is None:
@@ -204,7 +205,8 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     cards = []
     for group, target, output in zip(groups, targets or [None], outputs, strict=True):
         measured = Measurement(group)
-        protocol = {"num_samples": len(digests), "resize_rule": resize_rule, **rules, **measured.protocol}
+        protocol = {"num_samples": len(digests), "image_size": digests.image_size, "resize_rule": resize_rule}
+        protocol |= {**rules, **measured.protocol}
         asked = {"samples": arguments.samples, "compared_with": arguments.reference}
         provenance = asked | {
             "samples_hash": digests.hash,
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
         }
         provenance |= {} if target is None else {"reference": target.name}
         card = ResultCard(protocol=protocol, settings=settings, provenance=provenance, **measured.card_parts())
-        print(card.summary())  # first: a disk that is full now takes no card
+        print(card.summary(), flush=True)  # first: a disk that is full now takes no card
         card.save(output)
         if arguments.save_reference and target is not None:
             target.save(arguments.save_reference)

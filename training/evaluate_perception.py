@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
     details = {"results": {task.name: task.results() for task in tasks}, "arguments": asdict(arguments), **used}
     provenance |= hardware(arguments.device)
     card = ResultCard(metrics, protocol, settings, caveats, provenance, "perception", details)
-    print(card.summary())  # first: a disk that is full now takes no card
+    print(card.summary(), flush=True)  # first: a disk that is full now takes no card
     card.save(arguments.output)
     captions = [caption for own in methods for caption in ("truth", *own)]
     grid(overview, ("image", *captions)).save(overview_path)

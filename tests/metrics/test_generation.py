@@ -94,7 +94,7 @@ def test_the_protocols_constants():
     assert (metrics["precision"], metrics["recall"]) == by_hand[3] != by_hand[4]
     features = torch.rand(10_003, 2, generator=torch.Generator().manual_seed(0))
     digests = torch.zeros(10_003, 32, dtype=torch.uint8)
-    many = Reference.of(Features({"features": features}, digests), name="x", weights_hash="x")
+    many = Reference.of(Features({"features": features}, digests), name="x", evaluator={})
     assert torch.equal(many.features, features[:10_000]) and many.count == 10_003
     torch.testing.assert_close(many.mean, features.double().mean(0))
 
@@ -182,12 +182,12 @@ def test_a_reference_survives_its_file(tmp_path):
     other = ModuleFeatures(nn.Conv2d(3, 8, 1), name="other")
     with pytest.raises(ValueError, match="Compute the reference again"):
         load_reference(tmp_path / "reference.npz", other)
-    with pytest.raises(ValueError, match="with one network"):
+    with pytest.raises(ValueError, match=r"network's weights of the reference .* Compute the reference again"):
         evaluate_generation(samples, reference, other)
 
 
 @pytest.mark.parametrize(
-    ("version", "complaint"), [(None, "format_version None, older than 1"), (9, "format_version 9, newer than 1")]
+    ("version", "complaint"), [(None, "format_version None, older than 2"), (9, "format_version 9, newer than 2")]
 )
 def test_saved_statistics_of_another_format_are_refused(version, complaint, tmp_path):
     reference_of(TinyInception()).save(tmp_path / "reference.npz")

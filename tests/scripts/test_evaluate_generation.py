@@ -102,6 +102,7 @@ def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoen
     pipeline.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "resolved_arguments.json").write_text('{"use_ema": true}')
     options = {"samples": tmp_path / "model", "num_samples": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
+    options["resolution"] = 16  # what the pipeline draws
     card = script.main(words(material, batch_size=2, label_policy="balanced", guided_channels=3, **options))
     assert (tmp_path / "model.squeezenet.json").is_file() and set(card.metrics) == NUMBERS
     assert card.protocol["label_policy"] == "balanced" and card.protocol["num_samples"] == 5

@@ -121,6 +121,7 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
     provenance |= hardware(device)
     images_uint8 = to_uint8(images).permute(0, 2, 3, 1).numpy()
     protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(images_uint8))}
+    protocol["image_size"] = f"{resolution}x{resolution}"
     protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
     perceptual = None
     if arguments.lpips_backbone_weights is not None:

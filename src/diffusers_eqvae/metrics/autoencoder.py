@@ -119,6 +119,7 @@ def reconstruction_card(
     *,
     data_hash: str,
     num_images: int,
+    image_size: str,
     resize_rule: str,
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
@@ -127,10 +128,11 @@ def reconstruction_card(
     """The card of one pass; `posterior` says whether its "mean" or a "sample" was reconstructed.
 
     Example:
-        >>> card = reconstruction_card(measured, data_hash=digests.hash, num_images=5000, resize_rule="none",
-        ...     settings={"model": "runs/eq-vae"}, provenance=hardware())
+        >>> card = reconstruction_card(measured, data_hash=digests.hash, num_images=5000, image_size="256x256",
+        ...     resize_rule="none", settings={"model": "runs/eq-vae"}, provenance=hardware())
     """
-    protocol = {"data_hash": data_hash, "num_images": num_images, "resize_rule": resize_rule}
+    protocol: dict[str, Any] = {"data_hash": data_hash, "num_images": num_images}
+    protocol |= {"image_size": image_size, "resize_rule": resize_rule}
     return ResultCard(
         protocol={**protocol, "posterior": posterior, "definitions": DEFINITIONS, **measured.protocol},
         settings=dict(settings),

@@ -6,187 +6,42 @@ The ADM protocol (Dhariwal & Nichol, arXiv 2105.05233): features of uint8 images
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import npz_keys, open_npz_array, require_format_version, write_npz
 from .base import Measurement, PerImageMetric, build_metrics, measure
-from .distances import FeatureStatistics
 from .feature_networks import FeatureNetwork
-from .image_sets import (
-    Features,
-    ImageSet,
-    extract,
-    hash_digests,
-    image_digests,
-    open_images,
-    require_one_size,
-    to_tensor,
+from .image_sets import Features, hash_digests, image_digests, require_one_size, size_of, to_tensor
+from .references import (
+    PROTOCOL_VERSION,
+    Reference,
+    evaluator_identity,
+    feature_statistics,
+    load_reference,
+    require_same_evaluator,
 )
+
+__all__ = [
+    "FeatureMetric",
+    "ImageDigests",
+    "Reference",
+    "SampleMetric",
+    "evaluate_generation",
+    "evaluate_reconstruction",
+    "feature_statistics",
+    "load_reference",
+    "sample_batches",
+]
 
 # What `training/evaluate_generation.py` computes by default, and what its batches hold.
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "kid")
 OFFERS = frozenset({"images", "features", "reference"})
-# Changes when the same images and weights would give other numbers.
-PROTOCOL_VERSION = "1 (ADM)"
 NEIGHBOURS = 3
 SPLIT_SIZE = 5000
-STATISTICS_ROWS = 1024  # handed over at a time; changes no bit
-# Of the reference, for precision, recall and KID.
-REFERENCE_FEATURES = 10_000
-REFERENCE_FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What samples are compared with.
-
-    Attributes:
-        name, hash: of the images or the file the numbers came from.
-        weights_hash: of the network that gave the numbers.
-        count: images behind mean and covariance; None where the file does not say.
-        mean, covariance: (D,), (D, D) float64.
-        spatial_mean, spatial_covariance: likewise, or None.
-        features: (M, D) for precision, recall and KID, or None.
-    """
-
-    name: str
-    hash: str
-    weights_hash: str
-    count: int | None
-    mean: Tensor
-    covariance: Tensor
-    spatial_mean: Tensor | None = None
-    spatial_covariance: Tensor | None = None
-    features: Tensor | None = None
-
-    @classmethod
-    def of(cls, images: Features, *, name: str, weights_hash: str) -> Reference:
-        """The statistics of a set of images; precision, recall and KID use its first 10 000."""
-        statistics = feature_statistics(images.outputs["features"])
-        spatial = feature_statistics(images.outputs["spatial"]) if "spatial" in images.outputs else None
-        return cls(
-            name,
-            images.hash,
-            weights_hash,
-            len(images),
-            statistics.mean,
-            statistics.covariance,
-            None if spatial is None else spatial.mean,
-            None if spatial is None else spatial.covariance,
-            images.outputs["features"][:REFERENCE_FEATURES],
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """An .npz under ADM's names (mu, sigma, mu_s, sigma_s), with the hashes and the features beside them."""
-        arrays = {"mu": self.mean, "sigma": self.covariance, "features": self.features}
-        arrays |= {"mu_s": self.spatial_mean, "sigma_s": self.spatial_covariance}
-        stored: dict[str, Any] = {key: value.numpy() for key, value in arrays.items() if value is not None}
-        count = -1 if self.count is None else self.count
-        stored |= {"name": self.name, "hash": self.hash, "weights_hash": self.weights_hash, "count": np.int64(count)}
-        write_npz(path, format_version=np.int64(REFERENCE_FORMAT_VERSION), **stored)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], network: FeatureNetwork) -> Reference:
-        """Statistics that `save` wrote; refused where they are another network's than `network`."""
-        with np.load(path) as archive:
-            found = archive["format_version"].item() if "format_version" in archive else None
-            require_format_version(found, REFERENCE_FORMAT_VERSION, path=path, remedy="compute it again")
-            weights_hash, count = str(archive["weights_hash"]), int(archive["count"])
-            if weights_hash != network.weights_hash:
-                raise ValueError(
-                    f"{path} holds statistics of a network with weights {weights_hash}, and {network.name} has "
-                    f"{network.weights_hash}. Compute the reference again with this network."
-                )
-            keys = ("mu", "sigma", "mu_s", "sigma_s", "features")
-            arrays = [torch.from_numpy(archive[key]) if key in archive else None for key in keys]
-            name, digest = str(archive["name"]), str(archive["hash"])
-        mean, covariance, *others = arrays
-        if mean is None or covariance is None:
-            raise ValueError(f"{path} lacks mu and sigma; write it again.")
-        return cls(name, digest, weights_hash, None if count < 0 else count, mean, covariance, *others)
-
-
-def feature_statistics(features: Tensor) -> FeatureStatistics:
-    """Of rows (N, D), block by block: all at once would stand in memory three more times, in float64."""
-    statistics = FeatureStatistics(features.shape[1])
-    for rows in features.split(STATISTICS_ROWS):
-        statistics.update(rows)
-    return statistics
-
-
-def load_reference(
-    source: str | os.PathLike[str] | ImageSet,
-    network: FeatureNetwork,
-    *,
-    batch_size: int = 64,
-    resolution: int | None = None,
-    processes: Any = None,
-) -> Reference:
-    """A reference: saved statistics, an ADM reference .npz (statistics, arr_0 or both), a folder, or any image set.
-
-    mu, sigma, mu_s, sigma_s of an ADM file are Inception's and are used with FID's Inception only; any other network
-    is run over its arr_0. Precision, recall and KID use the first 10 000 images of arr_0.
-
-    Example:
-        >>> reference = load_reference("VIRTUAL_imagenet256_labeled.npz", network)
-    """
-    if isinstance(source, ImageSet):
-        features = extract(network, source, batch_size=batch_size, processes=processes)
-        return Reference.of(features, name=source.name, weights_hash=network.weights_hash)
-    path = Path(source)
-    keys = npz_keys(path) if path.is_file() else []
-    if "weights_hash" in keys:
-        return Reference.load(path, network)
-    if "mu" in keys and network.suffix is None:
-        return _adm_reference(path, keys, network, batch_size, processes)
-    if keys and "arr_0" not in keys:
-        raise ValueError(
-            f"{path} must hold images (arr_0) to serve as a reference for {network.name} (only FID's Inception "
-            f"can use mu and sigma); it holds {', '.join(keys)}."
-        )
-    images = open_images(path, resolution=resolution)
-    return load_reference(images, network, batch_size=batch_size, processes=processes)
-
-
-def _adm_reference(
-    path: Path, keys: Sequence[str], network: FeatureNetwork, batch_size: int, processes: Any
-) -> Reference:
-    digest = hashlib.sha256()
-
-    def statistics(mean_key: str, covariance_key: str) -> tuple[Tensor | None, Tensor | None]:
-        if mean_key not in keys or covariance_key not in keys:
-            return None, None
-        mean, covariance = (np.array(open_npz_array(path, key)) for key in (mean_key, covariance_key))
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or mean.dtype.kind != "f":
-            raise ValueError(
-                f"{mean_key} and {covariance_key} of {path} must be float (D,) and (D, D); got {mean.dtype} "
-                f"{mean.shape} and {covariance.shape}."
-            )
-        digest.update(mean.tobytes() + covariance.tobytes())
-        return torch.from_numpy(mean).double(), torch.from_numpy(covariance).double()
-
-    mean, covariance = statistics("mu", "sigma")
-    spatial = statistics("mu_s", "sigma_s")
-    if mean is None or covariance is None:
-        raise ValueError(f"{path} must hold sigma beside mu; it holds {', '.join(keys)}.")
-    features = None
-    if "arr_0" in keys:
-        images = ImageSet(open_npz_array(path, "arr_0")[:REFERENCE_FEATURES], name=path.name)
-        extracted = extract(network, images, batch_size=batch_size, processes=processes)
-        digest.update(extracted.hash.encode())
-        features = extracted.outputs["features"]
-    return Reference(
-        path.name, digest.hexdigest()[:16], network.weights_hash, None, mean, covariance, *spatial, features
-    )
 
 
 def network_protocol(network: FeatureNetwork) -> dict[str, str]:
@@ -241,11 +96,8 @@ class SampleMetric(FeatureMetric):
 
     def __init__(self, network: FeatureNetwork, reference: Reference) -> None:
         super().__init__(network)
-        if reference.weights_hash != network.weights_hash:
-            raise ValueError(
-                f"The reference {reference.name} is of weights {reference.weights_hash}, and {network.name} has "
-                f"{network.weights_hash}. Compute both with one network."
-            )
+        whose = f"the reference {reference.name}"
+        require_same_evaluator(reference.evaluator, evaluator_identity(network), whose=whose)
         self.reference = reference
 
     @classmethod
@@ -255,14 +107,21 @@ class SampleMetric(FeatureMetric):
         return cls(network, reference)
 
     def protocol(self) -> dict[str, Any]:
-        return {**super().protocol(), "reference_hash": self.reference.hash}
+        return {**super().protocol(), **self.reference.statement()}
 
 
 class ImageDigests(PerImageMetric):
-    """No figure: which images were measured, and how many."""
+    """No figure: which images were measured, how many, and their size."""
 
     def rows(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"digests": batch["digests"]}
+        sides = torch.tensor(batch["images"].shape[:1:-1]).expand(len(batch["digests"]), 2)
+        return {"digests": batch["digests"], "sides": sides}
+
+    @property
+    def image_size(self) -> str:
+        """ "WIDTHxHEIGHT", or those of the smallest and the largest sides where they differ."""
+        sides = self.joined()["sides"]
+        return "-".join(dict.fromkeys("x".join(map(str, each.tolist())) for each in (sides.amin(0), sides.amax(0))))
 
     def compute(self) -> dict[str, Any]:
         return {}
@@ -286,16 +145,27 @@ def join_caveats(*caveats: str | None) -> str | None:
 
 
 def sample_batches(
-    batches: Iterable[tuple[Sequence[int], np.ndarray]], networks: Iterable[FeatureNetwork] = ()
+    batches: Iterable[tuple[Sequence[int], np.ndarray]],
+    networks: Iterable[FeatureNetwork] = (),
+    *,
+    references: Iterable[Reference | None] = (),
+    resolution: str = "resolution",
 ) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
     """What metrics of generated images are updated with, of (places in the set, uint8 (B, H, W, 3)).
+
+    Args:
+        references: images of another size than theirs are refused, before a network sees any.
+        resolution: what the option is called that crops images to a size.
 
     Example:
         >>> measured = measure(metrics, sample_batches(open_images("samples.npz").batches(64), [network]))
     """
-    networks, size = list(networks), None
+    networks, references, size = list(networks), list(references), None
     for index, images_uint8 in batches:
         size = require_one_size(images_uint8, size)
+        for reference in filter(None, references):
+            own, whose = {"image_size": size_of(images_uint8)}, f"the reference {reference.name}"
+            require_same_evaluator(reference.evaluator, own, whose=whose, resolution=resolution)
         tensor = to_tensor(images_uint8)
         features = {each.name: {name: values.cpu() for name, values in each(tensor).items()} for each in networks}
         digests = image_digests(images_uint8)
@@ -313,6 +183,8 @@ def evaluate_generation(
     Example:
         >>> evaluate_generation(extract(network, batches), reference, network).figures["fid"].value
     """
+    own = {"image_size": samples.image_size}
+    require_same_evaluator(reference.evaluator, own, whose=f"the reference {reference.name}")
     built = build_metrics(metrics, offers=OFFERS - {"images"}, network=network, reference=reference)
     batch = {"features": {network.name: samples.outputs}, "digests": samples.digests}
     return measure(built, [(range(len(samples)), batch)])

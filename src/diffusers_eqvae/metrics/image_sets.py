@@ -25,6 +25,7 @@ from ..files import npz_keys, open_npz_array
 from ..images import UINT8_RULE, adm_center_crop
 from .base import gather
 from .feature_networks import FeatureNetwork
+from .result_card import UNKNOWN
 
 
 class ImageSet:
@@ -179,10 +180,12 @@ class Features:
     Attributes:
         outputs: "features" (N, D) float32 and, where the network has them, "spatial" (N, S) and "logits" (N, K).
         digests: (N, 32) uint8, a hash of each image.
+        image_size: "WIDTHxHEIGHT" of the images.
     """
 
     outputs: dict[str, Tensor]
     digests: Tensor
+    image_size: str = UNKNOWN
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -198,7 +201,7 @@ class Features:
         if not parts:
             raise ValueError("Features need at least one image; got none.")
         outputs = {name: torch.cat([part.outputs[name] for part in parts]) for name in parts[0].outputs}
-        return Features(outputs, torch.cat([part.digests for part in parts]))
+        return Features(outputs, torch.cat([part.digests for part in parts]), parts[0].image_size)
 
 
 def extract(
@@ -223,7 +226,7 @@ def extract(
     for batch in mine:
         size = require_one_size(batch, size)
         outputs = {name: value.cpu() for name, value in network(to_tensor(batch)).items()}
-        parts.append(Features(outputs, image_digests(batch)))
+        parts.append(Features(outputs, image_digests(batch), size_of(batch)))
     shares = gather([Features.join(parts)] if parts else [], processes)
     return Features.join([part for share in shares for part in share])
 
@@ -231,6 +234,11 @@ def extract(
 def to_tensor(images_uint8: np.ndarray) -> Tensor:
     """(B, 3, H, W) of (B, H, W, 3), as a copy."""
     return torch.from_numpy(np.array(images_uint8, order="C")).permute(0, 3, 1, 2)
+
+
+def size_of(images_uint8: np.ndarray) -> str:
+    """ "WIDTHxHEIGHT" of (B, H, W, 3), as cards and references state it."""
+    return f"{images_uint8.shape[2]}x{images_uint8.shape[1]}"
 
 
 def require_one_size(images_uint8: np.ndarray, size: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -12,7 +12,9 @@ from typing import Any
 from ..files import read_json, require_format_version, write_json
 from ..provenance import hash_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2 did not state the size of its images
+# What was looked for and could not be known; never equal to anything.
+UNKNOWN = "unknown"
 _NETWORK = {
     "feature_network": "distances by different networks have different units",
     "feature_network_version": "another transcription or protocol may give other features",
@@ -20,12 +22,21 @@ _NETWORK = {
     "input_rule": "resizing to the network's size changes features",
 }
 _UINT8 = {"uint8_rule": "another rounding shifts all values"}
-_RESIZE = {"resize_rule": "resized and cropped images have other spectra"}
+_RESIZE = {
+    "image_size": "images of another size are other images",
+    "resize_rule": "resized and cropped images have other spectra",
+}
+_REFERENCE = {
+    "reference_weights": "statistics of another network have other units",
+    "reference_size": "images of another size are other images",
+    "reference_resize_rule": "resized and cropped images have other spectra",
+}
 # Cards of a task that differ in one of these measure different things, for the reason given; `compare_cards` says so.
 PROTOCOLS: dict[str, dict[str, str]] = {
     "generation": {
         **_NETWORK,
         "reference_hash": "distances to different references are different distances",
+        **_REFERENCE,
         "num_samples": "FID falls with the number of samples, and precision and recall move",
         "label_policy": "random and class-balanced labels give different distributions",
         **_UINT8,
@@ -60,6 +71,7 @@ CONCERNS: dict[str, dict[str, tuple[str, ...]]] = {
     "generation": {
         **dict.fromkeys(_NETWORK, (*_DISTANCES, "inception_score")),
         "reference_hash": _DISTANCES,
+        **dict.fromkeys(_REFERENCE, ("fid", "fd_", "sfid", "sfd_")),
     },
     "reconstruction": {
         "intrinsic_dimension_points": ("intrinsic_dimension",),
@@ -274,7 +286,7 @@ def _incomparable(names: Sequence[str], cards: Sequence[ResultCard]) -> list[str
         if concerns is not None and not any(metric.startswith(concerns) for metric in shared):
             continue
         values = [card.protocol.get(key) for card in cards]
-        silent = [name for name, value in zip(names, values, strict=True) if value is None]
+        silent = [name for name, value in zip(names, values, strict=True) if value in (None, UNKNOWN)]
         if silent:
             sentences.append(f"{key} is not stated by {', '.join(silent)}: {reason}")
         elif any(value != values[0] for value in values):

@@ -16,7 +16,7 @@ from ...images import UINT8_RULE, to_uint8
 from ..base import Measurement
 from ..feature_networks import FeatureNetwork, load_feature_network
 from ..generation import evaluate_generation, evaluate_reconstruction, load_reference
-from ..image_sets import Features, image_digests, require_one_size, to_tensor
+from ..image_sets import Features, image_digests, require_one_size, size_of, to_tensor
 from ..latent_statistics import channel_statistics, high_frequency_share, intrinsic_dimension_if_defined
 
 FID_PAPER = "Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, 2017"
@@ -150,6 +150,7 @@ class _FeatureModule(_Module):
             shapes = " and ".join(str(each.shape) for each in batch.values())
             raise ValueError(f"Each reconstruction needs its own image, equally large; got {shapes}.")
         self._size = require_one_size(batch["predictions"], self._size)
+        self._image_size = size_of(batch["predictions"])
         columns = {side: self._rows(each) for side, each in batch.items()}
         columns |= {f"{side}_digest": [row.tobytes() for row in image_digests(batch[side]).numpy()] for side in batch}
         super().add_batch(**columns)
@@ -176,7 +177,7 @@ class _FeatureModule(_Module):
 
     def _read(self, rows: list[bytes], digests: list[bytes]) -> Features:
         values = _table(rows, torch.float32).split(list(self._widths.values()), dim=1)
-        return Features(dict(zip(self._widths, values, strict=True)), _table(digests, torch.uint8))
+        return Features(dict(zip(self._widths, values, strict=True)), _table(digests, torch.uint8), self._image_size)
 
     def _result(self, measured: Measurement, count: int) -> dict[str, Any]:
         parts = measured.card_parts()

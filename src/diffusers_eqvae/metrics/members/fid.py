@@ -28,6 +28,6 @@ class FID(SampleMetric):
                 frechet_distance(own.mean, own.covariance, mean, covariance),
                 n=own.count,
                 better="lower",
-                caveat=join_caveats(caveat, self.repeated(rows)),
+                caveat=join_caveats(reference.doubt, caveat, self.repeated(rows)),
             )
         return figures

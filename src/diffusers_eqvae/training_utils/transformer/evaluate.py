@@ -74,7 +74,9 @@ class GenerationEvaluation:
                 for network, reference in self.references.items()
                 for metric in build_metrics(GENERATION_METRICS, offers=OFFERS, network=network, reference=reference)
             ]
-            batches = sample_batches(zip(images.blocks, images, strict=True), self.references)
+            batches = sample_batches(
+                zip(images.blocks, images, strict=True), self.references, references=self.references.values()
+            )
             measured = measure(metrics, batches, self.run.accelerator)
             if self.run.is_main:
                 self.run.log_figures({f"evaluation/{name}": value for name, value in measured.values().items()})
