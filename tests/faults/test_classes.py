@@ -193,9 +193,9 @@ def test_a_model_goes_on_with_other_classes_only_if_told_to(
         script.main(test_train_transformer.flags(tmp_path, "--new_classes", **options))
     assert re.search(told, caplog.text) and "Every weight of" in caplog.text
     then = ClassConditionalPipeline.from_pretrained(tmp_path / "on").transformer
-    assert list(then.classes.names) == names
+    assert list(then.class_table.names) == names
     rows, saved = then.class_embedder.weight, first.transformer.class_embedder.weight
-    for here, there in then.classes.rows_from(first.transformer.classes).items():
+    for here, there in then.class_table.rows_from(first.transformer.class_table).items():
         assert torch.allclose(rows[here], saved[there], atol=1e-6), names[here]
     assert torch.allclose(rows[-1], saved[-1], atol=1e-6), "the row for no class"
     assert torch.allclose(then.patch_embed.weight, first.transformer.patch_embed.weight, atol=1e-6)

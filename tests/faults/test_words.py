@@ -95,7 +95,7 @@ def test_json_that_is_not_a_mapping_is_named_with_its_file(reader, content, said
 OTHER_SHAPES = [
     pytest.param("result_card", {"metrics": {}}, "must hold 'protocol'", id="card_without_protocol"),
     pytest.param(
-        "result_card", {"metrics": 3, "protocol": {}, "format_version": 2}, "its metrics is a int", id="number"
+        "result_card", {"metrics": 3, "protocol": {}, "format_version": 3}, "its metrics is a int", id="number"
     ),
     pytest.param("autoencoder", {"act_fn": "silu"}, "must hold '_class_name'", id="config_without_class"),
     pytest.param("autoencoder", {"_class_name": 3}, "'_class_name' of .* must be a text", id="class_is_a_number"),
