@@ -75,6 +75,7 @@ def use(site_packages: Path, home: Path, tmp_path: Path) -> None:
     assert "eqvae train-transformer: error:" in finished.stderr and "nowhere" in finished.stderr
 
 
+@pytest.mark.slow
 def test_a_wheel_and_a_wheel_of_the_source_archive_hold_the_same_and_work(checkout, tmp_path):
     wheel = build(checkout, "wheel", tmp_path / "wheel")
     source = unpacked(build(checkout, "sdist", tmp_path / "sdist"), tmp_path / "source")
@@ -92,6 +93,7 @@ def test_a_wheel_and_a_wheel_of_the_source_archive_hold_the_same_and_work(checko
     use(site_packages, site_packages, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_editable_install_uses_the_checkout(checkout, tmp_path):
     site_packages = unpacked(build(checkout, "editable", tmp_path / "wheel"), tmp_path / "site")
     assert not (site_packages / "diffusers_eqvae").exists()

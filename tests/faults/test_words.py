@@ -224,6 +224,8 @@ def test_an_interruption_is_one_line_and_status_130(capsys):
 
 
 WORKING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a job in the background
 import sys, time
 from diffusers_eqvae.training_utils.launch import run_script
 from torch.utils.data import DataLoader

@@ -63,7 +63,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name, request):
     assert moved
 
 
-@pytest.mark.parametrize("name", ["maskgit", "vq"])
+@pytest.mark.parametrize("name", ["maskgit", pytest.param("vq", marks=pytest.mark.slow)])
 def test_two_ranks_are_one_with_twice_the_batch(tmp_path, name, request):
     script, flags = request.getfixturevalue(name)
     if name == "maskgit":

@@ -302,7 +302,7 @@ def test_figures_say_what_they_were_measured_on(repository, folders, network, ti
     hashes = {"images_hash", "targets_hash"}
     assert differences(measured(num_tested=3)) == hashes | {"num_tested"}
     assert differences(measured(num_annotated=2, num_tested=5)) == {"num_annotated", "num_tested"}
-    assert differences(measured(resolution=16)) == hashes | {"resize_rule"}
+    assert differences(measured(resolution=16)) == hashes | {"resize_rule", "image_size"}
     assert differences(measured(ignore_index=8)) == {"annotation"}
     mask = np.asarray(Image.open(folders / "masks" / "6.png")).copy()
     mask[-1, -1] = 1 - mask[-1, -1]

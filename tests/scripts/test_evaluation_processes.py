@@ -89,7 +89,7 @@ def alone(repository, material, tmp_path_factory) -> dict[str, dict]:
     return numbers(output)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_number_of_processes_changes_no_bit(processes, alone, repository, material, tmp_path):
     """40 images in batches of 32 are two, so that the third process has nothing to do."""
     launch(repository, plan(repository, material, tmp_path / "cards"), tmp_path, processes)
