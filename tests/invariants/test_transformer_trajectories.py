@@ -128,10 +128,10 @@ class Sometimes(GeneratorRegularizer):
 """
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["plain", "regularized", *(pytest.param(each, marks=pytest.mark.slow) for each in ("diffusion", "score"))],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffusion", "score")]
+
+
+@pytest.mark.parametrize("method", ["plain", "regularized", *SLOW])
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, store, method):
     (tmp_path / "sometimes.py").write_text(SOMETIMES)
     score = {"model": store.parent / "score.json", "flow_path": "vp", "flow_weighting": "velocity"}
