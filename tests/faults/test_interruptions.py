@@ -26,7 +26,9 @@ pytestmark = pytest.mark.slow
 store = transformer.store
 LATEST = {"resume_from_checkpoint": "latest"}
 RUN = {"report_to": "none", "validation_steps": 0, "checkpointing_steps": 2, "logging_steps": 1, "max_train_steps": 20}
-MODEL = '{"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}'
+MODEL = """{"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16,
+"down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+"up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}"""
 
 
 @pytest.fixture
