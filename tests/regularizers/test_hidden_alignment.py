@@ -159,6 +159,9 @@ def test_the_direction_of_a_velocity_is_its_cosine_over_channels():
         state.prediction = factor * state.target
         assert objective.regularizers["it"].penalty(state, {}, ()).item() == pytest.approx(expected, abs=1e-6)
     assert 0 < terms["it"].item() < 2
+    state.prediction, state.target = torch.randn(1, 5, 3, 3), torch.zeros(1, 3, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"its target \(no tokens\) must have equal shapes"):  # logits broadcast
+        objective.regularizers["it"].penalty(state, {}, ())
 
 
 @pytest.mark.parametrize(
