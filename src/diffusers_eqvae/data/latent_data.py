@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -103,8 +102,7 @@ class LatentData:
             "tokens" (B, h, w) int64; and whatever else the batch holds (features); "class_labels" are all 0 where the
             data have none.
         """
-        asked = "features.vae_encoder" in self.wanted
-        with encoder_features(self.vae) if asked else nullcontext([]) as seen:
+        with encoder_features(self.vae) as seen:
             values = self._tokens(batch) if self.reads == "tokens" else self._latents(batch, randomness)
         rest = {key: value for key, value in batch.items() if key not in ("moments", "tokens", "pixel_values")}
         rest.setdefault("class_labels", torch.zeros(len(values), dtype=torch.int64, device=values.device))
