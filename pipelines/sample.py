@@ -23,7 +23,7 @@ from diffusers_eqvae.flow import DIFFUSION_FORMS
 from diffusers_eqvae.images import image_grid
 from diffusers_eqvae.options import Checked, inputs_of
 from diffusers_eqvae.pipelines import sampling
-from diffusers_eqvae.provenance import hardware
+from diffusers_eqvae.provenance import autoencoder_identity, hardware, require_same_autoencoder
 from diffusers_eqvae.schedulers.choices import OPTIONS, choose_scheduler
 from diffusers_eqvae.training_utils.arguments import DTYPES
 from diffusers_eqvae.training_utils.command_line import parse
@@ -120,6 +120,22 @@ class SampleArguments(Checked):
     dtype: Literal["bf16", "fp16", "fp32"] = field(
         default="fp32", metadata={"help": "Of transformer and VAE; the state stays float32."}
     )
+    guide: str | None = field(
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Autoguidance: the pipeline of a weaker model of the same latents and classes (an earlier "
+            "checkpoint, exported; a smaller model), whose prediction takes the place of the one without a class.",
+        },
+    )
+    vae: str | None = field(
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Decode by this autoencoder, whose encoder and normalisation are those that the transformer was "
+            "trained with and whose decoder is another; sampling.json says whose it is.",
+        },
+    )
     preview_decoder: str | None = field(
         default=None,
         metadata={
@@ -133,6 +149,13 @@ class SampleArguments(Checked):
     )
     save_png: bool = field(default=False, metadata={"help": "Also write png/000000.png and so on."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vae is not None and self.preview_decoder is not None:
+            raise ValueError("--vae and --preview_decoder both say what decodes; give one of them.")
+        if self.guide is not None and self.guidance_scale == 1.0:
+            raise ValueError("--guide acts through --guidance_scale, which is 1, no guidance; give another scale.")
+
 
 def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
     dtype = getattr(torch, DTYPES[arguments.dtype])
@@ -142,16 +165,34 @@ def load_pipeline(arguments: SampleArguments, device: torch.device) -> Diffusion
     if options.get("last_step") == "none":
         options["last_step"] = None
     pipeline.scheduler = choose_scheduler(arguments.scheduler, pipeline.scheduler, **options)
+    if arguments.guide is not None:
+        pipeline.guide = sampling.load_guide(arguments.guide, pipeline, dtype=dtype).to(device)
+    if arguments.vae is not None:
+        swap_decoder(pipeline, arguments.vae, dtype)
     if arguments.preview_decoder is not None:
         pipeline.preview_decoder = load_autoencoder(arguments.preview_decoder).to(device, dtype)
     pipeline.check_parts()
     return pipeline
 
 
+def swap_decoder(pipeline: DiffusionPipeline, name: str, dtype: torch.dtype) -> None:
+    """Another autoencoder of the same latents in place of the pipeline's own."""
+    trained_with = pipeline.transformer.config.get("autoencoder") or autoencoder_identity(pipeline.vae)
+    vae = load_autoencoder(name)
+    try:
+        require_same_autoencoder(trained_with, vae, whose="the transformer")
+    except ValueError as error:
+        raise ValueError(
+            f"--vae {name}: {error} --vae takes a copy of it whose decoder alone was trained further; "
+            "--preview_decoder takes any decoder of as many channels."
+        ) from error
+    pipeline.vae = vae.to(pipeline.device, dtype)
+
+
 def what_decides_the_images(
     arguments: SampleArguments, pipeline: DiffusionPipeline, class_ids: list[int]
 ) -> dict[str, Any]:
-    elsewhere = ("model", "output_dir", "save_png", "class_labels", "preview_decoder", "break_lock")
+    elsewhere = ("model", "output_dir", "save_png", "class_labels", "guide", "vae", "preview_decoder", "break_lock")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"dtype": DTYPES[arguments.dtype], "class_ids": class_ids}
     settings["scheduler_config"] = sampling.scheduler_settings(pipeline.scheduler)
@@ -196,7 +237,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if state.is_main_process:
         if not finished:
-            metadata = {"model": arguments.model, **hardware(state.device)}
+            besides = {name: getattr(arguments, name) for name in ("guide", "vae", "preview_decoder")}
+            metadata = {"model": arguments.model, "besides": besides, **hardware(state.device)}
             sampling.finish(output_dir, blocks, settings=settings, metadata=metadata)
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
         image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")

@@ -20,6 +20,7 @@ from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 from diffusers_eqvae.objectives.denoising import DenoisingObjective
 from diffusers_eqvae.pipelines import sampling
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.provenance import autoencoder_identity, weights_hash
 from diffusers_eqvae.schedulers.choices import OPTIONS, choose_scheduler
 from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.schedulers.scheduling_maskgit import MaskGITScheduler
@@ -375,3 +376,74 @@ def test_a_part_that_was_cut_is_sampled_again(script, model, tmp_path, monkeypat
     script.main(words(model, tmp_path / "set"))
     script.main(words(model, tmp_path / "again"))
     assert np.array_equal(read(tmp_path / "set")[0], read(tmp_path / "again")[0])
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["identity stated", "own autoencoder"])
+def test_a_swapped_decoder_is_the_one_that_decodes_and_is_said(
+    script, model, tiny_sit, tiny_autoencoder_kl, tmp_path, stated
+):
+    if stated:
+        tiny_sit.register_to_config(autoencoder=autoencoder_identity(tiny_autoencoder_kl))
+        tiny_sit.save_pretrained(model / "transformer")
+    script.main(words(model, tmp_path / "own", num_samples=4))
+    with torch.no_grad():
+        tiny_autoencoder_kl.decoder.conv_out.bias.add_(0.2)
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "other")
+    script.main(words(model, tmp_path / "swapped", num_samples=4, vae=tmp_path / "other"))
+    own, swapped = (read(tmp_path / name)[0].astype(int) for name in ("own", "swapped"))
+    assert 20 < np.median(swapped - own) < 30  # .2 of a range of 2 is 25 levels
+    records = [json.loads((tmp_path / name / "sampling.json").read_text()) for name in ("own", "swapped")]
+    first, second = (each["settings"]["autoencoder"] for each in records)
+    assert first["encoder"] == second["encoder"] and first["decoder"] != second["decoder"]
+    assert second == autoencoder_identity(tiny_autoencoder_kl) and records[1]["besides"]["vae"] == str(
+        tmp_path / "other"
+    )
+    assert (
+        "vae" not in records[0] and sampling_settings(tmp_path / "swapped" / "samples.npz")[0]["autoencoder"] == second
+    )
+    with pytest.raises(ValueError, match=r"made with other settings: autoencoder"):
+        script.main(words(model, tmp_path / "swapped", num_samples=4))
+
+    with torch.no_grad():
+        tiny_autoencoder_kl.encoder.conv_in.bias.add_(0.2)
+    tiny_autoencoder_kl.register_to_config(scaling_factor=0.7)
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(
+        ValueError,
+        match=r"foreign: This autoencoder does not belong to the transformer: its encoder weights and latent norm.* "
+        r"differ; use .*came with\. --vae takes a copy of it whose decoder alone was trained further; --preview",
+    ):
+        script.main(words(model, tmp_path / "refused", vae=tmp_path / "foreign"))
+    with pytest.raises(ValueError, match="--vae and --preview_decoder both say what decodes; give one of them"):
+        script.main(words(model, tmp_path / "refused", vae=model, preview_decoder=model))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_weaker_model_guides_by_a_flag(script, model, tiny_sit, tiny_autoencoder_kl, tmp_path):
+    """weak + w (strong - weak): with the model as its own guide no guidance at all, and twice the calls."""
+    script.main(words(model, tmp_path / "plain", guidance_scale=1.0))
+    script.main(words(model, tmp_path / "itself", guide=model))
+    (plain, _), (itself, _) = (read(tmp_path / name) for name in ("plain", "itself"))
+    assert np.abs(plain.astype(int) - itself.astype(int)).max() <= 1
+    with torch.no_grad():
+        tiny_sit.proj_out.weight.mul_(0.5)
+    tiny_sit.register_to_config(class_dropout_prob=0.0)  # no null class is needed
+    guide = ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler())
+    guide.save_pretrained(tmp_path / "weak")
+    script.main(words(model, tmp_path / "weakly", guide=tmp_path / "weak"))
+    assert not np.array_equal(read(tmp_path / "weakly")[0], plain)
+    record = json.loads((tmp_path / "weakly" / "sampling.json").read_text())
+    assert record["nfe"] == 2 + 2 * 3 and record["besides"]["guide"] == str(tmp_path / "weak")
+    assert record["settings"]["guide"] == weights_hash(tiny_sit)
+    assert sampling_settings(tmp_path / "weakly" / "samples.npz")[0]["guide"] == weights_hash(tiny_sit)
+    with pytest.raises(ValueError, match=r"made with other settings: .*guide"):
+        script.main(words(model, tmp_path / "weakly"))
+
+    guide.scheduler = FlowMatchODEScheduler(path="cosine")
+    guide.save_pretrained(tmp_path / "cosine")
+    for other, message in (("cosine", "trained on the cosine path and the transformer on linear"), ("none", "none")):
+        with pytest.raises((ValueError, OSError), match=message):
+            script.main(words(model, tmp_path / "refused", guide=tmp_path / other))
+    with pytest.raises(ValueError, match="--guide acts through --guidance_scale, which is 1"):
+        script.main(words(model, tmp_path / "refused", guide=model, guidance_scale=1.0))
+    assert not (tmp_path / "refused").exists()

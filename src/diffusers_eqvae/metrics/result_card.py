@@ -88,6 +88,8 @@ SETTINGS = (
     "model_class",
     "autoencoder",
     "transformer",
+    "guide",
+    "preview_decoder",
     "alignment_network",
     "head",
     "window",

@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = face(
         "labels": ["parse_id2label", "resolve_class_labels"],
         "pipeline_class_conditional": ["ClassConditionalPipeline", "ClassConditionalPipelineOutput"],
         "pipeline_maskgit": ["MaskGITPipeline"],
-        "sampling": ["load_pipeline", "sample_generators", "sample_labels"],
+        "sampling": ["load_guide", "load_pipeline", "sample_generators", "sample_labels"],
     },
 )

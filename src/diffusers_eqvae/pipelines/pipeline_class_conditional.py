@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..models.alignment_network import AlignmentNetwork
 from ..models.autoencoder_kl_eq import AutoencoderKLEQ
 from ..provenance import require_same_autoencoder
 from ..schedulers.capabilities import integrates_velocity, noise_levels, takes_variance
+from .guide import check_guide
 from .labels import resolve_class_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -73,6 +75,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         preview_decoder: None, or a small autoencoder (AutoencoderTiny) that decodes in place of `vae`. It is not the
             one that the transformer was trained with, and that it decodes the same latents is yours to know: it takes
             them normalised, as its own config says. It is not saved; settings and cards of samples name it.
+        guide: None, or a weaker transformer of the same latents and classes, whose prediction for the same label takes
+            the place of the unconditional one (autoguidance, arXiv 2406.02070). Not saved either.
 
     Raises:
         ValueError: transformer, VAE, scheduler or id2label do not belong together.
@@ -101,7 +105,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.register_modules(alignment_network=alignment_network)
         self.register_to_config(id2label=id2label)
         self.preview_decoder: ModelMixin | None = None
-        self._checked_parts: tuple[Any, ...] = (None,) * 4
+        self.guide: ModelMixin | None = None
+        self._checked_parts: tuple[Any, ...] = (None,) * 5
         self._called_with = (0, 1.0)  # steps and guidance scale
         self.check_parts()
 
@@ -147,7 +152,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: in one sentence, what does not fit.
         """
-        parts = (self.transformer, self.vae, self.scheduler, self.preview_decoder)
+        parts = (self.transformer, self.vae, self.scheduler, self.preview_decoder, self.guide)
         if any(part is None for part in parts[:3]) or all(
             new is old for new, old in zip(parts, self._checked_parts, strict=True)
         ):
@@ -157,6 +162,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         require_same_autoencoder(identity, self.vae, whose="the transformer")
         self._check_scheduler()
         self._check_names()
+        if self.guide is not None:
+            check_guide(self.guide, self.transformer)
         self._checked_parts = parts
 
     def _check_autoencoder(self) -> None:
@@ -212,10 +219,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guided_channels: int | None = None,
     ) -> None:
         """Raises ValueError for anything the loop could only trip over later; `IntervalGuidance` checks its own."""
-        if guidance_scale != 1.0 and getattr(self.transformer.config, "class_dropout_prob", None) == 0.0:
+        dropped = getattr(self.transformer.config, "class_dropout_prob", None)
+        if guidance_scale != 1.0 and self.guide is None and dropped == 0.0:
             raise ValueError(
                 "Guidance needs a null class, but the transformer was trained with class_dropout_prob=0; "
-                "use guidance_scale=1.0."
+                "use guidance_scale=1.0, or a weaker model as the guide."
             )
         if batch_size < 1 or num_inference_steps < 1:
             raise ValueError(
@@ -333,6 +341,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latent_channels=self._predicted_channels,
             batched=not sequential_guidance,
             num_train_timesteps=self._model_timesteps,
+            guide=None if self.guide is None else partial(self._denoise, model=self.guide),
         )
         device = self._execution_device
         labels = torch.tensor(label_ids).repeat_interleave(num_images_per_label).to(device)
@@ -406,10 +415,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         prediction = predict(self._scale(latents, timestep), sigma)
         return self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
 
-    def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        hidden_states = latents.to(self.transformer.dtype)
-        output = self.transformer(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)
-        return output[0].float()
+    def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor, *, model: Any = None) -> Tensor:
+        model = model or self.transformer
+        hidden_states = latents.to(model.dtype)
+        return model(hidden_states, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float()
 
     def _scale(self, latents: Tensor, timestep: Tensor) -> Tensor:
         scale = getattr(self.scheduler, "scale_model_input", None)

@@ -101,8 +101,8 @@ class MaskGITPipeline(ClassConditionalPipeline):
         last = len(self.scheduler.timesteps) - 1
         return 1.0 + (guidance_scale - 1.0) * (step / last if last else 1.0)
 
-    def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        return self.transformer(latents, None, class_labels, return_dict=False)[0].float()
+    def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor, *, model: Any = None) -> Tensor:
+        return (model or self.transformer)(latents, None, class_labels, return_dict=False)[0].float()
 
     def _drop_variance(self, prediction: Tensor, latents: Tensor) -> Tensor:
         return prediction

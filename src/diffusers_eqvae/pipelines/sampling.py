@@ -40,6 +40,7 @@ from ..images import UINT8_RULE
 from ..pretrained import load_pretrained, looking_for
 from ..provenance import autoencoder_identity, hash_file, public_config, weights_hash
 from ..randomness import numpy_generator, torch_generator
+from .guide import check_guide, check_guides_path
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 LABEL_POLICIES = ("random", "balanced")
@@ -81,6 +82,21 @@ def load_pipeline(model: str, **options: Any) -> ClassConditionalPipeline:
     pipeline = load_pretrained(found.from_pretrained, model, "a pipeline", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_guide(model: str, pipeline: ClassConditionalPipeline, **options: Any) -> Any:
+    """The transformer of the saved pipeline `model`, a weaker one, as `guide` of `pipeline` (autoguidance).
+
+    Only it is loaded. One of another objective, other latents, classes or another path is refused; `options` go to
+    `from_pretrained`.
+
+    Example:
+        >>> pipeline.guide = load_guide("runs/sit-early", pipeline).to("cuda")
+    """
+    weaker = load_pipeline(model, vae=None, alignment_network=None, **options)
+    check_guide(weaker.transformer, pipeline.transformer)
+    check_guides_path(weaker.scheduler.config, pipeline.scheduler.config)
+    return weaker.transformer
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -315,12 +331,14 @@ def identities(pipeline: Any) -> dict[str, Any]:
     made_by = {"autoencoder": autoencoder_identity(pipeline.vae), "transformer": weights_hash(pipeline.transformer)}
     if pipeline.preview_decoder is not None:  # decodes in place of the autoencoder
         made_by["preview_decoder"] = autoencoder_identity(pipeline.preview_decoder)
+    if pipeline.guide is not None:
+        made_by["guide"] = weights_hash(pipeline.guide)
     return made_by
 
 
 def options_hash(pipeline: Any) -> str:
     """The identity of what the configs of a pipeline's models say, class names apart: 16 hexadecimal digits."""
-    models = (pipeline.transformer, pipeline.vae, pipeline.preview_decoder)
+    models = (pipeline.transformer, pipeline.vae, pipeline.preview_decoder, pipeline.guide)
     configs = [public_config(model) for model in models if model is not None]
     said = [{key: value for key, value in config.items() if not key.endswith(".id2label")} for config in configs]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
