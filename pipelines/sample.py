@@ -200,7 +200,7 @@ def what_decides_the_images(
 
 
 def main(argv: list[str] | None = None) -> None:
-    (arguments,) = parse(SampleArguments, argv=argv, description=__doc__.partition("\n")[0])
+    (arguments,) = parse(SampleArguments, argv=argv, description=__doc__.partition("\n")[0], script=__file__)
     start_logging(format="%(message)s")
     state, output_dir = build_state(), Path(arguments.output_dir)
     pipeline = load_pipeline(arguments, state.device)

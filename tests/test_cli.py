@@ -1,5 +1,6 @@
 """The `eqvae` command: what it says, what it passes on, how it ends."""
 
+import ast
 import runpy
 import subprocess
 import sys
@@ -23,10 +24,10 @@ sys.exit(status)
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--help"], 0, [*eqvae_command.COMMANDS, "--extension FILE_OR_MODULE"]),
+        (["--help"], 0, [*eqvae_command.list_commands(), "--extension FILE_OR_MODULE"]),
         (["--version"], 0, [f"eqvae {diffusers_eqvae.__version__}"]),
         (["trian-transformer"], 2, ["unknown command 'trian-transformer'; the nearest is train-transformer"]),
-        ([], 2, ["usage: eqvae COMMAND", "name a command: demo, "]),
+        ([], 0, ["usage: eqvae COMMAND", "  push                  Publishes a finished run on the Hub"]),
     ],
     ids=["help", "version", "mistyped", "nothing"],
 )
@@ -37,7 +38,7 @@ def test_what_needs_no_command_is_answered_without_the_package(words, status, sa
         assert text in finished.stdout + finished.stderr
 
 
-@pytest.mark.parametrize("name", eqvae_command.COMMANDS)
+@pytest.mark.parametrize("name", eqvae_command.list_commands())
 def test_every_command_is_there_and_calls_itself_by_its_name(name, capsys):
     with pytest.raises(SystemExit) as stop:
         eqvae_command.main([name, "--help"])
@@ -45,14 +46,79 @@ def test_every_command_is_there_and_calls_itself_by_its_name(name, capsys):
     assert f"usage: eqvae {name} " in capsys.readouterr().out
 
 
-def test_a_script_is_the_command_of_its_name(repository):
-    scripts = {
-        f"{room}.{path.stem}": path.stem.replace("_", "-")
-        for room, folder in (("training", "training"), ("sampling", "pipelines"))
-        for path in (repository / folder).glob("*.py")
-    }
-    commands = {command.module: name for name, command in eqvae_command.COMMANDS.items()}
-    assert {module: name for module, name in commands.items() if module in scripts} == scripts
+def test_a_file_is_the_command_of_its_name_and_its_first_line_explains_it(tmp_path, monkeypatch):
+    commands = eqvae_command.list_commands()
+    assert {"train-autoencoder", "sample", "evaluate-perception", "push", "inspect"} <= set(commands)
+    for command in commands.values():
+        assert command.summary == ast.get_docstring(ast.parse(command.path.read_text())).splitlines()[0]
+        assert command.summary.endswith("."), f"{command.path} is explained by one line"
+    (tmp_path / "mend_images.py").write_text('"""Mends images."""\n')
+    (tmp_path / "_helper.py").write_text('"""Helps."""\n')
+    monkeypatch.setitem(eqvae_command.ROOMS, "commands", tmp_path)
+    commands = eqvae_command.list_commands()
+    assert "mend-images" in commands and "helper" not in commands and "-helper" not in commands
+    assert "  mend-images           Mends images.\n" in eqvae_command.help_text(commands)
+
+
+class Became(Exception):
+    """What os.execv would have been called with."""
+
+
+@pytest.fixture
+def became(monkeypatch):
+    def replace(program, words):
+        raise Became(*words)
+
+    monkeypatch.setattr("os.execv", replace)
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+
+
+def test_options_before_the_dashes_are_those_of_a_launcher(became):
+    words = ["train-transformer", "--num_processes", "4", "--", "sit_b_2", "--seed", "3"]
+    with pytest.raises(Became) as into:
+        eqvae_command.main(words)
+    script = ["-m", "diffusers_eqvae.training.train_transformer", "sit_b_2", "--seed", "3"]
+    assert list(into.value.args) == [*LAUNCH, "--num_processes", "4", *script]
+
+
+def test_a_script_started_alone_runs_on_all_devices_that_there_are(became, monkeypatch, capsys):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    words = ["sample", "--model", "nowhere", "--output_dir", "x"]
+    for devices, launched, changed in ((2, True, {}), (1, False, {}), (2, False, {"WORLD_SIZE": "2"})):
+        monkeypatch.setattr("torch.accelerator.device_count", lambda count=devices: count)
+        for name, value in changed.items():
+            monkeypatch.setenv(name, value)
+        if launched:
+            with pytest.raises(Became) as into:
+                eqvae_command.main(words)
+            assert list(into.value.args) == [*LAUNCH, "-m", "diffusers_eqvae.sampling.sample", *words[1:]]
+            with pytest.raises(SystemExit):  # said once, in this process
+                eqvae_command.main(["sample", "--help"])
+        else:
+            monkeypatch.setattr("diffusers_eqvae.sampling.sample.main", lambda argv: 7, raising=True)
+            assert eqvae_command.main(words) == 7
+
+
+def test_a_command_of_one_process_is_not_launched(became, monkeypatch, capsys):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert eqvae_command.main(["evaluate-perception", "--num_processes", "2", "--", "--vae", "x"]) == 2
+    assert "This command runs in one process; leave out what stands before --" in capsys.readouterr().err
+    monkeypatch.setattr("diffusers_eqvae.training.evaluate_perception.main", lambda argv: 7)
+    assert eqvae_command.main(["evaluate-perception", "--vae", "x"]) == 7
+
+
+@pytest.mark.slow
+def test_what_a_launched_script_says_is_what_its_user_sees(tmp_path):
+    words = ["sample", "--cpu", "--num_processes", "1", "--", "--model", "nowhere", "--output_dir", "x"]
+    command = [sys.executable, "-m", "eqvae_command", *words]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert finished.returncode != 0 and "sample.py: error: " in finished.stderr and "nowhere" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_the_package_runs_as_the_command(monkeypatch, capsys):
@@ -83,24 +149,14 @@ def test_a_script_that_fails_ends_with_one_sentence(tmp_path, capsys, monkeypatc
         eqvae_command.main([*words, "--reference", str(tmp_path / "b.npz")])
 
 
-def test_a_preset_is_found_beside_its_script_unless_there_is_one_here(tmp_path, monkeypatch, repository):
-    script = str(repository / "training" / "train_transformer.py")
-    monkeypatch.chdir(tmp_path)
-    own = str(repository / "training" / "configs" / "sit_b_2.yaml")
-    assert eqvae_command.with_own_preset(script, ["sit_b_2.yaml", "--seed", "1"]) == [own, "--seed", "1"]
-    assert eqvae_command.with_own_preset(script, ["nowhere.yaml"]) == ["nowhere.yaml"]
-    (tmp_path / "sit_b_2.yaml").write_text("seed: 1\n")
-    assert eqvae_command.with_own_preset(script, ["sit_b_2.yaml"]) == ["sit_b_2.yaml"]
-
-
 def test_extensions_are_loaded_before_the_command_and_taken_out(tmp_path, monkeypatch):
     for name in ("first_added", "second_added"):
         (tmp_path / f"{name}.py").write_text(
             "import sys\nsys.loaded_here = [*getattr(sys, 'loaded_here', []), __name__]\n"
         )
     seen = []
-    module = types.SimpleNamespace(main=lambda argv: seen.append((argv, list(sys.loaded_here))), __file__="x")
-    monkeypatch.setitem(sys.modules, "diffusers_eqvae.demo", module)
+    module = types.SimpleNamespace(main=lambda argv: seen.append((argv, list(sys.loaded_here))))
+    monkeypatch.setitem(sys.modules, "diffusers_eqvae.commands.demo", module)
     words = ["--extension", str(tmp_path / "first_added.py"), "--steps", "3"]
     try:
         assert eqvae_command.main(["demo", *words, f"--extension={tmp_path / 'second_added.py'}"]) == 0
@@ -158,23 +214,32 @@ def test_what_trying_again_cannot_fix_is_given_as_the_reason_alone(tmp_path, tin
 
 def test_a_command_gets_its_words_untouched_and_gives_its_status(monkeypatch):
     seen = []
-    module = types.SimpleNamespace(main=lambda argv: seen.append(argv), __file__="x")
-    monkeypatch.setitem(sys.modules, "diffusers_eqvae.demo", module)
+    module = types.SimpleNamespace(main=lambda argv: seen.append(argv))
+    monkeypatch.setitem(sys.modules, "diffusers_eqvae.commands.demo", module)
     assert eqvae_command.main(["demo", "--help", "--steps", "3"]) == 0
     assert seen == [["--help", "--steps", "3"]]
     module.main = lambda argv: 3
     assert eqvae_command.main(["demo"]) == 3
 
 
-@pytest.mark.parametrize(("missing", "status"), [("skimage", 1), ("diffusers_eqvae.demo.steps", None)])
-def test_a_command_names_the_extra_that_is_missing(missing, status, monkeypatch, capsys):
+MISSING = {
+    "skimage": "diffusers_eqvae[demo]",
+    "torch_fidelity.utils": "diffusers_eqvae[eval]",
+    "datasets": "diffusers_eqvae[train]",
+    "nobodys": "nobodys",
+    "diffusers_eqvae.demo.steps": None,
+}
+
+
+@pytest.mark.parametrize(("missing", "named"), MISSING.items())
+def test_a_command_names_the_extra_that_is_missing(missing, named, monkeypatch, capsys):
     def fail(argv):
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
-    monkeypatch.setitem(sys.modules, "diffusers_eqvae.demo", types.SimpleNamespace(main=fail, __file__="x"))
-    if status is None:
+    monkeypatch.setitem(sys.modules, "diffusers_eqvae.commands.demo", types.SimpleNamespace(main=fail))
+    if named is None:
         with pytest.raises(ModuleNotFoundError):
             eqvae_command.main(["demo"])
     else:
-        assert eqvae_command.main(["demo"]) == status
-        assert "eqvae demo needs skimage: pip install 'diffusers_eqvae[demo]'" in capsys.readouterr().err
+        assert eqvae_command.main(["demo"]) == 1
+        assert f"eqvae demo needs {missing}: pip install '{named}'\n" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_help_names_the_command_and_speaks_to_its_user(capsys):
     with pytest.raises(SystemExit):
         eqvae_command.main(["demo", "--help"])
     said = capsys.readouterr().out
-    assert said.startswith("usage: eqvae demo [PRESET.yaml] [--flag value ...]\n\nRuns the whole line")
+    assert said.startswith("usage: eqvae demo [PRESET] [--flag value ...]\n\nRuns the whole line")
     assert "branch" not in said
 
 

@@ -98,7 +98,7 @@ class EncodeArguments(Checked):
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, data = parse(EncodeArguments, ImageArguments, argv=argv, description=__doc__)
+    arguments, data = parse(EncodeArguments, ImageArguments, argv=argv, description=__doc__, script=__file__)
     start_logging(logging.WARNING)
     output_dir = Path(arguments.output_dir)
     state = build_state()

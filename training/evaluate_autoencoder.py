@@ -120,7 +120,7 @@ def metric_names(arguments: EvaluateArguments, options: Mapping[str, Any]) -> li
 
 def main(argv: list[str] | None = None) -> ResultCard | None:
     arguments, data, options = parse(
-        EvaluateArguments, ImageArguments, argv=argv, description=__doc__, choices=chosen_metrics
+        EvaluateArguments, ImageArguments, argv=argv, description=__doc__, choices=chosen_metrics, script=__file__
     )
     start_logging(logging.WARNING)
     state = build_state()

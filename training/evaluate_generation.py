@@ -168,7 +168,7 @@ def references(
 def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     """The card, or those of several networks; None on processes other than the first."""
     arguments, sampling, options = parse(
-        EvaluationArguments, PipelineArguments, argv=argv, description=__doc__, choices=chosen_metrics
+        EvaluationArguments, PipelineArguments, argv=argv, description=__doc__, choices=chosen_metrics, script=__file__
     )
     start_logging(format="%(levelname)s: %(message)s")
     state, path = build_state(), Path(arguments.samples)

@@ -31,9 +31,11 @@ from diffusers_eqvae.training_utils.launch import require_device, run_script
 from diffusers_eqvae.training_utils.perception.arguments import PerceptionArguments
 from diffusers_eqvae.training_utils.perception.build import Rows, build_tasks, choose_images, load_models
 
+RUNS_ALONE = True  # what it measures is on --device, whatever others there are
+
 
 def main(argv: list[str] | None = None) -> ResultCard:
-    (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__)
+    (arguments,) = parse(PerceptionArguments, argv=argv, description=__doc__, script=__file__)
     start_logging(logging.WARNING)
     require_device(arguments.device)
     overview_path = Path(arguments.output).with_suffix(".png")

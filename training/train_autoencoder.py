@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         RunArguments,
         argv=argv,
         description=__doc__,
+        script=__file__,
         choices=cli.autoencoder_choices,
     )
     groups = (model, losses, regularizing, evaluation, data, *methods.values())

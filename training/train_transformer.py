@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         RunArguments,
         argv=argv,
         description=__doc__,
+        script=__file__,
         choices=cli.transformer_choices,
     )
     groups = (model, optimizer, sampling, evaluation_arguments, data, *methods.values())

@@ -1,12 +1,14 @@
 """Flags, presets and what is refused at the command line."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import yaml
 
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+from diffusers_eqvae.options import Checked
 from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import parse, read_model_config, resolved, save_resolved
 
@@ -64,8 +66,66 @@ def test_presets_are_flat_mappings(tmp_path, content):
 
 
 def test_absent_preset_is_named():
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist: .* this script has none of its own"):
         parse(RunArguments, argv=["nowhere.yaml", "--output_dir", "a"])
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A script in a folder of its own, which is not the working directory, with three presets beside it."""
+    configs = tmp_path / "installed" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "quick.yaml").write_text("seed: 5\n")
+    (configs / "careful.yaml").write_text("seed: 6\nlearning_rate: 1.0e-5\n")
+    (configs / "anothers.yaml").write_text("seed: 7\nmodel: SiT-B/2\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return str(tmp_path / "installed" / "train.py")
+
+
+def test_a_preset_is_a_file_here_or_one_that_is_installed_beside_the_script(script):
+    def seed(word):
+        return parse(RunArguments, argv=[word, "--output_dir", "a"], script=script)[0].seed
+
+    assert [seed("quick"), seed("quick.yaml"), seed("careful")] == [5, 5, 6]
+    Path("quick.yaml").write_text("seed: 8\n")
+    assert [seed("quick"), seed("quick.yaml")] == [8, 8], "a file here comes first"
+    Path("quick").write_text("seed: 9\n")
+    assert [seed("quick"), seed("quick.yaml")] == [9, 8]
+
+
+def test_a_preset_of_another_script_is_not_this_ones(script, capsys):
+    said = r"The preset anothers does not exist: .*those of this script are careful, quick"
+    with pytest.raises(ValueError, match=said):
+        parse(RunArguments, argv=["anothers", "--output_dir", "a"], script=script)
+    with pytest.raises(ValueError, match=r"did you mean careful\?"):
+        parse(RunArguments, argv=["carefull", "--output_dir", "a"], script=script)
+    with pytest.raises(SystemExit):
+        parse(RunArguments, argv=["--help"], script=script)
+    assert "Presets that are installed: careful, quick.\n" in capsys.readouterr().out
+
+
+@dataclass
+class Reading(Checked):
+    images: str | None = field(default=None, metadata={"reads": True})
+    networks: list[str] = field(default_factory=list, metadata={"reads": True})
+    name: str | None = None
+
+
+def test_a_path_in_a_preset_starts_at_the_preset_and_one_on_the_command_line_here(tmp_path, monkeypatch):
+    presets = tmp_path / "presets"
+    for name in ("data", "weights"):
+        (presets / name).mkdir(parents=True)
+        (tmp_path / name).mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = preset(presets, images="data", networks=["a=weights", "b=elsewhere", "c"], name="data")
+    (given,) = parse(Reading, argv=[path])
+    assert given == Reading(str(presets / "data"), [f"a={presets / 'weights'}", "b=elsewhere", "c"], "data")
+    (given,) = parse(Reading, argv=[path, "--images", "data"])
+    assert given.images == "data"
+    (given,) = parse(Reading, argv=[preset(presets, images="../data")])
+    assert Path(given.images).resolve() == tmp_path / "data"
 
 
 def test_preset_values_are_checked_like_flags(tmp_path, capsys):

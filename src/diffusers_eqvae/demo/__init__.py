@@ -1,5 +1,1 @@
 """`eqvae demo`: the whole line on a few images, by the real command lines of the scripts, in minutes on a CPU."""
-
-from .stages import main
-
-__all__ = ["main"]

@@ -170,7 +170,7 @@ def _card_names(names: list[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """write a health card of an autoencoder, beside that of a second one"""
+    """`eqvae inspect`: the verdicts, and where the card is."""
     argv = list(argv)
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "--vae")

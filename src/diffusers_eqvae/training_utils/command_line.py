@@ -18,6 +18,7 @@ from ..files import read_json, write_text
 from ..options import options_of
 from ..regularizers.base import REGULARIZERS, Regularizer
 from .option_parser import OptionParser, nearest
+from .presets import find_preset, installed_presets, located, read_preset
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,12 @@ def parse(
     argv: Sequence[str] | None = None,
     description: str | None = None,
     choices: Choices | None = None,
+    script: str | None = None,
 ) -> tuple[Any, ...]:
-    """Reads `[PRESET.yaml] [--flag value ...]` into one instance per dataclass; flags win over the preset.
+    """Reads `[PRESET] [--flag value ...]` into one instance per dataclass; flags win over the preset.
+
+    PRESET is a file, or one without its .yaml, or the name of one that is installed beside the script. What lies in
+    its folder is meant by the paths in it; paths on the command line start at the working directory.
 
     `--extension FILE_OR_MODULE`, repeatable and from the command line only, is loaded before everything else.
 
@@ -66,6 +71,7 @@ def parse(
         description: what --help says first.
         choices: from the values read so far (name -> value), whose further options there are; their instances are
             the last value returned, by member name.
+        script: its file, where presets are installed beside it.
 
     Raises:
         ValueError: a preset that is absent, not a flat mapping, or holds an unknown key (the nearest is named), or a
@@ -79,12 +85,12 @@ def parse(
     """
     argv = load_extensions(list(sys.argv[1:] if argv is None else argv))
     preset: dict[str, Any] = {}
-    if argv and Path(argv[0]).suffix in YAML_SUFFIXES:
-        preset, argv = _read_preset(Path(argv[0])), argv[1:]
-    chosen: Sequence[Choice] = ()
-    if choices is not None:
-        known = _field_names(dataclass_types)
-        chosen = choices(OptionParser(dataclass_types).read_some(_as_flags(preset, known) + argv))
+    folder = Path()
+    if argv and not argv[0].startswith("-"):
+        path = find_preset(argv[0], lambda: _installed(script, dataclass_types, _chosen(choices, dataclass_types, [])))
+        preset, folder, argv = read_preset(path), path.parent, argv[1:]
+    preset = located(preset, folder, dataclass_types)
+    chosen = _chosen(choices, dataclass_types, _as_flags(preset, _field_names(dataclass_types)) + argv)
     methods: dict[str, type] = {}
     for choice in chosen:
         for name, kind in choice.arguments().items():
@@ -93,10 +99,11 @@ def parse(
             methods[name] = kind
 
     types = [*dataclass_types, *methods.values()]
-    others = {choice.flag: ", ".join(choice.others()) for choice in chosen if choice.others()}
-    notes = [f"Other choices of --{flag}: {names}." for flag, names in others.items()]
-    parser = OptionParser(types, description, notes=notes)
+    parser = OptionParser(
+        types, description, notes=lambda: _notes(chosen, _installed(script, dataclass_types, chosen))
+    )
     known = _field_names(types)
+    preset = located(preset, folder, methods.values())
     _check_preset(preset, known, chosen)
     parser.set_defaults(**{key: [] for key, value in preset.items() if value == []})  # no flag says an empty list
     parsed, unknown = parser.read(_as_flags(preset, known) + argv)
@@ -129,6 +136,24 @@ def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choi
     return Choice(REGULARIZERS, names, "regularizers")
 
 
+def _chosen(choices: Choices | None, types: Sequence[type], words: Sequence[str]) -> Sequence[Choice]:
+    return () if choices is None else choices(OptionParser(types).read_some(words))
+
+
+def _installed(script: str | None, types: Sequence[type], chosen: Sequence[Choice]) -> dict[str, Path]:
+    """The presets beside a script that have no key which neither it nor a method it might choose takes."""
+    members = [choice.registry[name] for choice in chosen for name in choice.registry.names()]
+    methods = [kind for kind in (getattr(member, "Arguments", None) for member in members) if kind is not None]
+    return {} if script is None else installed_presets(script, _field_names([*types, *methods]))
+
+
+def _notes(chosen: Sequence[Choice], installed: Mapping[str, Path]) -> list[str]:
+    """The last lines of --help."""
+    others = {choice.flag: ", ".join(choice.others()) for choice in chosen if choice.others()}
+    notes = [f"Other choices of --{flag}: {names}." for flag, names in others.items()]
+    return [*notes, f"Presets that are installed: {', '.join(installed)}."] if installed else notes
+
+
 def _field_names(types: Iterable[type]) -> list[str]:
     return [name for kind in types for name in options_of(kind)]
 
@@ -154,33 +179,6 @@ def _owner(name: str, chosen: Sequence[Choice]) -> tuple[Choice, str] | None:
             if arguments is not None and name.removeprefix("no_") in _field_names([arguments]):
                 return choice, member
     return None
-
-
-def _read_preset(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"The preset {path} does not exist; presets are in training/configs.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(
-            f"The preset {path} is not YAML: {' '.join(str(error).split())}. Write one `flag: value` a line."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"A preset must map flag names to values; {path} holds a {type(content).__name__}.")
-    for key, value in content.items():
-        if key == "extension":
-            raise ValueError(f"The preset {path} names an extension; code is loaded from the command line only.")
-        if isinstance(value, dict):
-            raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
-    return {key: _beside(path, value) for key, value in content.items()}
-
-
-def _beside(preset: Path, value: Any) -> Any:
-    """A file named in a preset is the one in the preset's folder, where there is one."""
-    if isinstance(value, list):
-        return [_beside(preset, item) for item in value]
-    file = preset.parent / value if isinstance(value, str) and value else None
-    return str(file) if file is not None and file.is_file() else value
 
 
 def _check_preset(preset: Mapping[str, Any], known: Sequence[str], chosen: Sequence[Choice]) -> None:

@@ -36,6 +36,12 @@ def runs_on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def is_alone_with_several_devices() -> bool:
+    """Whether no launcher has started this process, and there is more than one accelerator that it may use."""
+    launched = any(name in os.environ for name in PROCESS_COUNTS)
+    return not launched and not runs_on_cpu() and torch.accelerator.device_count() > 1
+
+
 def require_device(name: str) -> torch.device:
     """The device of this name, tried by an empty tensor; refused where it cannot be used."""
     try:

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..options import Option, check_ranges, options_of
@@ -27,13 +27,15 @@ class OptionParser(argparse.ArgumentParser):
     Args:
         types: the dataclasses; the first line of a docstring is the title of its options.
         description: what --help says first.
-        notes: what it says last.
+        notes: gives what it says last, when it is asked for.
 
     Raises:
         ValueError: two dataclasses have an option of one name.
     """
 
-    def __init__(self, types: Sequence[type], description: str | None = None, *, notes: Iterable[str] = ()) -> None:
+    def __init__(
+        self, types: Sequence[type], description: str | None = None, *, notes: Callable[[], Sequence[str]] = tuple
+    ) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self.types, self.notes = types, notes
         for kind in types:
@@ -44,7 +46,7 @@ class OptionParser(argparse.ArgumentParser):
                 raise ValueError(
                     f"An option of {kind.__module__}.{kind.__qualname__} is taken by the script: {error}. Rename it."
                 ) from error
-        self.usage = " ".join(["%(prog)s [PRESET.yaml]", *map(_invocation, self._required()), "[--flag value ...]"])
+        self.usage = " ".join(["%(prog)s [PRESET]", *map(_invocation, self._required()), "[--flag value ...]"])
 
     def _add(self, option: Option) -> None:
         name = option.field.name
@@ -92,7 +94,7 @@ class OptionParser(argparse.ArgumentParser):
                 text = f"{_invocation(option)}  {_sentence(option)}"
                 lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=" " * 4)
         extension = "--extension FILE_OR_MODULE  Python file or module that adds a method or a model; repeatable."
-        lines += ["", "every script:", f"  {extension}", "  --help  This page.", *("", *self.notes)]
+        lines += ["", "every script:", f"  {extension}", "  --help  This page.", *("", *self.notes())]
         return "\n".join(lines) + "\n"
 
     def _required(self) -> list[Option]:
