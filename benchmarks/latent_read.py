@@ -22,7 +22,9 @@ from harness import median_seconds, save_result
 from torch.utils.data import DataLoader, Dataset
 
 from diffusers_eqvae.autoencoders import Posterior
-from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
+from diffusers_eqvae.data.latent_format import StoreSettings
+from diffusers_eqvae.data.latent_store import LatentStore
+from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
 from diffusers_eqvae.latents import LatentStatistics
 

@@ -5,7 +5,9 @@ r"""Encodes a data set once into a store of posteriors, or of tokens, that train
 
 The finished directory holds the shards, manifest.json, mean_std.json and vae/ (the autoencoder with the measured
 normalisation in its config): everything that training and a pipeline need. It does not depend on the number of
-processes. An interrupted run continues where it stopped when started again with the same flags.
+processes. An interrupted run continues where it stopped when started again with the same flags. --features stores
+what a regularizer reads of the images (vae_encoder, or a vision model) beside the latents, also in a store that is
+finished.
 """
 
 import logging
@@ -16,10 +18,19 @@ from typing import Literal
 import torch
 
 from diffusers_eqvae.autoencoders import load_autoencoder
-from diffusers_eqvae.data.encoding import check_disk, encode_shards, store_settings, verification_image, verify_store
+from diffusers_eqvae.data.encoding import (
+    check_disk,
+    describe_features,
+    encode_shards,
+    store_settings,
+    verification_image,
+    verify_store,
+)
 from diffusers_eqvae.data.image_datasets import ImageSource
-from diffusers_eqvae.data.latent_format import MANIFEST
-from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
+from diffusers_eqvae.data.image_features import feature_networks
+from diffusers_eqvae.data.latent_format import MANIFEST, StoreSettings
+from diffusers_eqvae.data.latent_store import LatentStore
+from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.files import read_json
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
@@ -64,6 +75,32 @@ class EncodeArguments(Checked):
         default="no", metadata={"help": "How the encoder computes: no is float32, bf16 is autocast (faster on a GPU)."}
     )
     flip: bool = field(default=False, metadata={"help": "Also store the mirrored image; training draws either."})
+    features: list[str] = field(
+        default_factory=list,
+        metadata={
+            "reads": True,
+            "help": "Features stored beside the latents, for regularizers: vae_encoder (vae_repa), and vision models, "
+            "Hub names or directories (repa, alignment). A store that lacks them gets them from the same command.",
+        },
+    )
+    features_grid: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cells along a side that features stand for; unset, one for 2 x 2 latent positions, the patches "
+            "of SiT-B/2. alignment reads one for each position.",
+            "range": "(0, inf)",
+        },
+    )
+    features_dtype: Literal["bf16", "fp16", "fp32"] = field(
+        default="fp16", metadata={"help": "Number format of features on disk."}
+    )
+    features_before_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "Features of vision models before their last LayerNorm, and the global ones with them, as "
+            "alignment reads them; without it, after it, as repa does."
+        },
+    )
     shard_size: int = field(
         default=4096, metadata={"help": "Images per file; what a restart may lose.", "range": "(0, inf)"}
     )
@@ -105,8 +142,10 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     with state.main_process_first():
         source = data.load()
-    settings = settings_of(arguments, data, vae, source)
+    networks = networks_of(arguments, data, vae)
+    settings = settings_of(arguments, data, vae, source, networks=networks)
     plan = f"{len(source)} images, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"
+    plan = "\n".join([*describe_features(settings), plan])
     content = source.full_identity()["everything"] if arguments.verify else None
     refuse_other_images(output_dir, content)
     if source.labels is None:
@@ -128,22 +167,39 @@ def main(argv: list[str] | None = None) -> None:
     if runs_on_cpu():
         torch.set_num_threads(arguments.cpu_threads)  # torchrun and plain python start with different numbers
     vae.to(state.device, memory_format=torch.channels_last)
+    networks.to(state.device)
     shown = bool(total and state.is_main_process)
     with progress_bar(total=total, unit="img", desc="encoding (this process)", disable=not shown) as bar:
         options = {"device": state.device, "num_workers": arguments.dataloader_num_workers}
+        options |= {"networks": networks, "kept": writer.kept}
         for shard in encode_shards(vae, source, settings, shards, progress=bar.update, **options):
             writer.write_shard(**shard)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(arguments, vae.to("cpu", memory_format=torch.contiguous_format), source, writer, content=content)
+        vae.to("cpu", memory_format=torch.contiguous_format)
+        finish(arguments, vae, source, writer, content=content, networks=networks.to("cpu"))
         state.print(f"The store is complete: {output_dir}")
         if settings.is_tokens:
             state.print(describe_usage(writer.token_counts()))
     state.destroy_process_group()
 
 
+def networks_of(arguments: EncodeArguments, data: ImageArguments, vae: torch.nn.Module) -> torch.nn.ModuleList:
+    if not arguments.features:
+        own = ("features_grid", "features_dtype", "features_before_norm")
+        warn_without_effect(arguments, own, "there are no --features")
+    dtype, before_norm = DTYPES[arguments.features_dtype], arguments.features_before_norm
+    options = {"grid": arguments.features_grid, "dtype": dtype, "before_norm": before_norm}
+    return torch.nn.ModuleList(feature_networks(arguments.features, vae, resolution=data.resolution, **options))
+
+
 def settings_of(
-    arguments: EncodeArguments, data: ImageArguments, vae: torch.nn.Module, source: ImageSource
+    arguments: EncodeArguments,
+    data: ImageArguments,
+    vae: torch.nn.Module,
+    source: ImageSource,
+    *,
+    networks: torch.nn.ModuleList,
 ) -> StoreSettings:
     tokens = has_codebook(vae) if arguments.kind is None else arguments.kind == "tokens"
     if tokens:
@@ -162,6 +218,7 @@ def settings_of(
         shard_size=arguments.shard_size,
         batch_size=arguments.batch_size,
         mixed_precision=arguments.mixed_precision,
+        features={name: each for network in networks for name, each in network.features.items()},
     )
 
 
@@ -179,6 +236,7 @@ def finish(
     writer: LatentStoreWriter,
     *,
     content: str | None,
+    networks: torch.nn.ModuleList,
 ) -> None:
     """The normalisation from all shards into vae/ and mean_std.json, then the manifest, which completes the store."""
     normalization, measured_on = LatentNormalization.from_vae(vae), None
@@ -199,7 +257,7 @@ def finish(
         logger.warning("%d unreadable images were replaced, see manifest.json", len(manifest["skipped"]))
     if arguments.verify:
         store = LatentStore(writer.path, vae=vae)
-        verify_store(store, vae, source)
+        verify_store(store, vae, source, networks=networks)
         verification_image(store, vae, source).save(writer.path / "verify.png")
 
 

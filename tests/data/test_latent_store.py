@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
+from diffusers_eqvae.data.latent_format import StoreSettings
+from diffusers_eqvae.data.latent_store import LatentStore
+from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
 from diffusers_eqvae.latents import LatentStatistics
 from diffusers_eqvae.provenance import autoencoder_identity
@@ -174,7 +176,7 @@ def test_another_autoencoder_is_refused_in_one_sentence(tmp_path: Path, tiny_aut
     ("version", "message"), [(1, "older than 3, .* another output directory"), (4, "newer than 3")]
 )
 def test_shards_of_another_format_are_neither_read_nor_written_over(tmp_path, monkeypatch, version, message) -> None:
-    for module in ("latent_store", "latent_format"):
+    for module in ("latent_writer", "latent_format"):
         monkeypatch.setattr(f"diffusers_eqvae.data.{module}.FORMAT_VERSION", version)
     write(tmp_path)
     monkeypatch.undo()

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter, StoreSettings
+from diffusers_eqvae.data.latent_format import StoreSettings
+from diffusers_eqvae.data.latent_store import LatentStore
+from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.data.order import DrawDataset
 
 SETTINGS = StoreSettings(

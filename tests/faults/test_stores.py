@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from diffusers_eqvae.data.latent_store import LatentStore, LatentStoreWriter
+from diffusers_eqvae.data.latent_store import LatentStore
+from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
 from tests.invariants.tiny_latents import write_store
 from tests.scripts.test_train_transformer import flags

@@ -9,7 +9,8 @@ import torch
 from diffusers import ModelMixin
 
 from diffusers_eqvae.autoencoders import downsampling_factor, is_deterministic, latent_channels
-from diffusers_eqvae.data.latent_store import LatentStoreWriter, StoreSettings
+from diffusers_eqvae.data.latent_format import StoreSettings
+from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.tokens import codebook, has_codebook
 

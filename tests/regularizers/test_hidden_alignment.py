@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_eqvae.autoencoders import encode, encoder_features
+from diffusers_eqvae.data.latent_format import FeatureSettings
 from diffusers_eqvae.models.feature_projector import FeatureProjector
 from diffusers_eqvae.objectives.flow_matching import FlowMatchingObjective
 from diffusers_eqvae.randomness import StepRandomness
@@ -122,7 +123,7 @@ def test_vae_repa_meets_what_the_encoders_last_convolution_reads(tiny_autoencode
     torch.testing.assert_close(moments.chunk(2, dim=1)[0], posterior.mean)
 
     arguments = VAEREPAArguments(vae_repa_layer=3, vae_repa_projector_size=8)
-    features = {"vae_encoder": seen[0].shape[1]}
+    features = {"vae_encoder": FeatureSettings(seen[0].shape[1:])}
     regularizer = VAEREPARegularizer.from_arguments(arguments, make_model(), features=features)
     batch = make_batch() | {"features.vae_encoder": seen[0]}
     model, terms, *_ = step(regularizer, batch)
@@ -167,11 +168,15 @@ def test_the_direction_of_a_velocity_is_its_cosine_over_channels():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("repa", {}, "repa reads images, which these data do not hold"),
+        ("repa", {}, "repa reads the features dinov2-base or images, which these data do not hold"),
         ("vae_repa", {}, "vae_repa reads the features vae_encoder, which these data do not hold"),
-        ("vae_repa", {"features": {"vae_encoder": 4}}, r"vae_repa_layer must be a block of the transformer, 1 .. 4; "),
+        (
+            "vae_repa",
+            {"features": {"vae_encoder": FeatureSettings((4, 4, 4))}},
+            r"vae_repa_layer must be a block of the transformer, 1 .. 4; ",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_at_the_start(name, options, message):
     with pytest.raises(ValueError, match=message):
-        build_regularizers([name], {"vae_repa": VAEREPAArguments()}, make_model(), **options)
+        build_regularizers([name], {"vae_repa": VAEREPAArguments(), "repa": REPAArguments()}, make_model(), **options)

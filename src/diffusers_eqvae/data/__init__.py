@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = face(
     {
         "image_datasets": ["ImageSource", "PixelDataset", "load_image_dataset"],
         "latent_data": ["LatentData"],
-        "latent_format": ["StoreSettings"],
-        "latent_store": ["LatentStore", "LatentStoreWriter"],
+        "latent_format": ["FeatureSettings", "StoreSettings"],
+        "latent_store": ["LatentStore"],
+        "latent_writer": ["LatentStoreWriter"],
     },
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,21 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..autoencoders import decode, downsampling_factor, encode, is_deterministic, latent_channels, require_fitting
+from ..autoencoders import (
+    decode,
+    downsampling_factor,
+    encode,
+    encoder_features,
+    is_deterministic,
+    latent_channels,
+    require_fitting,
+)
 from ..images import adm_center_crop, evenly_spaced, grid, to_pixels
 from ..provenance import autoencoder_identity
 from ..tokens import codebook, decode_tokens, quantize
 from .image_datasets import ImageSource, PixelDataset
-from .latent_format import TORCH_DTYPES, StoreSettings
+from .image_features import FeatureNetwork
+from .latent_format import TORCH_DTYPES, StoreSettings, feature_tensor
 from .latent_store import LatentStore
 from .order import leave_interrupts
 from .report import DataError
@@ -41,7 +51,7 @@ def store_settings(
     Args:
         tokens: store the tokens of a codebook, as uint16, instead of posteriors.
         description: names of the data; their identity is added.
-        settings: dtype, views, shard_size, batch_size and mixed_precision of `StoreSettings`.
+        settings: dtype, views, shard_size, batch_size, mixed_precision and features of `StoreSettings`.
 
     Example:
         >>> options = {"dtype": "bfloat16", "views": 2, "shard_size": 4096, "batch_size": 32}
@@ -87,6 +97,23 @@ def check_disk(path: Path, needed_bytes: int) -> str:
     return text
 
 
+def describe_features(settings: StoreSettings) -> list[str]:
+    """What each kind of features costs, in words.
+
+    Example:
+        >>> describe_features(settings)
+        ['features vae_encoder: 512 x 16 x 16 float16 = 262 kB a view, 16 times the moments, 1.07 GB in all']
+    """
+    own = settings.without(settings.features)
+    latents = (own.bytes(1) - 8 * own.labelled) / own.views
+    views = settings.num_examples * settings.views
+    return [
+        f"features {name}: {' x '.join(map(str, each.shape))} {each.dtype} = {each.bytes / 1e3:.3g} kB a view, "
+        f"{each.bytes / latents:.3g} times the {settings.tensor}, {views * each.bytes / 1e9:.3g} GB in all"
+        for name, each in settings.features.items()
+    ]
+
+
 class _ImagesInOrder(Dataset):
     """Examples as a store keeps them: centre crop, label, and the index of the image that was readable."""
 
@@ -110,11 +137,16 @@ def encode_shards(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     progress: Callable[[int], object] = lambda count: None,
+    networks: Sequence[FeatureNetwork] = (),
+    kept: Callable[[int], Mapping[str, Any]] = lambda shard: {},
 ) -> Iterator[dict[str, Any]]:
     """Yields each of the shards as the arguments of `LatentStoreWriter.write_shard`.
 
     A batch never crosses a shard, so what a forward sees does not depend on who runs it. `progress` is called with the
-    images encoded since the last call.
+    images encoded since the last call. What `kept` gives of a shard (`LatentStoreWriter.kept`) is not computed again.
+
+    Args:
+        networks: those that give the features in `settings`.
 
     Example:
         >>> for shard in encode_shards(vae, source, writer.settings, writer.pending()[0]):
@@ -132,67 +164,101 @@ def encode_shards(
         worker_init_fn=leave_interrupts,
         pin_memory=torch.device(device).type == "cuda",
     )
-    moments: list[Tensor] = []
-    labels: list[Tensor] = []
-    skipped: list[str] = []
     for (shard, examples), batch in zip(batches, loader, strict=True):
-        moments.append(_encode_views(vae, batch["pixels"].to(device, non_blocking=True), settings))
+        if examples[0] == settings.examples(shard)[0]:
+            held = dict(kept(shard))
+            rows = {settings.tensor: held["moments"], **held["features"]} if held else {}
+            parts: dict[str, list[Tensor]] = {name: [] for name in settings.rows if name not in rows}
+            labels, skipped = [], []
+        pixels = batch["pixels"].to(device, non_blocking=True)
+        for name, values in _encode_views(vae, pixels, settings, networks, wanted=parts).items():
+            parts[name].append(values)
         labels.append(batch["label"])
         replaced = batch["index"][batch["index"] != batch["used"]]
         skipped += [source.name(index) for index in replaced.tolist()]
         progress(len(examples))
         if examples[-1] == settings.examples(shard)[-1]:
+            rows |= {name: torch.cat(values) for name, values in parts.items()}
             known = torch.cat(labels) if settings.labelled else None
-            yield {"shard": shard, "moments": torch.cat(moments), "labels": known, "skipped": skipped}
-            moments, labels, skipped = [], [], []
+            if held and (held["skipped"] != skipped or (known is not None and not torch.equal(held["labels"], known))):
+                raise DataError(
+                    f"Other images of shard {shard} can be read now than when it was encoded, so features would stand "
+                    "beside latents of others; encode the data into another directory."
+                )
+            moments = rows.pop(settings.tensor)
+            yield {"shard": shard, "moments": moments, "labels": known, "skipped": skipped, "features": rows}
 
 
-def _encode_views(vae: nn.Module, pixels: Tensor, settings: StoreSettings) -> Tensor:
-    """(B, views, c, h, w), or (B, views, h, w) of tokens, in the store's dtype, on the CPU."""
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
+def _encode_views(
+    vae: nn.Module,
+    pixels: Tensor,
+    settings: StoreSettings,
+    networks: Sequence[FeatureNetwork] = (),
+    *,
+    wanted: Container[str],
+) -> dict[str, Tensor]:
+    """Those of `settings.rows` that are wanted, (B, views, ...) in the store's dtypes, on the CPU."""
+    asked = [each for each in networks if any(feature_tensor(name) in wanted for name in each.features)]
     half = settings.mixed_precision == "bf16"
     views = []
     for view in (pixels, pixels.flip(-1))[: settings.views]:
+        given: dict[str, Tensor] = {}
         with torch.autocast(pixels.device.type, torch.bfloat16) if half else nullcontext():
-            posterior = encode(vae, view)
-        tokens = quantize(posterior.mode(), codebook(vae)).tokens if settings.is_tokens else None
-        values = posterior.moments if tokens is None else tokens
-        views.append(values.to(TORCH_DTYPES[settings.dtype]))
-    return torch.stack(views, dim=1).cpu().contiguous()
+            seen: list[Tensor] = []
+            if settings.tensor in wanted or any(each.reads_encoder for each in asked):
+                with encoder_features(vae) as seen:
+                    posterior = encode(vae, view.contiguous(memory_format=torch.channels_last))
+                given[settings.tensor] = posterior.moments
+            for each in asked:
+                given |= each(view, seen)
+        if settings.is_tokens and settings.tensor in wanted:
+            given[settings.tensor] = quantize(posterior.mode(), codebook(vae)).tokens
+        dtypes = {name: TORCH_DTYPES[dtype] for name, (_, dtype) in settings.rows.items() if name in wanted}
+        views.append({name: given[name].to(dtype) for name, dtype in dtypes.items()})
+    return {name: torch.stack([view[name] for view in views], dim=1).cpu().contiguous() for name in views[0]}
 
 
-def _distance(store: LatentStore, stored: Tensor, fresh: Tensor) -> float:
-    """In standard deviations of the means; the share of tokens that differ."""
-    if store.settings.is_tokens:
+def _distance(store: LatentStore, name: str, stored: Tensor, fresh: Tensor) -> float:
+    """In standard deviations, of the means of moments; the share of tokens that differ."""
+    if name == "tokens":
         return float((stored.int() != fresh.int()).float().mean())
-    means = [store.posterior(each.float()).mean for each in (stored, fresh)]
+    values = [each.float() for each in (stored, fresh)]
+    means = [store.posterior(each).mean for each in values] if name == store.settings.tensor else values
     return float((means[0] - means[1]).abs().mean() / means[1].std().clamp_min(1e-6))
 
 
 @torch.no_grad()
 def verify_store(
-    store: LatentStore, vae: nn.Module, source: ImageSource, *, rows: int = 16, device: torch.device | str = "cpu"
+    store: LatentStore,
+    vae: nn.Module,
+    source: ImageSource,
+    *,
+    networks: Sequence[FeatureNetwork] = (),
+    rows: int = 16,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Reads the whole store against its digests, and encodes evenly spaced images again, whose rows must agree.
 
     Raises:
         ValueError: a damaged shard, or a row whose means are more than a tenth of their standard deviation away (of
-            whose tokens more than a tenth are others).
+            whose tokens more than a tenth are others, or whose features are as far away).
 
     Example:
         >>> verify_store(LatentStore("latents/images", vae=vae), vae, source)
     """
     store.verify()
+    store.read_features(*store.settings.features)
     images, settings = _ImagesInOrder(source, store.settings.resolution), store.settings
     for index in evenly_spaced(len(store), rows):
-        fresh = _encode_views(vae, images[index]["pixels"][None].to(device), settings)[0]
-        for view in range(settings.views):
-            stored = store.get_many([index], view=view)[settings.tensor]
-            distance = _distance(store, stored, fresh[view : view + 1])
+        pixels = images[index]["pixels"][None].to(device)
+        fresh = _encode_views(vae, pixels, settings, networks, wanted=settings.rows)
+        for view, name in product(range(settings.views), fresh):
+            stored = store.get_many([index], view=view)[name]
+            distance = _distance(store, name, stored, fresh[name][:, view])
             if distance > 0.1:
                 raise DataError(
-                    f"Row {index} of {store.path} is not what {source.name(index)} encodes to now "
-                    f"({distance:.2g} away, where .1 is allowed); encode the images into another directory."
+                    f"Row {index} of {store.path} is not what {source.name(index)} encodes to now ({name}: "
+                    f"{distance:.2g} away, where .1 is allowed); encode the images into another directory."
                 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -12,13 +12,15 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ..autoencoders import Posterior, downsampling_factor, encode, encoder_features, last_encoder_layer
+from ..autoencoders import Posterior, downsampling_factor, encode, encoder_features
 from ..classes import ClassTable
 from ..latents import LatentNormalization, LatentStatistics
 from ..randomness import StepRandomness
 from ..stated_normalization import scale_complaint
 from ..tokens import codebook, encode_tokens
 from .image_datasets import PixelDataset
+from .image_features import ENCODER, EncoderFeatures
+from .latent_format import FeatureSettings, feature_tensor
 from .latent_store import LatentStore
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,6 @@ class LatentData:
         classes: names and counts by class id; a single one for data without labels.
         latent_shape: (C, h, w), or (h, w) of tokens.
         name: of the data, for the model card.
-        wanted: what `read` gives besides: "pixel_values", or "features.NAME" of one in `features`.
         scale_remedy: what is said where normalised latents have a standard deviation far from 1, besides that.
 
     Example:
@@ -49,14 +50,24 @@ class LatentData:
     classes: ClassTable
     latent_shape: tuple[int, ...]
     name: str | None
-    wanted: frozenset[str] = field(default=frozenset())
+    wanted: frozenset[str] = field(default=frozenset(), init=False)
     scale_remedy: str = "Check the normalisation in the config of the autoencoder."
     _statistics: LatentStatistics | None = field(default_factory=LatentStatistics, init=False, repr=False)
 
     @property
-    def features(self) -> dict[str, int]:
-        """Features of the images that `read` can give: name -> number of channels."""
-        return {} if self.stored else {"vae_encoder": last_encoder_layer(self.vae).in_channels}
+    def features(self) -> dict[str, FeatureSettings]:
+        """Features of the images that `read` can give, by name."""
+        if isinstance(self.dataset, LatentStore):
+            return self.dataset.settings.features
+        grid = (self.latent_shape[-2], self.latent_shape[-1])
+        return EncoderFeatures(self.vae, grid, dtype="float32").features
+
+    def want(self, features: Iterable[str], *, pixels: bool = False) -> None:
+        """Makes `read` give these features as well, as "features.NAME", and the images as "pixel_values"."""
+        names = tuple(dict.fromkeys(features))
+        self.wanted = frozenset(map(feature_tensor, names)) | ({"pixel_values"} if pixels else set())
+        if isinstance(self.dataset, LatentStore):
+            self.dataset.read_features(*names)
 
     @property
     def reads(self) -> Reads:
@@ -99,16 +110,16 @@ class LatentData:
 
         Returns:
             "latents" (B, C, h, w): a sample of the posterior that was stored, or is encoded now, normalised; or
-            "tokens" (B, h, w) int64; and whatever else the batch holds (features); "class_labels" are all 0 where the
-            data have none.
+            "tokens" (B, h, w) int64; what `want` asked for, in float32; "class_labels" are all 0 where the data have
+            none.
         """
         with encoder_features(self.vae) as seen:
             values = self._tokens(batch) if self.reads == "tokens" else self._latents(batch, randomness)
-        rest = {key: value for key, value in batch.items() if key not in ("moments", "tokens", "pixel_values")}
-        rest.setdefault("class_labels", torch.zeros(len(values), dtype=torch.int64, device=values.device))
-        more = {"pixel_values": batch.get("pixel_values"), "features.vae_encoder": seen[0] if seen else None}
-        rest |= {name: value for name, value in more.items() if name in self.wanted and value is not None}
-        return {self.reads: values, **rest}
+        given = {feature_tensor(ENCODER): seen[0], **batch} if seen else batch
+        rest = {name: given[name].float() for name in sorted(self.wanted)}
+        labels = batch.get("class_labels")
+        none = torch.zeros(len(values), dtype=torch.int64, device=values.device)
+        return {self.reads: values, "class_labels": none if labels is None else labels, **rest}
 
     def _check_scale(self, posterior: Posterior) -> None:
         """Warns once, after the first images or by a store's statistics, where normalised latents have another std."""

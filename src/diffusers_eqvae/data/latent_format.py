@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "uint16": torch.uint16,
 }
+FLOATS = ("float32", "float16", "bfloat16")
 # numpy has no bfloat16; its bits travel as int16.
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.int16, "uint16": np.uint16}
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint16": "U16"}
@@ -34,7 +35,39 @@ _RAW = {"F32": np.int32, "F16": np.int16, "BF16": np.int16, "U16": np.int16, "I6
 # What a store may hold -> the name of the tensor that holds it, in a shard and in a batch.
 KINDS = {"moments": "moments", "latents": "moments", "tokens": "tokens"}
 MAX_CODEBOOK_SIZE = 2**16
+LABEL_BITS = 0xFFFFFFFF  # of a class id, which the crc32 of its row begins with
 _MAX_HEADER_BYTES = 100_000_000  # The limit of the safetensors format.
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Features that a frozen network gives of an image, for regularizers to read.
+
+    Args:
+        shape: (F, h, w) over the image, or (F,) of all of it.
+        dtype: "float32", "float16" or "bfloat16".
+        identity: of the network that gives them; JSON values, compared by what reads them.
+
+    Example:
+        >>> FeatureSettings((768, 16, 16), "float16", {"teacher": "facebook/dinov2-base"})
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOATS:
+            raise ValueError(f"The dtype of features must be one of {FLOATS}; got {self.dtype!r}.")
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def bytes(self) -> int:
+        """Disk space of one image's."""
+        return prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "dtype": self.dtype, "identity": dict(self.identity)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +87,7 @@ class StoreSettings:
         mixed_precision: "no" or "bf16", how the encoder computed.
         codebook, codebook_size: its hash as float32 and its number of vectors, of tokens.
         source: which data (name, split, columns, `provenance.data_identity`); free, compared for equality.
+        features: what is stored beside the latents of every view, by name.
 
     Example:
         >>> settings.num_shards, settings.examples(0), settings.bytes(4096) / 1e6
@@ -75,6 +109,7 @@ class StoreSettings:
     source: dict[str, Any] = field(default_factory=dict)
     codebook: str | None = None
     codebook_size: int | None = None
+    features: dict[str, FeatureSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "shard_size", "batch_size", "resolution", "downsampling_factor"):
@@ -93,6 +128,9 @@ class StoreSettings:
                 f"A store of tokens takes codebooks of 1 .. {MAX_CODEBOOK_SIZE} vectors; got {self.codebook_size}."
             )
         object.__setattr__(self, "shape", tuple(self.shape))
+        stated: Mapping[str, Any] = self.features
+        features = {n: FeatureSettings(**each) if isinstance(each, dict) else each for n, each in stated.items()}
+        object.__setattr__(self, "features", features)
 
     @property
     def is_tokens(self) -> bool:
@@ -104,6 +142,17 @@ class StoreSettings:
         return KINDS[self.kind]
 
     @property
+    def rows(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """What is stored of every view: tensor -> (shape, dtype) of one row."""
+        own = {self.tensor: (self.shape, self.dtype)}
+        return own | {feature_tensor(name): (each.shape, each.dtype) for name, each in self.features.items()}
+
+    def without(self, features: Iterable[str]) -> StoreSettings:
+        """The same but for these features."""
+        kept = {name: each for name, each in self.features.items() if name not in features}
+        return replace(self, features=kept)
+
+    @property
     def num_shards(self) -> int:
         return -(-self.num_examples // self.shard_size)
 
@@ -113,12 +162,23 @@ class StoreSettings:
 
     def bytes(self, num_examples: int) -> int:
         """Disk space of that many examples, without headers."""
-        itemsize = TORCH_DTYPES[self.dtype].itemsize
-        return num_examples * (self.views * prod(self.shape) * itemsize + 8 * self.labelled)
+        view = sum(prod(shape) * TORCH_DTYPES[dtype].itemsize for shape, dtype in self.rows.values())
+        return num_examples * (self.views * view + 8 * self.labelled)
 
     def to_json(self) -> dict[str, Any]:
-        stated = {key: value for key, value in asdict(self).items() if value is not None}
-        return stated | {"shape": list(self.shape)}
+        stated = {key: value for key, value in asdict(self).items() if value is not None and key != "features"}
+        features = {name: each.to_json() for name, each in self.features.items()}
+        return stated | {"shape": list(self.shape)} | ({"features": features} if features else {})
+
+
+def feature_tensor(name: str) -> str:
+    """What features are called in a shard and in a batch."""
+    return f"features.{name}"
+
+
+def checksum_tensor(tensor: str) -> str:
+    """Where the crc32 of a tensor's rows are: int64 (n, views). Those of features begin with that of their latents."""
+    return f"crc32.{tensor}" if tensor.startswith("features.") else "crc32"
 
 
 def shard_name(shard: int) -> str:
@@ -171,39 +231,43 @@ class ShardHeader:
         tensors = self.tensors.items()
         return content_digest({name: self.map(path, name, _RAW[entry["dtype"]]) for name, entry in tensors})
 
+    def lacking(self, settings: StoreSettings) -> list[str]:
+        """The features of `settings` that the shard was written without."""
+        return [name for name in settings.features if name not in self.notes.get("settings", {}).get("features", {})]
+
     def check(self, path: Path, settings: StoreSettings, shard: int) -> None:
         """Refuses a shard of another format, or one that was written with other settings, naming them."""
         version = self.notes.get("format_version")
         remedy = "use another output directory, or delete the old store and encode the data again"
         require_format_version(version, FORMAT_VERSION, path=path, remedy=remedy)
-        wanted, found = _flat(settings.to_json()), _flat(self.notes.get("settings", {}))
+        wanted, written = _flat(settings.to_json()), _flat(self.notes.get("settings", {}))
         differing = [
-            f"{key} (shard: {found.get(key)}, now: {wanted.get(key)})"
-            for key in sorted(wanted.keys() | found.keys())
-            if wanted.get(key) != found.get(key)
+            f"{key} (shard: {written.get(key)}, now: {wanted.get(key)})"
+            for key in sorted(wanted.keys() | written.keys())
+            if wanted.get(key) != written.get(key)
         ]
         if differing:
             raise ValueError(
                 f"The shard {path} was written with other settings: {', '.join(differing)}. "
                 "Use the same settings, another output directory, or delete the old store."
             )
-        shape = [len(settings.examples(shard)), settings.views, *settings.shape]
-        moments = self.tensors.get(settings.tensor, {})
-        if (
-            self.notes.get("shard") != shard
-            or moments.get("shape") != shape
-            or moments.get("dtype") != _SAFETENSORS_DTYPES[settings.dtype]
-            or settings.labelled != ("labels" in self.tensors)
-            or self.tensors.get("crc32", {}).get("shape") != shape[:2]
-            or not _all_finite(self.notes.get("statistics"))
-        ):
+        places = [len(settings.examples(shard)), settings.views]
+        expected = {
+            name: ([*places, *shape], _SAFETENSORS_DTYPES[dtype]) for name, (shape, dtype) in settings.rows.items()
+        }
+        expected |= {checksum_tensor(name): (places, "I64") for name in settings.rows}
+        expected |= {"labels": (places[:1], "I64")} if settings.labelled else {}
+        found = {name: (entry["shape"], entry["dtype"]) for name, entry in self.tensors.items()}
+        if self.notes.get("shard") != shard or found != expected or not _all_finite(self.notes.get("statistics")):
             raise ValueError(f"{path} does not hold what its name and settings say; delete it and encode it again.")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """With the entries of `source` as settings of their own."""
-    source = {f"source.{key}": value for key, value in settings.get("source", {}).items()}
-    return {key: value for key, value in settings.items() if key != "source"} | source
+    """With the entries of `source` and of each of the features as settings of their own."""
+    features = settings.get("features", {})
+    parts = {"source": settings.get("source", {})} | {feature_tensor(name): features[name] for name in features}
+    inner = {f"{part}.{key}": value for part, entries in parts.items() for key, value in entries.items()}
+    return {key: value for key, value in settings.items() if key not in ("source", "features")} | inner
 
 
 def digest_of(content: bytes) -> str:

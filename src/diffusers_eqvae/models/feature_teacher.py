@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pretrained import looking_for
-from ..provenance import weights_hash
+from ..pretrained import hub_file, looking_for
+from ..provenance import hash_file, weights_hash
 
-MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_SIGLIP = "siglip_vision_model"
+# The mean and standard deviation of the images that each was trained on.
+MODEL_TYPES = dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), _IMAGENET)
+MODEL_TYPES[_SIGLIP] = ((0.5,) * 3, (0.5,) * 3)
 
 
 class FeatureTeacher(nn.Module):
-    """Patch and global features of DINOv2 (with or without registers) or DINOv3, from transformers.
+    """Patch and global features of DINOv2 (with or without registers), DINOv3 or SigLIP, from transformers.
 
-    Images are brought to ImageNet's mean and standard deviation and resized (bicubic, without antialiasing) so that
-    their short side is `image_size`: 448 px and patches of 14 give 32x32 tokens, one per latent position of a 256 px
-    image at f8 (ReaLS). Both happen in float32. Register tokens are dropped. No parameter requires a gradient, no
-    graph is kept, and the module never leaves eval mode.
+    Images are brought to the model's mean and standard deviation (ImageNet's; .5 for SigLIP) and resized (bicubic,
+    without antialiasing) so that their short side is `image_size`: 448 px and patches of 14 give 32x32 tokens, one per
+    latent position of a 256 px image at f8 (ReaLS). Both happen in float32. Register tokens are dropped. SigLIP has no
+    CLS token, so its global feature is None. No parameter requires a gradient, no graph is kept, and the module never
+    leaves eval mode.
 
     Differs from the reference: VA-VAE feeds pixels in [-1, 1] without ImageNet's normalisation.
 
@@ -63,10 +68,12 @@ class FeatureTeacher(nn.Module):
         self.final_norm = final_norm
         self.patch_size = int(config.patch_size)
         self.feature_size = int(config.hidden_size)
+        self.has_global = config.model_type != _SIGLIP
         # Tokens come as [CLS, registers, patches].
-        self.prefix_tokens = 1 + int(getattr(config, "num_register_tokens", 0))
-        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.prefix_tokens = int(self.has_global) + int(getattr(config, "num_register_tokens", 0))
+        mean, std = MODEL_TYPES[config.model_type]
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
 
@@ -103,8 +110,8 @@ class FeatureTeacher(nn.Module):
     @property
     def last_norm(self) -> nn.LayerNorm:
         """The LayerNorm after the last block."""
-        norm: Any = self.model.norm if hasattr(self.model, "norm") else self.model.layernorm
-        return norm
+        names = ("norm", "layernorm", "post_layernorm")
+        return next(getattr(self.model, name) for name in names if hasattr(self.model, name))
 
     def train(self, mode: bool = True) -> FeatureTeacher:
         """Stays in eval mode whatever its parent does: features are targets, free of dropout and layer drop."""
@@ -116,20 +123,48 @@ class FeatureTeacher(nn.Module):
         return round(height * scale) * self.patch_size, round(width * scale) * self.patch_size
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch features (B, D, h, w) and the global feature (B, D), float32, of pixels (B, 3, H, W) in [-1, 1]."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Patch features (B, D, h, w) and the global feature (B, D), float32, of pixels (B, 3, H, W) in [-1, 1]; None
+        where the model has no global one."""
         size = self.input_size(*pixels.shape[-2:])
         images = ((pixels.float() + 1.0) / 2.0 - self.mean) / self.std
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
         images = images.to(next(self.model.parameters()).dtype)
+        # The others fit their table of positions to the image by themselves.
+        options = {} if self.has_global else {"interpolate_pos_encoding": True}
         if self.final_norm:
-            tokens = self.model(pixel_values=images).last_hidden_state.float()
+            tokens = self.model(pixel_values=images, **options).last_hidden_state.float()
         else:
-            tokens = self.model(pixel_values=images, output_hidden_states=True).hidden_states[-1].float()
+            tokens = self.model(pixel_values=images, output_hidden_states=True, **options).hidden_states[-1].float()
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         patch = tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
-        return patch.contiguous(), tokens[:, 0]
+        return patch.contiguous(), tokens[:, 0] if self.has_global else None
+
+
+def teacher_identity(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Which files a vision model is, without loading it: its name, and a hash of config and weights where they are.
+
+    Of a directory the name is the last part of its path; of a Hub name, all of it, and the files are those in the
+    cache or on the Hub.
+
+    Example:
+        >>> teacher_identity("facebook/dinov2-base")
+        {'teacher': 'facebook/dinov2-base', 'files': '5e0b1c7f9d0c3f7e'}
+    """
+    name = str(name_or_path)
+    files = [hub_file(name, file) for file in ("config.json", "model.safetensors")]
+    digest = None if None in files else hashlib.sha256("".join(map(hash_file, filter(None, files))).encode())
+    called = Path(name).resolve().name if Path(name).is_dir() else name
+    return {"teacher": called, "files": digest.hexdigest()[:16] if digest else None}
+
+
+def teacher_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """How two of `teacher_identity` differ, in words, or None: in their files where both are known, else by name."""
+    known = stored.get("files") and given.get("files")
+    if stored["files" if known else "teacher"] == given["files" if known else "teacher"]:
+        return None
+    return f"{stored['teacher']} ({stored.get('files')}) is not {given['teacher']} ({given.get('files')})"
 
 
 def load_vision_model(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Any:
@@ -162,4 +197,4 @@ def load_vision_model(name_or_path: str | os.PathLike[str], *, revision: str | N
         raise ValueError(
             f"{name_or_path} must hold all weights of a {model.config.model_type}; it lacks {missing} tensors."
         )
-    return model
+    return model.vision_model if model.config.model_type == "siglip" else model

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor
 
+from ..data.latent_format import FeatureSettings
 from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
 from ..randomness import StepRandomness
@@ -61,6 +62,17 @@ class HiddenAlignment(GeneratorRegularizer):
 
     def components(self) -> dict[str, ModelMixin]:
         return {self.folder: self.projector}
+
+
+def require_grid(name: str, features: FeatureSettings, grid: tuple[int, int], *, averaged: bool = False) -> None:
+    """Refuses stored features over another grid than the tokens', of which they may be a multiple where `averaged`."""
+    own = features.shape[-2:]
+    if own != grid and not (averaged and not (own[0] % grid[0] or own[1] % grid[1])):
+        raise ValueError(
+            f"The features {name} are stored over a grid of {own[0]}x{own[1]}, and this transformer has "
+            f"{grid[0]}x{grid[1]} tokens; store them over {'a multiple of that' if averaged else 'that'} grid, or "
+            "train a model of another patch size."
+        )
 
 
 def require_layer(model: Backbone, layer: int, *, name: str) -> None:

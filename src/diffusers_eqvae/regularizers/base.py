@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..autoencoders import Decoded, Posterior
+from ..data.latent_format import FeatureSettings
 from ..extensions import Registry
 from ..randomness import StepRandomness
 
@@ -43,9 +44,9 @@ class Regularizer(nn.Module):
         adaptive: whether the penalty is first scaled so that its gradient at the encoder's last layer is as large as
             that of the reconstruction (autoencoder side).
         couples_samples: whether it gathers samples over ranks, so that two ranks may still equal twice the batch.
-        features: features of the clean images that it reads as `batch["features.NAME"]`; `from_arguments` is then also
-            given `features`, name -> number of channels.
-        reads_pixels: whether it reads the clean images as `batch["pixel_values"]` (generator side).
+        features: features of the clean images that it reads as `batch["features.NAME"]`.
+        reads_pixels: whether it reads the clean images as `batch["pixel_values"]` (generator side); beside `features`,
+            in place of those that the data do not hold.
         paper: what the card of a model names: (name of the method, number on arXiv).
 
     Example:
@@ -61,13 +62,19 @@ class Regularizer(nn.Module):
     Arguments: ClassVar[type | None] = None
     prefixes: ClassVar[tuple[str, ...]] = ()
     couples_samples: ClassVar[bool] = False
-    features: ClassVar[tuple[str, ...]] = ()
-    reads_pixels: ClassVar[bool] = False
+    features: tuple[str, ...] = ()
+    reads_pixels: bool = False
     paper: ClassVar[tuple[str, str] | None] = None
     mean_over_elements: ClassVar[bool] = False
     weight: float = 1.0
     adaptive: bool = False
     _held: tuple[_Shared, ...] = ()
+
+    @classmethod
+    def features_of(cls, arguments: Any) -> tuple[str, ...]:
+        """The features that it reads with these arguments; where there are any, `from_arguments` is also given
+        `features`, those of them that the data hold: name -> `FeatureSettings`."""
+        return cls.features
 
     @classmethod
     def from_arguments(cls, arguments: Any, model: nn.Module) -> Self:
@@ -206,16 +213,18 @@ def build_regularizers(
     arguments: Mapping[str, Any],
     model: nn.Module,
     *,
-    features: Mapping[str, int] = MappingProxyType({}),
+    features: Mapping[str, FeatureSettings] = MappingProxyType({}),
     pixels: bool = False,
+    remedy: Callable[[Sequence[str]], str] = lambda lacking: "train on images that are encoded on the way",
 ) -> dict[str, Any]:
     """The regularizers of these names for `model`, in this order.
 
     Args:
         names: "none" counts for nothing.
         arguments: instances of their `Arguments`, by name.
-        features: what the data can give, name -> number of channels.
+        features: what the data can give, by name.
         pixels: whether the data can give images.
+        remedy: what to do about features that the data lack, in words.
 
     Raises:
         ValueError: an unknown name, or a method that reads what the data do not give.
@@ -227,14 +236,13 @@ def build_regularizers(
     for name in names:
         if name == "none":
             continue
-        cls = REGULARIZERS[name]
-        missing = [each for each in cls.features if each not in features]
-        if missing or (cls.reads_pixels and not pixels):
-            lacking = f"the features {', '.join(missing)}" if missing else "images"
-            raise ValueError(
-                f"The regularizer {name} reads {lacking}, which these data do not hold; train on images that are "
-                "encoded on the way."
-            )
-        options = {"features": features} if cls.features else {}
-        built[name] = cls.from_arguments(arguments.get(name), model, **options)
+        cls, options = REGULARIZERS[name], arguments.get(name)
+        wanted = cls.features_of(options)
+        lacking = [each for each in wanted if each not in features]
+        if (lacking and not (cls.reads_pixels and pixels)) or (cls.reads_pixels and not wanted and not pixels):
+            kinds = [f"the features {', '.join(lacking)}"] if lacking else []
+            what = " or ".join([*kinds, *(["images"] if cls.reads_pixels else [])])
+            raise ValueError(f"The regularizer {name} reads {what}, which these data do not hold; {remedy(lacking)}.")
+        given = {"features": {each: features[each] for each in wanted if each in features}} if wanted else {}
+        built[name] = cls.from_arguments(options, model, **given)
     return built

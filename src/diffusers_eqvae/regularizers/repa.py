@@ -9,11 +9,13 @@ from typing import Literal, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.image_features import feature_name
+from ..data.latent_format import FeatureSettings, feature_tensor
 from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
-from ..models.feature_teacher import FeatureTeacher, load_vision_model
+from ..models.feature_teacher import FeatureTeacher, load_vision_model, teacher_difference, teacher_identity
 from ..options import Checked
-from ._hidden_alignment import HiddenAlignment, require_layer
+from ._hidden_alignment import HiddenAlignment, require_grid, require_layer
 from .base import register_regularizer
 
 FOLDER = "repa_projector"
@@ -56,16 +58,16 @@ class REPAArguments(Checked):
 class REPARegularizer(HiddenAlignment):
     """-mean cos(projector(hidden states after block n), teacher's patch features) over tokens and samples.
 
-    The teacher sees the clean images, so the run must read images and not stored latents; they are resized so that its
-    patches are the transformer's tokens. Its features are those after the last LayerNorm. Gradients reach the
-    projector and the blocks up to n. REPA's weight is .5, n = 8; it clips gradients at 1 (`max_grad_norm`).
+    Its features are those after the last LayerNorm: read from a store that holds them, or those of the clean images,
+    resized so that the teacher's patches are the transformer's tokens. Gradients reach the projector and the blocks up
+    to n. REPA's weight is .5, n = 8; it clips gradients at 1 (`max_grad_norm`).
 
     Options of iREPA (arXiv 2512.10794): a convolution as projector, and features f as (f - gamma mean) / std, mean and
     deviation over the tokens of an image.
 
     Args:
         projector: trained along.
-        teacher: frozen; `hold` keeps it.
+        teacher: frozen, and `hold` keeps it; or the name of the stored features that take its place.
         grid: tokens along height and width.
         layer, weight, stop_at: see `REPAArguments`.
         spatial_norm: gamma, or None.
@@ -77,7 +79,7 @@ class REPARegularizer(HiddenAlignment):
     def __init__(
         self,
         projector: FeatureProjector,
-        teacher: FeatureTeacher,
+        teacher: FeatureTeacher | str,
         *,
         grid: tuple[int, int],
         layer: int = 8,
@@ -86,18 +88,35 @@ class REPARegularizer(HiddenAlignment):
         spatial_norm: float | None = None,
     ) -> None:
         super().__init__(projector, grid, layer=layer, weight=weight, stop_at=stop_at, folder=FOLDER)
-        self.hold(teacher)
+        if isinstance(teacher, str):
+            self.features, self.reads_pixels = (teacher,), False
+        else:
+            self.hold(teacher)
         self.spatial_norm = spatial_norm
 
     @classmethod
-    def from_arguments(cls, arguments: REPAArguments, model: nn.Module) -> Self:
+    def features_of(cls, arguments: REPAArguments) -> tuple[str, ...]:
+        return (feature_name(arguments.repa_teacher),)
+
+    @classmethod
+    def from_arguments(
+        cls, arguments: REPAArguments, model: nn.Module, *, features: Mapping[str, FeatureSettings] | None = None
+    ) -> Self:
         assert isinstance(model, Backbone)
         require_layer(model, arguments.repa_layer, name="repa_layer")
-        vision = load_vision_model(arguments.repa_teacher)
-        teacher = FeatureTeacher(vision, image_size=min(model.token_grid) * int(vision.config.patch_size))
+        name = feature_name(arguments.repa_teacher)
+        teacher: FeatureTeacher | str = name
+        if stored := (features or {}).get(name):
+            _require_teacher(stored, arguments.repa_teacher)
+            require_grid(name, stored, model.token_grid)
+            size = stored.shape[0]
+        else:
+            vision = load_vision_model(arguments.repa_teacher)
+            teacher = FeatureTeacher(vision, image_size=min(model.token_grid) * int(vision.config.patch_size))
+            size = teacher.feature_size
         projector = FeatureProjector(
             hidden_size=model.hidden_size,
-            feature_size=teacher.feature_size,
+            feature_size=size,
             kind=arguments.repa_projector,
             projector_size=arguments.repa_projector_size,
         )
@@ -112,7 +131,10 @@ class REPARegularizer(HiddenAlignment):
         )
 
     def target(self, batch: Mapping[str, Tensor]) -> Tensor:
-        patch, _ = self.frozen_modules()[0](batch["pixel_values"])
+        if self.features:
+            patch = batch[feature_tensor(self.features[0])]
+        else:
+            patch, _ = self.frozen_modules()[0](batch["pixel_values"])
         if self.spatial_norm is None:
             return patch
         mean, deviation = patch.mean((2, 3), keepdim=True), patch.std((2, 3), keepdim=True)
@@ -120,3 +142,17 @@ class REPARegularizer(HiddenAlignment):
 
     def compare(self, predicted: Tensor, target: Tensor) -> Tensor:
         return -F.cosine_similarity(predicted, target, dim=1).mean()
+
+
+def _require_teacher(stored: FeatureSettings, teacher: str) -> None:
+    """Refuses stored features of another vision model, or of another of its layers."""
+    if difference := teacher_difference(stored.identity, teacher_identity(teacher)):
+        raise ValueError(
+            f"The stored features are those of another teacher: {difference}; name the one that made them, or store "
+            "features of this one under a name of their own."
+        )
+    if not stored.identity["final_norm"]:
+        raise ValueError(
+            f"REPA compares with features after the teacher's last LayerNorm, and the stored ones of {teacher} are "
+            "those before it, as alignment reads them; store them after it."
+        )

@@ -9,14 +9,15 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.image_features import ENCODER
+from ..data.latent_format import FeatureSettings, feature_tensor
 from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
 from ..options import Checked
-from ._hidden_alignment import HiddenAlignment, require_layer
+from ._hidden_alignment import HiddenAlignment, require_grid, require_layer
 from .base import register_regularizer
 
 FOLDER = "vae_repa_projector"
-FEATURES = "vae_encoder"
 
 
 @dataclass
@@ -24,7 +25,7 @@ class VAEREPAArguments(Checked):
     """Where the encoder's features are met, and how they are compared.
 
     Example:
-        >>> VAEREPARegularizer.from_arguments(VAEREPAArguments(), transformer, features={"vae_encoder": 512})
+        >>> VAEREPARegularizer.from_arguments(VAEREPAArguments(), transformer, features=latents.features)
     """
 
     vae_repa_weight: float = field(default=0.5, metadata={"help": "Weight of the alignment.", "range": "[0, inf)"})
@@ -48,7 +49,8 @@ class VAEREPARegularizer(HiddenAlignment):
     """Smooth-L1 between projector(hidden states after block n) and the features that the VAE's encoder ends with.
 
     These are the input of its last convolution, averaged to the grid of tokens: no network beside the two that are
-    there, so it trains offline. Gradients reach the projector and the blocks up to n.
+    there, so it trains offline. They are taken as the images are encoded, or read from a store that holds them.
+    Gradients reach the projector and the blocks up to n.
 
     Own choice: the weight, the block, and the projector, which is REPA's.
 
@@ -63,7 +65,7 @@ class VAEREPARegularizer(HiddenAlignment):
     """
 
     Arguments = VAEREPAArguments
-    features = (FEATURES,)
+    features = (ENCODER,)
 
     def __init__(
         self,
@@ -80,13 +82,14 @@ class VAEREPARegularizer(HiddenAlignment):
 
     @classmethod
     def from_arguments(
-        cls, arguments: VAEREPAArguments, model: nn.Module, *, features: Mapping[str, int] | None = None
+        cls, arguments: VAEREPAArguments, model: nn.Module, *, features: Mapping[str, FeatureSettings] | None = None
     ) -> Self:
         assert isinstance(model, Backbone) and features is not None
         require_layer(model, arguments.vae_repa_layer, name="vae_repa_layer")
+        require_grid(ENCODER, features[ENCODER], model.token_grid, averaged=True)
         projector = FeatureProjector(
             hidden_size=model.hidden_size,
-            feature_size=features[FEATURES],
+            feature_size=features[ENCODER].shape[0],
             projector_size=arguments.vae_repa_projector_size,
         )
         return cls(
@@ -99,7 +102,7 @@ class VAEREPARegularizer(HiddenAlignment):
         )
 
     def target(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return batch[f"features.{FEATURES}"]
+        return batch[feature_tensor(ENCODER)]
 
     def compare(self, predicted: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(predicted, target, beta=self.beta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,30 @@ def build_objective(
         )
     model = build_transformer(arguments, source, latents, gradient_checkpointing=gradient_checkpointing)
     regularizers = build_regularizers(
-        arguments.regularizers, methods, model, features=latents.features, pixels=not latents.stored
+        arguments.regularizers,
+        methods,
+        model,
+        features=latents.features,
+        pixels=not latents.stored,
+        remedy=lambda lacking: _how_to_give(arguments, lacking),
     )
-    wanted = {f"features.{feature}" for each in regularizers.values() for feature in each.features}
-    pixels = {"pixel_values"} if any(each.reads_pixels for each in regularizers.values()) else set()
-    latents.wanted = frozenset(wanted | pixels)
+    pixels = any(each.reads_pixels for each in regularizers.values())
+    latents.want((name for each in regularizers.values() for name in each.features), pixels=pixels)
     objective: Objective = kind.from_arguments(methods.get(name), model, regularizers)
     _refuse_other_path(Path(arguments.model), objective)
     return objective
+
+
+def _how_to_give(arguments: TransformerArguments, features: Sequence[str]) -> str:
+    """The remedy for data without what a regularizer reads."""
+    images = "train on images (--vae with --train_data_dir or --dataset_name)"
+    if not features or arguments.latents_dir is None:
+        return images
+    given = f"--features {' '.join(features)}"
+    return (
+        f"add them by the command that encoded the store (encode_latents.py --output_dir {arguments.latents_dir} ...) "
+        f"with {given}, where a vision model is named by its Hub name or directory, or {images}"
+    )
 
 
 def _refuse_other_path(pipeline: Path, objective: Objective) -> None:
