@@ -83,8 +83,8 @@ class SampleArguments(Checked):
     scheduler: str = field(
         default="saved",
         metadata={
-            "help": "Sampler: saved (the pipeline's own), euler, heun, dopri5 or sde of a flow, ddpm or ddim of a "
-            "diffusion, dpmsolver++ or unipc of either."
+            "help": "Sampler: saved (the pipeline's own), euler, heun, dopri5, sde or sde_heun of a flow, ddpm or "
+            "ddim of a diffusion, dpmsolver++ or unipc of either."
         },
     )
     shift: float | None = field(

@@ -335,6 +335,12 @@ def stepped(scheduler, **kwargs):
         (lambda: FlowMatchSDEScheduler(last_step="mean"), "last_step must be one of Mean, Tweedie, Euler, None"),
         (lambda: FlowMatchSDEScheduler(last_step_size=0.0), "last_step_size is a noise level"),
         (lambda: FlowMatchSDEScheduler(num_train_timesteps=0), "num_train_timesteps must be at least 1"),
+        (
+            lambda: FlowMatchSDEScheduler(sde_solver="euler"),
+            "sde_solver must be one of euler_maruyama, heun; got 'euler'",
+        ),
+        (lambda: FlowMatchSDEScheduler(sde_solver="heun", last_step=None), r"heun' needs a last step \(Mean, Tweedie"),
+        (lambda: FlowMatchSDEScheduler(sde_solver="heun").set_begin_index(2), "at index 0; use euler_maruyama"),
         (lambda: FlowMatchSDEScheduler().set_timesteps(1), "at least 2 for last_step='Mean'"),
         (lambda: FlowMatchSDEScheduler().step(torch.zeros(1), 1000.0, torch.zeros(1)), "call set_timesteps"),
         (lambda: stepped(FlowMatchSDEScheduler(), timestep=1.0), "No step begins"),

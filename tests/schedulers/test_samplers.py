@@ -24,7 +24,7 @@ MEANS = torch.tensor([[-1.5, 0.5, 0.0, 0.0], [1.0, -0.5, 0.3, 0.0]], dtype=torch
 STDS = torch.tensor([0.3, 0.4], dtype=torch.float64)
 FLOW = FlowMatchODEScheduler()
 DIFFUSION = DenoisingObjective.chain_scheduler(learned_variance=True)
-FLOW_STEPS = {"saved": 100, "euler": 100, "heun": 40, "sde": 250, "dpmsolver++": 50, "unipc": 50}
+FLOW_STEPS = {"saved": 100, "euler": 100, "heun": 40, "sde": 250, "sde_heun": 125, "dpmsolver++": 50, "unipc": 50}
 DIFFUSION_STEPS = {"saved": 250, "ddpm": 250, "ddim": 250, "dpmsolver++": 50, "unipc": 50}
 
 
@@ -43,6 +43,7 @@ def draw(scheduler, steps: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(COUNT, 4, 1, 1, generator=generator, dtype=torch.float64)
     scheduler.set_timesteps(steps)
+    x = x * scheduler.init_noise_sigma
     flow = "path" in scheduler.config or scheduler.config.get("use_flow_sigmas", False)
     for timestep, sigma in zip(scheduler.timesteps, noise_levels(scheduler), strict=True):
         if flow:

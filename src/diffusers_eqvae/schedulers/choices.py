@@ -27,6 +27,7 @@ def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> Schedu
     | euler, heun | ODE of order 1, 2                     |                                             |
     | dopri5      | ODE of order 5, steps per sample      |                                             |
     | sde         | reverse SDE, Euler-Maruyama           |                                             |
+    | sde_heun    | reverse SDE, Heun, 2N - 1 model calls |                                             |
     | ddpm        |                                       | ancestral, N steps from first to last (ADM) |
     | ddim        |                                       | deterministic, every (1000 // N)-th step    |
     | dpmsolver++ | diffusers' DPM-Solver++ of order 2    | the same                                    |
@@ -35,8 +36,8 @@ def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> Schedu
     Args:
         name: one of `SAMPLERS`.
         saved: a pipeline's scheduler.
-        options: over the saved ones. Of sde diffusion_form, diffusion_norm, last_step and last_step_size; of dopri5
-            atol and rtol; of any other flow sampler, and sde, `shift`.
+        options: over the saved ones. Of sde and sde_heun diffusion_form, diffusion_norm, last_step and last_step_size;
+            of dopri5 atol and rtol; of any other flow sampler, and these two, `shift`.
 
     Raises:
         ValueError: an unknown name, a sampler of the other kind of model, one that does not know the model's path or
@@ -54,7 +55,9 @@ def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> Schedu
             f"The sampler {name} does not sample a {'flow-matching' if flow else 'diffusion'} model; its samplers are "
             f"saved, {', '.join(makers)}."
         )
-    known = {"sde": ("shift", *SDE_OPTIONS), "dopri5": ADAPTIVE_OPTIONS}.get(name, ("shift",) if flow else ())
+    of_sde = ("shift", *SDE_OPTIONS)
+    by_name = {"sde": of_sde, "sde_heun": of_sde, "dopri5": ADAPTIVE_OPTIONS}
+    known = by_name.get(name, ("shift",) if flow else ())
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ValueError(f"The sampler {name} of this model has no {unknown[0]}; it has {', '.join(known) or 'none'}.")
@@ -87,7 +90,8 @@ _FLOW: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], SchedulerMixin]] 
     "euler": lambda config, options: FlowMatchODEScheduler.from_config(config, solver="euler", **options),
     "heun": lambda config, options: FlowMatchODEScheduler.from_config(config, solver="heun", **options),
     "dopri5": lambda config, options: FlowMatchAdaptiveScheduler.from_config(config, **options),
-    "sde": lambda config, options: FlowMatchSDEScheduler.from_config(config, **options),
+    "sde": lambda config, options: FlowMatchSDEScheduler.from_config(config, sde_solver="euler_maruyama", **options),
+    "sde_heun": lambda config, options: FlowMatchSDEScheduler.from_config(config, sde_solver="heun", **options),
     "dpmsolver++": _flow_solver(DPMSolverMultistepScheduler),
     "unipc": _flow_solver(UniPCMultistepScheduler),
 }

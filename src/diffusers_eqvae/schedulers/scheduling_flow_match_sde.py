@@ -1,8 +1,9 @@
-"""The reverse SDE of flow matching by Euler-Maruyama, with SiT's diffusion forms and last step."""
+"""The reverse SDE of flow matching by Euler-Maruyama or Heun, with SiT's diffusion forms and last step."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -23,18 +24,23 @@ from ..flow import (
 from .flow_match_base import FlowMatchScheduler
 
 LastStep = Literal["Mean", "Tweedie", "Euler"]
+SDESolver = Literal["euler_maruyama", "heun"]
 
 
 class FlowMatchSDEScheduler(FlowMatchScheduler):
-    """Stochastic sampling from noise (sigma = 1) to data (sigma = 0), one model call per step.
+    """Stochastic sampling from noise (sigma = 1) to data (sigma = 0).
 
-        x' = x + (w score - v) dt + sqrt(2 w dt) noise,   dt = sigma - sigma'      (SiT, arXiv 2401.08740, section 2)
+        euler_maruyama:  x' = x + dt f(x, sigma) + sqrt(2 w dt) noise                       one model call per step
+        heun:            y  = x + sqrt(2 w dt) noise                                        two model calls per step
+                         x' = y + dt / 2 (f(y, sigma) + f(y + dt f(y, sigma), sigma'))
 
-    with v = d x / d sigma the model's prediction (or made of it, see `prediction_type`), score = -E[noise | x] / beta
-    and w(sigma) any diffusion coefficient. Of N steps, N - 1 run on a uniform grid from 1 to `last_step_size`, and one
-    last step without noise reaches 0: "Mean" is the drift alone, x + (w score - v) dt; "Tweedie" the expected clean
-    data E[clean | x]; "Euler" the ODE's step x - v dt. With `last_step` None all N steps are noisy and the grid is
-    1, 1 - 1/N, ..., 0.
+    with f = w score - v and dt = sigma - sigma' (SiT, arXiv 2401.08740, section 2, and its code). v = d x / d sigma is
+    the model's prediction (or made of it, see `prediction_type`), score = -E[noise | x] / beta, and w(sigma) any
+    diffusion coefficient. Its noise does not depend on x, so both solvers have strong and weak order 1; Heun's mean
+    from a given start has order 2. Of N steps, N - 1 run on a uniform grid from 1 to `last_step_size`, and one last
+    step of one call, without noise, reaches 0: "Mean" is the drift alone, x + (w score - v) dt; "Tweedie" the expected
+    clean data E[clean | x]; "Euler" the ODE's step x - v dt. With `last_step` None all N steps are noisy and the grid
+    is 1, 1 - 1/N, ..., 0. Heun takes 2N - 1 model calls; the noise of its first step is in `init_noise_sigma`.
 
     Args:
         num_train_timesteps: timestep = num_train_timesteps * sigma.
@@ -46,9 +52,10 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
         path: the interpolant the model was trained on.
         prediction_type: "flow_prediction" (velocity), "epsilon", "score" or "sample".
         shift: factor s > 0 that moves the grid towards noise, s sigma / (1 + (s - 1) sigma); 1 = uniform.
+        sde_solver: "euler_maruyama" or "heun", which needs a last step: its drift is infinite at sigma = 0.
 
     Attributes:
-        timesteps: one per model call, N of them, on the device of `set_timesteps`.
+        timesteps: one per model call, on the device of `set_timesteps`.
         sigma_list: the noise level of each model call, floats on the host.
         sigmas: the same and the noise level it ends at as a tensor on the CPU.
 
@@ -76,18 +83,44 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
         path: FlowPath = "linear",
         prediction_type: FlowPrediction = "flow_prediction",
         shift: float = 1.0,
+        sde_solver: SDESolver = "euler_maruyama",
     ) -> None:
         self._check_config(
-            diffusion_form=(diffusion_form, DIFFUSION_FORMS), last_step=(last_step, (*get_args(LastStep), None))
+            diffusion_form=(diffusion_form, DIFFUSION_FORMS),
+            last_step=(last_step, (*get_args(LastStep), None)),
+            sde_solver=(sde_solver, get_args(SDESolver)),
         )
+        if sde_solver == "heun" and last_step is None:
+            raise ValueError(
+                "sde_solver='heun' needs a last step (Mean, Tweedie or Euler): its drift is infinite at sigma = 0."
+            )
         if not (diffusion_norm >= 0.0 and math.isfinite(diffusion_norm)):
             raise ValueError(f"diffusion_norm must be finite and >= 0; got {diffusion_norm}.")
         if not 0.0 < last_step_size < 1.0:
             raise ValueError(f"last_step_size is a noise level and must lie in (0, 1); got {last_step_size}.")
+        self._predictor: tuple[Tensor, Tensor] | None = None
         self._forget()
 
+    @property
+    def order(self) -> int:
+        """Model calls per step, but for the last one."""
+        return 2 if self.config.sde_solver == "heun" else 1
+
+    @property
+    def init_noise_sigma(self) -> float:  # type: ignore[override]
+        """Standard deviation to begin with: 1, and of Heun's first step that of its noise besides."""
+        if self.order == 1 or not self.sigma_list:
+            return 1.0
+        return math.sqrt(1.0 + self._noise_scale(0) ** 2)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Starts at a later model call (image-to-image); Heun, whose noise comes before a step, does not."""
+        if begin_index and self.order == 2:
+            raise ValueError("sde_solver='heun' begins with a step's noise, so at index 0; use euler_maruyama.")
+        super().set_begin_index(begin_index)
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Prepares N = `num_inference_steps` model calls and forgets any sampling under way.
+        """Prepares N = `num_inference_steps` steps and forgets any sampling under way.
 
         Raises:
             ValueError: fewer than one step, or than two where there is a separate last one.
@@ -102,8 +135,11 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
         if self.config.last_step is None:
             *grid, end = self._grid(n)
             self._lay(grid, device, end=end)
-        else:
-            self._lay(self._grid(n - 1, lowest=self.config.last_step_size), device)
+            return
+        grid = self._grid(n - 1, lowest=self.config.last_step_size)
+        calls = [sigma for pair in pairwise(grid) for sigma in pair] if self.order == 2 else grid[:-1]
+        self._lay([*calls, grid[-1]], device)
+        self._predictor = None
 
     def step(
         self,
@@ -138,14 +174,40 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
             previous = velocity_to_clean(velocity, x, sigma, self.config.path)
         elif is_last and self.config.last_step == "Euler":
             previous = x - dt * velocity
+        elif self.order == 2 and not is_last:
+            previous = self._heun(index, x, velocity)
+            if index % 2 and index + 2 < len(self.sigma_list):
+                previous = previous + self._noise_scale(index + 1) * self._noise(x, generator)
         else:
-            w = self._diffusion(sigma, sigma - dt)
-            previous = x + dt * (w * velocity_to_score(velocity, x, sigma, self.config.path) - velocity)
+            previous = x + dt * self._drift(velocity, x, sigma, sigma - dt)
             if not (is_last and self.config.last_step == "Mean"):
-                noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
-                previous = previous + math.sqrt(2.0 * w * dt) * noise
+                previous = previous + self._noise_scale(index) * self._noise(x, generator)
         previous = previous.to(sample.dtype)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    def _heun(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:
+        """The first call of a step gives the point of the second, and that the step's end; without noise."""
+        sigma = self.sigma_list[index]
+        other = self.sigma_list[index + 1 if index % 2 == 0 else index - 1]
+        drift = self._drift(velocity, x, sigma, other)
+        if index % 2 == 0:
+            self._predictor = (x, drift)
+            return x + (sigma - other) * drift
+        assert self._predictor is not None
+        (start, first), self._predictor = self._predictor, None
+        return start + 0.5 * (other - sigma) * (first + drift)
+
+    def _drift(self, velocity: Tensor, x: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        w = self._diffusion(sigma, next_sigma)
+        return w * velocity_to_score(velocity, x, sigma, self.config.path) - velocity
+
+    def _noise_scale(self, index: int) -> float:
+        """Standard deviation of the noise of the step that begins at this model call."""
+        sigma, following = [*self.sigma_list, self._end][index : index + 2]
+        return math.sqrt(2.0 * self._diffusion(sigma, following) * (sigma - following))
+
+    def _noise(self, x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
     def _diffusion(self, sigma: float, next_sigma: float) -> float:
         is_infinite = self.config.diffusion_form == "SBDM" and sigma == 1.0
