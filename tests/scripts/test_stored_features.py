@@ -140,6 +140,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(place):
     assert_equal(whole, train(place, "resumed", latents_dir=path, resume_from_checkpoint="latest"))
 
 
+def test_a_maskgit_reads_the_features_beside_its_tokens(place, tiny_vq_model):
+    tiny_vq_model.save_pretrained(place / "vq")
+    own = {"_class_name": "MaskGITTransformer2DModel", "num_layers": 2, "num_attention_heads": 2}
+    (place / "maskgit.json").write_text(json.dumps(own | {"attention_head_dim": 8}))
+    tokens = {"dtype": None, "normalization": None, "vae": place / "vq", "features_grid": 4}
+    options = {"model": place / "maskgit.json", "max_train_steps": 2}
+    train(place, "stored", latents_dir=store(place, "tokens", **tokens), **options)
+    images = {"vae": place / "vq", "train_data_dir": place / "images", "resolution": 16}
+    train(place, "seen", **images, **options)
+    for first, second in zip(losses(place, "seen"), losses(place, "stored"), strict=True):
+        assert first == pytest.approx(second, rel=1e-5) and {"loss/repa", "loss/vae_repa"} < first.keys()
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one_with_twice_the_batch(place):
     path = store(place, flip="true")

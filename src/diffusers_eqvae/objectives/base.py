@@ -125,7 +125,29 @@ class Objective(nn.Module, ABC, Generic[R]):
 
 
 class GeneratorObjective(Objective[GeneratorRegularizer]):
-    """What the objectives of all generators do with their regularizers."""
+    """What the objectives of all generators do with their regularizers.
+
+    Raises:
+        ValueError: a regularizer that reads a block which the model does not have, or predictions of other data.
+    """
+
+    def __init__(
+        self, model: Backbone | nn.Module, regularizers: Mapping[str, GeneratorRegularizer] | None = None
+    ) -> None:
+        super().__init__(model, regularizers)
+        for name, each in (regularizers or {}).items():
+            if self.reads not in each.predictions_of:
+                raise ValueError(
+                    f"The regularizer {name} compares predictions of {' or '.join(each.predictions_of)}, and "
+                    f"{type(self).__name__} trains a model to predict {self.reads}; leave it out, or choose a model "
+                    "of another objective."
+                )
+            blocks: Any = getattr(model, "num_layers", None)
+            if wrong := [layer for layer in each.hidden_layers if not 1 <= layer <= blocks]:
+                raise ValueError(
+                    f"The regularizer {name} reads the hidden states after block {wrong[0]}, and the model has the "
+                    f"blocks 1 .. {blocks}; choose one of these."
+                )
 
     def call(self, active: Sequence[tuple[str, GeneratorRegularizer, Any]], *inputs: Any, **options: Any) -> Any:
         """The network's output, with the hidden states that the regularizers read."""

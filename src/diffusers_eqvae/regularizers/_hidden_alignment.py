@@ -11,7 +11,6 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ..data.latent_format import FeatureSettings
-from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
 from ..randomness import StepRandomness
 from .base import GeneratorRegularizer, GeneratorState
@@ -73,9 +72,3 @@ def require_grid(name: str, features: FeatureSettings, grid: tuple[int, int], *,
             f"{grid[0]}x{grid[1]} tokens; store them over {'a multiple of that' if averaged else 'that'} grid, or "
             "train a model of another patch size."
         )
-
-
-def require_layer(model: Backbone, layer: int, *, name: str) -> None:
-    """Refuses a block that the transformer does not have."""
-    if not 1 <= layer <= model.num_layers:
-        raise ValueError(f"{name} must be a block of the transformer, 1 .. {model.num_layers}; got {layer}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from diffusers import ModelMixin
 from torch import Tensor, nn
@@ -192,10 +192,11 @@ class GeneratorState:
 
 
 class GeneratorRegularizer(Regularizer):
-    """Regularizes a generator.
+    """Regularizes a generator. An objective refuses one that asks its model or its data for what they do not give.
 
     Attributes:
         hidden_layers: blocks (counted from 1) whose output it reads, inside the one wrapped forward.
+        predictions_of: whose predictions it can regularize, of latents (shaped as their target) or of tokens (logits).
 
     Example:
         >>> class SmallStates(GeneratorRegularizer):
@@ -206,6 +207,7 @@ class GeneratorRegularizer(Regularizer):
     """
 
     hidden_layers: tuple[int, ...] = ()
+    predictions_of: ClassVar[tuple[Literal["latents", "tokens"], ...]] = ("latents", "tokens")
 
 
 def build_regularizers(

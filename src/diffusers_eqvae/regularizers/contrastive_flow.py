@@ -41,6 +41,7 @@ class ContrastiveFlowRegularizer(GeneratorRegularizer):
     """
 
     Arguments = ContrastiveFlowArguments
+    predictions_of = ("latents",)
 
     def __init__(self, weight: float = 0.05) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
 from ..models.feature_teacher import FeatureTeacher, load_vision_model, teacher_difference, teacher_identity
 from ..options import Checked
-from ._hidden_alignment import HiddenAlignment, require_grid, require_layer
+from ._hidden_alignment import HiddenAlignment, require_grid
 from .base import register_regularizer
 
 FOLDER = "repa_projector"
@@ -103,7 +103,6 @@ class REPARegularizer(HiddenAlignment):
         cls, arguments: REPAArguments, model: nn.Module, *, features: Mapping[str, FeatureSettings] | None = None
     ) -> Self:
         assert isinstance(model, Backbone)
-        require_layer(model, arguments.repa_layer, name="repa_layer")
         name = feature_name(arguments.repa_teacher)
         teacher: FeatureTeacher | str = name
         if stored := (features or {}).get(name):

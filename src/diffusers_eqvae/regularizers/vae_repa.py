@@ -14,7 +14,7 @@ from ..data.latent_format import FeatureSettings, feature_tensor
 from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
 from ..options import Checked
-from ._hidden_alignment import HiddenAlignment, require_grid, require_layer
+from ._hidden_alignment import HiddenAlignment, require_grid
 from .base import register_regularizer
 
 FOLDER = "vae_repa_projector"
@@ -85,7 +85,6 @@ class VAEREPARegularizer(HiddenAlignment):
         cls, arguments: VAEREPAArguments, model: nn.Module, *, features: Mapping[str, FeatureSettings] | None = None
     ) -> Self:
         assert isinstance(model, Backbone) and features is not None
-        require_layer(model, arguments.vae_repa_layer, name="vae_repa_layer")
         require_grid(ENCODER, features[ENCODER], model.token_grid, averaged=True)
         projector = FeatureProjector(
             hidden_size=model.hidden_size,

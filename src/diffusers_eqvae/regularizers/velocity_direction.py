@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses._checks import full_precision, require_equal_shapes
+from ..losses._checks import full_precision
 from ..options import Checked
 from .base import GeneratorRegularizer, GeneratorState, register_regularizer
 
@@ -36,6 +36,7 @@ class VelocityDirectionRegularizer(GeneratorRegularizer):
     """
 
     Arguments = VelocityDirectionArguments
+    predictions_of = ("latents",)
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -46,5 +47,4 @@ class VelocityDirectionRegularizer(GeneratorRegularizer):
         return cls(arguments.velocity_direction_weight)
 
     def penalty(self, state: GeneratorState, batch: Mapping[str, Tensor], draw: Any) -> Tensor:
-        require_equal_shapes(state.prediction, state.target, ("The prediction", "its target (no tokens)"))
         return (1 - F.cosine_similarity(full_precision(state.prediction), full_precision(state.target), dim=1)).mean()
