@@ -4,12 +4,14 @@ import hashlib
 import json
 import shutil
 
+import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
 from diffusers_eqvae import AlignmentNetwork, ClassConditionalPipeline, FlowMatchODEScheduler
 from tests.hub import client
 from tests.hub.conftest import OWNER, TOKEN, save_autoencoder_run
+from tests.pipelines.kinds import KINDS, make_pipeline
 
 AUTOENCODER_FILES = {
     ".gitattributes",
@@ -96,6 +98,18 @@ def test_a_pipeline_loads_from_the_hub_and_offline(hub, owner, stranger, offline
     own = owner(client.load_autoencoder_of_pipeline, str(pipeline_run))
     assert stranger(client.load_autoencoder_of_pipeline, f"{OWNER}/sit") == own
     assert offline(client.load_autoencoder_of_pipeline, f"{OWNER}/sit") == own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_generator_arrives_bit_for_bit(
+    kind, hub, owner, stranger, offline, tmp_path, tiny_autoencoder_kl, tiny_vq_model
+):
+    """Pushed by its owner, drawn from by a stranger and without a network: weights, classes and pixels."""
+    make_pipeline(kind, tiny_autoencoder_kl, tiny_vq_model).save_pretrained(tmp_path / kind)
+    expected, repo_id = owner(client.load_pipeline, str(tmp_path / kind)), f"{OWNER}/every-{kind}"
+    assert owner(client.push, tmp_path / kind, repo_id)
+    assert stranger(client.load_pipeline, repo_id) == expected
+    assert offline(client.load_pipeline, repo_id) == expected
 
 
 def test_a_pipeline_brings_its_alignment_network(

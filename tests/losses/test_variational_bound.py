@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +83,39 @@ def test_a_model_without_a_variance_is_refused():
     x = torch.zeros(1, 4, 2, 2)
     with pytest.raises(ValueError, match="The predicted noise and the learned variance must have equal shapes"):
         variational_bound(DiffusionChain(), x, x[:, :0], clean=x, noisy=x, steps=torch.tensor([3]))
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.8])
+def test_the_bound_of_gaussian_data_is_the_analytic_one(spread):
+    """Of x_0 ~ N(mean, spread^2) and the exact noise E[noise | x_t], the mean over data and noise is
+
+        (log(s / b) - 1 + (b + c^2 Var(x_0 | x_t)) / s) / 2,    b the posterior's variance, s the predicted one,
+
+    with c the posterior mean's factor of x_0; it is least at s = b + c^2 Var(x_0 | x_t), the true variance of a step.
+    """
+    steps, mean = [1, 2, 20, 300, 999], 0.2
+    nodes, weights = np.polynomial.hermite_e.hermegauss(5)  # exact: the terms are squares of Gaussians
+    weights = torch.from_numpy(np.outer(weights, weights).ravel() / weights.sum() ** 2)
+    first, second = (torch.from_numpy(each.ravel()) for each in np.meshgrid(nodes, nodes))
+    schedule = reference.dit_schedule()
+    for step in steps:
+        t = torch.full((len(first),), step)
+        clean, noise = mean + spread * first[:, None], second[:, None]
+        noisy = CHAIN.interpolate(clean, noise, t)
+        product = float(np.prod(1 - schedule.betas[: step + 1]))
+        variance = product * spread**2 + 1 - product
+        exact = math.sqrt(1 - product) * (noisy - math.sqrt(product) * mean) / variance
+        left = spread**2 * (1 - product) / variance  # Var(x_0 | x_t)
+        low, high = float(np.exp(schedule.posterior_log_variance_clipped[step])), float(schedule.betas[step])
+        true = low + schedule.coef_x0[step] ** 2 * left
+        given = torch.tensor([-0.5, 0.7, 2 * math.log(true / low) / math.log(high / low) - 1], dtype=torch.float64)
+        given.requires_grad_()
+        slope = 0.5 * math.log(high / low)  # of log s in the output
+        for output, predicted in zip(given, (low**0.75 * high**0.25, low**0.15 * high**0.85, true), strict=True):
+            bound = variational_bound(CHAIN, exact, output.expand_as(exact), clean=clean, noisy=noisy, steps=t)
+            found = (weights * bound).sum() * math.log(2)
+            analytic = 0.5 * (math.log(predicted / low) - 1 + true / predicted)
+            assert found.item() == pytest.approx(analytic, rel=1e-6, abs=1e-12)
+            (gradient,) = torch.autograd.grad(found, given)
+            expected = 0.5 * slope * (1 - true / predicted)
+            assert gradient.sum().item() == pytest.approx(expected, rel=1e-6, abs=1e-9 * slope)

@@ -79,6 +79,12 @@ def test_repa_is_the_cosine_to_the_teachers_patches_at_the_tokens(repa):
 def test_repa_moves_the_projector_and_the_blocks_before_it(repa):
     model, terms, *_ = step(repa, image_batch())
     assert moved(model, terms["it"]) == [1, 2]
+    after = [*model.transformer_blocks[2:].parameters(), *model.norm_out.parameters(), *model.proj_out.parameters()]
+    assert after and all(weight.grad is None for weight in after)
+    rows = model.modulation.weight.grad.view(26, -1).abs().sum(1)  # 6 vectors of each of 4 blocks, and the last 2
+    assert rows[:12].all() and not rows[12:].any()
+    for module in (model.patch_embed, model.time_embedder, model.class_embedder):
+        assert all(weight.grad.any() for weight in module.parameters())
     assert all(weight.grad.abs().sum() > 0 for weight in repa.projector.parameters())
     assert all(weight.grad is None for weight in repa.frozen_modules()[0].parameters())
     assert list(repa.components()) == ["repa_projector"]

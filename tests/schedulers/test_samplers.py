@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusers_eqvae.flow import alpha_beta, derivatives
+from diffusers_eqvae.flow import FLOW_PREDICTIONS, PATHS, alpha_beta, derivatives
 from diffusers_eqvae.objectives.denoising import DenoisingObjective
 from diffusers_eqvae.schedulers import SAMPLERS, FlowMatchODEScheduler, FlowMatchSDEScheduler, choose_scheduler
 from diffusers_eqvae.schedulers.capabilities import noise_levels
@@ -133,3 +133,30 @@ def test_ddim_is_adms():
 def test_what_does_not_belong_together_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_and_prediction_gives_the_same_samples_of_the_mixture(path):
+    """From the same noise and the exact predictor: the same end, but for where a grid begins and ends."""
+    ends = {}
+    for kind in FLOW_PREDICTIONS:
+        scheduler = FlowMatchODEScheduler(solver="heun", path=path, prediction_type=kind)
+        scheduler.set_timesteps(300)
+        x = torch.randn(1000, 4, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for timestep, sigma in zip(scheduler.timesteps, scheduler.sigma_list, strict=True):
+            alpha, beta = alpha_beta(sigma, path)
+            noise = expected_noise(x, alpha, beta)
+            clean = (x - beta * noise) / alpha if alpha > 1e-12 else (SHARES @ MEANS).view(1, 4, 1, 1).expand_as(x)
+            if kind == "flow_prediction":
+                d_alpha, d_beta = derivatives(sigma, path)
+                said = d_alpha * clean + d_beta * noise
+            else:
+                said = {"epsilon": noise, "sample": clean, "score": -noise / beta}[kind] if beta else noise
+            x = scheduler.step(said, timestep, x).prev_sample
+        ends[kind] = x.flatten(1)
+    first = ends.pop("flow_prediction")
+    second = (first - MEANS[1]).norm(dim=1) < (first - MEANS[0]).norm(dim=1)
+    assert second.double().mean().item() == pytest.approx(0.7, abs=0.05)
+    for kind, x in ends.items():
+        distance = (x - first).norm(dim=1)
+        assert distance.quantile(0.99) < 0.02, kind  # who stood between the components may have gone to the other
