@@ -8,6 +8,9 @@ from typing import Any, Self
 
 from diffusers import ModelMixin
 
+from ..files import read_json
+from ..pretrained import hub_file, looking_for
+
 
 class ComponentMixin(ModelMixin):
     """A ModelMixin that loads the weights of its own folder.
@@ -24,3 +27,31 @@ class ComponentMixin(ModelMixin):
             pretrained_model_name_or_path = Path(pretrained_model_name_or_path) / subfolder
             kwargs.pop("subfolder")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def saved_beside(cls, model: Any, folder: str, **config: Any) -> Self | None:
+        """The component that an earlier run saved in `folder` where `model` was loaded from; None where none is.
+
+        Args:
+            model: keeps the name it was loaded by (`config._name_or_path`), and in an attribute `location` what its
+                loader was told beside it (subfolder and revision).
+            folder: of the component.
+            config: what the component's config must say.
+
+        Raises:
+            ValueError: it says something else.
+        """
+        name, location = model.config.get("_name_or_path"), dict(getattr(model, "location", {}))
+        inside = "/".join(filter(None, (location.pop("subfolder", None), folder)))
+        path = hub_file(name, f"{inside}/{cls.config_name}", location.get("revision")) if name else None
+        if path is None or read_json(path).get("_class_name") != cls.__name__:
+            return None
+        with looking_for(name, f"the {folder} beside it") as options:
+            found = cls.from_pretrained(name, subfolder=inside, **location, **options)
+        for key, value in config.items():
+            if found.config[key] != value:
+                raise ValueError(
+                    f"The {folder} saved beside {name} has {key}={found.config[key]}, and {value} is needed; choose "
+                    f"what it was trained with, or start from a copy of the autoencoder without {folder}."
+                )
+        return found

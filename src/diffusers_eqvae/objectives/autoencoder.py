@@ -29,7 +29,7 @@ from ..autoencoders import (
 from ..losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from ..losses.reconstruction import kl_loss, reconstruction_loss
 from ..randomness import StepRandomness
-from ..regularizers.base import AutoencoderRegularizer, AutoencoderState
+from ..regularizers.base import AutoencoderRegularizer, AutoencoderState, require_compatible
 from ..tokens import CodebookUsage, codebook, decode_with_terms, has_codebook
 from .base import Objective, register_objective, tie_idle
 
@@ -72,9 +72,9 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
     def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
         """The posterior's "noise" (B, C, h, w), and "regularizers": each one's draw under its name."""
         pixels, factor = batch["pixel_values"], downsampling_factor(self.model)
-        size = (pixels.shape[-2] // factor, pixels.shape[-1] // factor)
-        noise = randomness.randn((len(pixels), latent_channels(self.model), *size), device=pixels.device)
-        return {"noise": noise, "regularizers": self.draw_regularizers(size, randomness)}
+        shape = (len(pixels), latent_channels(self.model), pixels.shape[-2] // factor, pixels.shape[-1] // factor)
+        noise = randomness.randn(shape, device=pixels.device)
+        return {"noise": noise, "regularizers": self.draw_regularizers(shape, randomness)}
 
     def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -218,6 +218,8 @@ class AutoencoderStep:
         ):
             if weight and module is None:
                 raise ValueError(f"The {name} term has weight {weight} but no {name} network; give one or weigh it 0.")
+        regularizers: Any = inner.regularizers
+        require_compatible(regularizers, ["kl"] if weights.kl else [])
         self.objective, self.inner, self.weights = objective, inner, weights
         self.perceptual = perceptual if weights.perceptual else None
         self.discriminator = discriminator if weights.discriminator else None

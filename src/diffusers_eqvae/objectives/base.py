@@ -110,9 +110,9 @@ class Objective(nn.Module, ABC, Generic[R]):
         """Teachers and other helpers of the regularizers."""
         return [module for regularizer in self.regularizers.values() for module in regularizer.frozen_modules()]
 
-    def draw_regularizers(self, size: tuple[int, int], randomness: StepRandomness) -> dict[str, Any]:
-        """Each regularizer's draw for latents of `size` = (h, w), in their order, from one shared generator."""
-        return {name: regularizer.draw(size, randomness) for name, regularizer in self.regularizers.items()}
+    def draw_regularizers(self, shape: tuple[int, ...], randomness: StepRandomness) -> dict[str, Any]:
+        """Each regularizer's draw for latents or tokens of this shape, in their order, from one shared generator."""
+        return {name: regularizer.draw(shape, randomness) for name, regularizer in self.regularizers.items()}
 
     def active(self, draw: Mapping[str, Any]) -> list[tuple[str, R, Any]]:
         """Name, regularizer and draw of those that a step's draw does not switch off."""
@@ -231,7 +231,7 @@ class LatentObjective(GeneratorObjective):
         sigmas = self.sigmas(randomness.rand((size,), device=device))
         config: Any = self.model.config
         drop_labels = randomness.rand((size,), device=device) < config.class_dropout_prob
-        regularizers = self.draw_regularizers((latents.shape[-2], latents.shape[-1]), randomness)
+        regularizers = self.draw_regularizers(tuple(latents.shape), randomness)
         return {"noise": noise, "sigmas": sigmas, "drop_labels": drop_labels, "regularizers": regularizers}
 
     def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:

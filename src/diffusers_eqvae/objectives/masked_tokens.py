@@ -67,7 +67,7 @@ class MaskedTokensObjective(GeneratorObjective):
         shares = mask_probability(randomness.rand((size,), device=device))
         masked = randomness.rand(tokens.shape, device=device) < shares[:, None, None]
         drop_labels = randomness.rand((size,), device=device) < self.model.config.class_dropout_prob
-        regularizers = self.draw_regularizers((tokens.shape[-2], tokens.shape[-1]), randomness)
+        regularizers = self.draw_regularizers(tuple(tokens.shape), randomness)
         return {"masked": masked, "shares": shares, "drop_labels": drop_labels, "regularizers": regularizers}
 
     def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Methods that make a latent space easier to generate; `--regularizers NAME ...` composes them."""
 
-from .._lazy import face
+from .._lazy import face, registered
 
 __getattr__, __dir__, __all__ = face(
     __name__,
-    {
+    registered(__path__[0])
+    | {
         "base": [
             "REGULARIZERS",
             "AutoencoderRegularizer",
@@ -14,12 +15,8 @@ __getattr__, __dir__, __all__ = face(
             "Regularizer",
             "build_regularizers",
             "register_regularizer",
+            "require_compatible",
+            "require_reach",
         ],
-        "alignment": ["AlignmentRegularizer"],
-        "contrastive_flow": ["ContrastiveFlowRegularizer"],
-        "equivariance": ["EquivarianceDraw", "EquivarianceRegularizer"],
-        "repa": ["REPARegularizer"],
-        "vae_repa": ["VAEREPARegularizer"],
-        "velocity_direction": ["VelocityDirectionRegularizer"],
     },
 )

@@ -51,7 +51,7 @@ class HiddenAlignment(GeneratorRegularizer):
     def compare(self, predicted: Tensor, target: Tensor) -> Tensor:
         """The loss of features (B, F, h, w) on the grid of tokens, float32."""
 
-    def draw(self, size: tuple[int, int], randomness: StepRandomness) -> Any:
+    def draw(self, shape: tuple[int, ...], randomness: StepRandomness) -> Any:
         return None if self.stop_at is not None and randomness.step >= self.stop_at else ()
 
     def penalty(self, state: GeneratorState, batch: Mapping[str, Tensor], draw: Any) -> Tensor:

@@ -72,6 +72,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
 
     paper = ("ReaLS", "2502.00359")
     Arguments = AlignmentArguments
+    reaches = frozenset({"encoder", "component"})
     mean_over_elements = True
 
     def __init__(

@@ -6,7 +6,7 @@ or anywhere else (`--extension FILE`). No other file names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
@@ -43,7 +43,9 @@ class Regularizer(nn.Module):
             channels and pixels it counts once per element (autoencoder side).
         adaptive: whether the penalty is first scaled so that its gradient at the encoder's last layer is as large as
             that of the reconstruction (autoencoder side).
-        couples_samples: whether it gathers samples over ranks, so that two ranks may still equal twice the batch.
+        couples_samples: whether its penalty depends on all samples of a step together, gathered over ranks, so that
+            two ranks equal one with twice the batch, and accumulated micro-batches do not.
+        excludes: what it cannot run beside, a regularizer or a term of the objective's own (kl) -> the reason.
         features: features of the clean images that it reads as `batch["features.NAME"]`.
         reads_pixels: whether it reads the clean images as `batch["pixel_values"]` (generator side); beside `features`,
             in place of those that the data do not hold.
@@ -65,6 +67,7 @@ class Regularizer(nn.Module):
     features: tuple[str, ...] = ()
     reads_pixels: bool = False
     paper: ClassVar[tuple[str, str] | None] = None
+    excludes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     mean_over_elements: ClassVar[bool] = False
     weight: float = 1.0
     adaptive: bool = False
@@ -81,11 +84,16 @@ class Regularizer(nn.Module):
         """Built for `model` from an instance of `Arguments`; a component that an earlier run saved goes on."""
         return cls()
 
-    def draw(self, size: tuple[int, int], randomness: StepRandomness) -> Any:
-        """Every random choice of one step, for latents of `size` = (h, w); None = switched off in this step.
+    def draw(self, shape: tuple[int, ...], randomness: StepRandomness) -> Any:
+        """Every random choice of one step; None = switched off in this step.
 
         `randomness.shared_generator()` is the same on all ranks, `.rand` and `.randn` are per sample,
         `.step` is the number of the optimizer step, for schedules. A method without random choices keeps the default.
+
+        Args:
+            shape: of what is trained on: latents (B, C, h, w), or tokens (B, h, w). Another method's `augment` may
+                still make the latents of this step smaller.
+            randomness: of this micro-batch.
         """
         return ()
 
@@ -145,7 +153,8 @@ class AutoencoderRegularizer(Regularizer):
         term               = penalty(state)                     of the untransformed raw latents
 
     Attributes:
-        reaches: which halves of the autoencoder its gradient moves.
+        reaches: what its gradient moves: "encoder", "decoder", and "component" where it trains weights of its own.
+            A method is refused where every half that it reaches is frozen (`require_reach`).
     """
 
     reaches: ClassVar[frozenset[str]] = frozenset({"encoder", "decoder"})
@@ -229,15 +238,15 @@ def build_regularizers(
         remedy: what to do about features that the data lack, in words.
 
     Raises:
-        ValueError: an unknown name, or a method that reads what the data do not give.
+        ValueError: an unknown name, two that exclude each other, or a method that reads what the data do not give.
 
     Example:
         >>> build_regularizers(["equivariance"], {"equivariance": EquivarianceArguments()}, vae)
     """
     built = {}
+    names = [name for name in names if name != "none"]
+    require_compatible({name: REGULARIZERS[name] for name in names}, names)
     for name in names:
-        if name == "none":
-            continue
         cls, options = REGULARIZERS[name], arguments.get(name)
         wanted = cls.features_of(options)
         lacking = [each for each in wanted if each not in features]
@@ -248,3 +257,31 @@ def build_regularizers(
         given = {"features": {each: features[each] for each in wanted if each in features}} if wanted else {}
         built[name] = cls.from_arguments(options, model, **given)
     return built
+
+
+def require_compatible(regularizers: Mapping[str, Any], beside: Iterable[str]) -> None:
+    """Refuses a regularizer that says of one of the names `beside` it, and why, that the two exclude each other.
+
+    Example:
+        >>> require_compatible({"noise": NoiseRegularizer()}, ["noise", "equivariance"])
+    """
+    for name, regularizer in regularizers.items():
+        for other in beside:
+            if other in regularizer.excludes:
+                reason = regularizer.excludes[other]
+                raise ValueError(f"The regularizer {name} cannot run beside {other}: {reason}; leave one of them out.")
+
+
+def require_reach(name: str, regularizer: AutoencoderRegularizer, model: nn.Module) -> None:
+    """Refuses a regularizer of which every half of the autoencoder that it reaches is frozen.
+
+    Example:
+        >>> require_reach("noise", NoiseRegularizer(), vae)
+    """
+    halves = sorted(regularizer.reaches - {"component"})
+    weights = [weight for half in halves for weight in getattr(model, half).parameters()]
+    if not any(weight.requires_grad for weight in weights):
+        raise ValueError(
+            f"The regularizer {name} moves nothing of the autoencoder but its {' and '.join(halves)}, and no weight "
+            "of that learns here; let it learn, or leave the regularizer out."
+        )

@@ -20,7 +20,7 @@ class EquivarianceDraw:
     """What one optimizer step does: `kind`, and the tau it does it with (None for a plain step).
 
     Example:
-        >>> EquivarianceRegularizer(8).draw((32, 32), StepRandomness(seed=0)).kind
+        >>> EquivarianceRegularizer(8).draw((8, 4, 32, 32), StepRandomness(seed=0)).kind
         'equivariance'
     """
 
@@ -110,8 +110,8 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
     def smallest_scale(self) -> float:
         return 1.0 if self.distribution.scale == "none" else SMALLEST_SCALE
 
-    def draw(self, size: tuple[int, int], randomness: StepRandomness) -> EquivarianceDraw:
-        generator = randomness.shared_generator()
+    def draw(self, shape: tuple[int, ...], randomness: StepRandomness) -> EquivarianceDraw:
+        generator, size = randomness.shared_generator(), (shape[-2], shape[-1])
         equivariance, low_resolution = torch.rand(2, generator=generator).tolist()
         if equivariance < self.p_equivariance:
             return EquivarianceDraw("equivariance", self.distribution.draw(size, generator))

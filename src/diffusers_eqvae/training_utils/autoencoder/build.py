@@ -20,7 +20,7 @@ from ...models.autoencoder_vq_eq import VQModelEQ
 from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
 from ...pretrained import looking_for
-from ...regularizers.base import build_regularizers
+from ...regularizers.base import build_regularizers, require_reach
 from ..arguments import DataArguments, warn_without_effect
 from ..command_line import read_model_config
 from .arguments import (
@@ -134,11 +134,7 @@ def build_objective(
     vae = build_autoencoder(arguments, gradient_checkpointing=gradient_checkpointing)
     regularizers = build_regularizers(regularizing.regularizers, methods, vae)
     for name, regularizer in regularizers.items():
-        halves = (getattr(vae, half, None) for half in regularizer.reaches)
-        if not any(weight.requires_grad for half in halves if half is not None for weight in half.parameters()):
-            raise ValueError(
-                f"The regularizer {name} reaches {' and '.join(sorted(regularizer.reaches))} only, which are frozen."
-            )
+        require_reach(name, regularizer, vae)
     return AutoencoderObjective(vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=reduction)
 
 
