@@ -20,10 +20,10 @@ def penalty(regularizer, vae, pixels):
 def test_it_is_zero_at_itself_and_the_square_of_a_shift(tiny_autoencoder_kl):
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     regularizer = LatentAnchorRegularizer(copy.deepcopy(tiny_autoencoder_kl))
-    assert float(penalty(regularizer, tiny_autoencoder_kl, pixels)) == 0
+    assert penalty(regularizer, tiny_autoencoder_kl, pixels).item() == 0
     with torch.no_grad():
         tiny_autoencoder_kl.quant_conv.bias[:4] += torch.tensor([1.0, 2.0, 0.0, 0.0])
-    assert float(penalty(regularizer, tiny_autoencoder_kl, pixels)) == pytest.approx((1 + 4) / 4, rel=1e-4)
+    assert penalty(regularizer, tiny_autoencoder_kl, pixels).item() == pytest.approx((1 + 4) / 4, rel=1e-4)
     loss = penalty(regularizer, tiny_autoencoder_kl, pixels)
     loss.backward()
     assert (tiny_autoencoder_kl.quant_conv.bias.grad[:2] > 0).all()
