@@ -1,5 +1,6 @@
 """Packaging of diffusers_eqvae; tool settings live in pyproject.toml."""
 
+import ast
 import re
 import shutil
 from pathlib import Path
@@ -36,8 +37,21 @@ DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "
 INSTALLED = {"training": "training", "pipelines": "sampling", "model_cards": "model_cards"}
 
 
+def stub(init: Path) -> str:
+    """What a type checker is to read in place of a package's lazy `face(__name__, {module: names})`; empty without."""
+    calls = [node for node in ast.walk(ast.parse(init.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    faces = [ast.literal_eval(call.args[1]) for call in calls if getattr(call.func, "id", "") == "face"]
+    if not faces:
+        return ""
+    lines = [f"from .{module} import {name} as {name}" for module, names in faces[0].items() for name in names]
+    return "\n".join(["from typing import Any", "", *lines, "", "def __getattr__(name: str) -> Any: ..."]) + "\n"
+
+
 class BuildWithScripts(build_py):
-    """Puts scripts, presets and templates beside the modules; a checkout and an editable install use them in place."""
+    """Puts scripts, presets and templates beside the modules; a checkout and an editable install use them in place.
+
+    Beside each package's lazy names it writes a stub, so that they have their types under mypy.
+    """
 
     def run(self) -> None:
         super().run()
@@ -46,6 +60,9 @@ class BuildWithScripts(build_py):
         for folder, package in INSTALLED.items():
             target = Path(self.build_lib) / "diffusers_eqvae" / package
             shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        for init in Path(self.build_lib).rglob("__init__.py"):
+            if text := stub(init):
+                init.with_suffix(".pyi").write_text(text, "utf-8")
 
 
 setup(

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 PARTS = ("src", "training", "pipelines", "model_cards")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
@@ -90,6 +91,71 @@ def test_a_wheel_and_a_wheel_of_the_source_archive_hold_the_same_and_work(checko
     )
     site_packages = unpacked(again, tmp_path / "site")
     use(site_packages, site_packages, tmp_path)
+
+
+USER_FILE = """
+import torch
+
+import diffusers_eqvae
+from diffusers_eqvae import EquivarianceRegularizer, LatentNormalization, TauDistribution
+from diffusers_eqvae.losses import alignment_loss
+
+tau = TauDistribution().draw((32, 32), torch.Generator())
+reveal_type(tau)
+reveal_type(alignment_loss)
+reveal_type(LatentNormalization.from_vae)
+reveal_type(diffusers_eqvae.psnr)
+
+
+class Mine(EquivarianceRegularizer):
+    pass
+"""
+REVEALED = ["diffusers_eqvae.equivariance.Tau", "def (prediction: torch", "LatentNormalization", "def ("]
+
+
+@pytest.mark.slow
+def test_in_an_empty_environment_the_wheel_brings_the_command_its_extras_and_its_types(checkout, tmp_path):
+    """Empty but for the dependencies, which are those of this environment."""
+    wheel = build(checkout, "wheel", tmp_path / "wheel")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, cwd=tmp_path)
+    (site_packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    shared = [Path(module.__file__).resolve().parents[1] for module in (pytest, torch)]
+    (site_packages / "shared.pth").write_text("\n".join(map(str, dict.fromkeys(shared))))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words):
+        finished = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return finished.returncode, finished.stdout + finished.stderr
+
+    status, said = run(tmp_path / "env" / "bin" / "eqvae")
+    assert status == 0 and "  train-autoencoder     Fine-tunes any diffusers autoencoder" in said
+    status, said = run(tmp_path / "env" / "bin" / "eqvae", "train-autoencoder", "--help")
+    assert status == 0 and "Presets that are installed: autoencoder_taesd_cpu, " in said
+    status, said = run(python, "-c", EXTRAS)
+    assert status == 0, said
+    (tmp_path / "user.py").write_text(USER_FILE)
+    status, said = run(sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "user.py")
+    assert status == 0, said
+    notes = [line for line in said.splitlines() if "Revealed type" in line]
+    assert len(notes) == len(REVEALED) and all(map(str.__contains__, notes, REVEALED)), said
+
+
+EXTRAS = """
+import re
+from importlib import metadata
+
+lines = metadata.requires("diffusers_eqvae")
+extras = set(metadata.metadata("diffusers_eqvae").get_all("Provides-Extra"))
+assert extras == {"train", "eval", "ode", "demo", "dev"}, extras
+for line in lines:
+    name, bound = re.match(r"([\\w.-]+)(?:>=([\\d.]+))?", line).groups()
+    have = metadata.version(name)
+    parts = [[int(part) for part in re.findall(r"\\d+", text)] for text in (have, bound or "0")]
+    assert parts[0] >= parts[1], (line, have)
+"""
 
 
 @pytest.mark.slow
