@@ -1,6 +1,6 @@
 """The public names: each is there, explains itself, and stands in docs/api.md.
 
-`python -m tests.test_api` writes that page anew.
+`python -m tests.test_api` writes that page anew, and docs/rows.md.
 """
 
 from __future__ import annotations
@@ -104,4 +104,7 @@ assert diffusers_eqvae.regularizers.EquivarianceRegularizer is diffusers_eqvae.E
 
 
 if __name__ == "__main__":
+    from . import test_docs
+
     PAGE.write_text(page())
+    test_docs.ROWS.write_text(test_docs.rows())

@@ -110,9 +110,13 @@ class AlignmentRegularizer(AutoencoderRegularizer):
         return self.frozen_modules()[0]
 
     def penalty(self, state: AutoencoderState, batch: Mapping[str, Tensor], draw: Any) -> Tensor:
-        patch, cls = self.teacher(state.pixels)
-        features = AlignmentOutput(self._on_latent_grid(patch, state.raw_latents), cls)
-        predicted = self.network(state.raw_latents)
+        return self.loss(state.raw_latents, state.pixels)
+
+    def loss(self, raw_latents: Tensor, pixels: Tensor) -> Tensor:
+        """The penalty, without its weight, in a training loop of your own: raw latents (B, C, h, w) of the pixels."""
+        patch, cls = self.teacher(pixels)
+        features = AlignmentOutput(self._on_latent_grid(patch, raw_latents), cls)
+        predicted = self.network(raw_latents)
         ours, theirs = self.network.normalize(predicted), self.network.normalize(features)
         loss = alignment_loss(predicted.patch, features.patch, normalized=(ours.patch, theirs.patch))
         if predicted.cls is not None and ours.cls is not None and theirs.cls is not None:

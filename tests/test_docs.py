@@ -1,0 +1,157 @@
+"""What the documents tell people to type: commands have these flags and presets, code runs, links lead somewhere.
+
+`make api` writes docs/rows.md anew.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import eqvae_command
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "PAPERS.md"])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SCRIPT = re.compile(r"(?:training|pipelines)/(\w+)\.py$")
+# Options of a method that was not chosen: `--help` names the method, its room the options.
+METHOD_FILES = ("regularizers", "objectives", "metrics/members")
+
+
+def names_of(pages):
+    return [path.relative_to(ROOT).as_posix() for path in pages]
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for language, text in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(command of eqvae, its words) of every command line of a page."""
+    found = []
+    for block in blocks(page, "bash", "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:
+                continue  # a line of a longer program
+            for number, word in enumerate(words):
+                script = SCRIPT.search(word)
+                if script is not None:
+                    found.append((script[1].replace("_", "-"), words[number + 1 :]))
+                elif word == "eqvae" and number == 0 and words[1:]:
+                    found.append((words[1], words[2:]))
+    return found
+
+
+@cache
+def method_options() -> str:
+    files = [path for room in METHOD_FILES for path in (ROOT / "src" / "diffusers_eqvae" / room).glob("*.py")]
+    return " ".join(re.findall(r"^ +(\w+): .*=", "\n".join(path.read_text() for path in files), re.MULTILINE))
+
+
+@cache
+def help_of(command: str) -> str:
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        eqvae_command.main([command, "--help"])
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_every_command_of_a_page_has_the_flags_and_the_preset_that_it_shows(page):
+    for command, words in commands(page):
+        if command.startswith("-") or "--extension" in words:  # which brings options of its own
+            continue
+        assert command in eqvae_command.list_commands(), f"{page.name}: eqvae {command}"
+        words = words[words.index("--") + 1 :] if "--" in words else words
+        for word in words:
+            flag = re.match(r"--([a-z][\w-]*)", word)
+            if flag and flag[1] not in ("help", "extension"):
+                known = re.search(rf"--(no_)?{flag[1]}\b", help_of(command)) or flag[1] in method_options().split()
+                assert known, f"{page.name}: eqvae {command} has no --{flag[1]}"
+        preset = Path(words[0]).stem if words and (Path(words[0]).suffix == ".yaml" or "it_" in words[0]) else None
+        if preset and preset.islower() and not preset.startswith("resolved"):
+            assert preset in help_of(command), f"{page.name}: eqvae {command} has no preset {preset}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{page.name} links to {target}, and there are {slugs}"
+
+
+def test_the_readme_s_training_loop_runs_and_moves_all_that_it_trains(tiny_autoencoder_kl, monkeypatch):
+    from transformers import Dinov2Config, Dinov2Model
+
+    from diffusers_eqvae import FeatureTeacher, LatentNormalization, LatentStatistics
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 7, "image_size": 28}
+    small = FeatureTeacher(Dinov2Model(Dinov2Config(**size)), image_size=28, final_norm=False)
+    monkeypatch.setattr(FeatureTeacher, "from_pretrained", lambda name, **options: small)
+    (code,) = [block for block in blocks(ROOT / "README.md", "python") if "TauDistribution" in block]
+    code = code.replace("pixels, 8)", "pixels, 4)")  # the tiny autoencoder's factor
+    batches = [torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(3)]
+    vae = tiny_autoencoder_kl.train()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    taken = []
+
+    def my_loss(reconstruction, target):
+        taken.append((reconstruction.shape, target.shape))
+        return (reconstruction - target).square().mean()
+
+    names = {"torch": torch, "vae": vae, "batches": batches, "my_loss": my_loss}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(taken) == 3 and all(ours == theirs for ours, theirs in taken)
+    assert all(not torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    trained = [entry for group in names["optimizer"].param_groups for entry in group["params"]]
+    assert any(entry is parameter for entry in trained for parameter in names["align"].network.parameters())
+    assert not any(entry is parameter for entry in trained for parameter in small.parameters())
+    assert isinstance(names["statistics"], LatentStatistics)
+    normalization = LatentNormalization.from_vae(vae)
+    assert normalization.mean_and_std[0] == pytest.approx(names["statistics"].mean, abs=1e-6)
+
+
+ROWS = ROOT / "docs" / "rows.md"
+ROWS_HEAD = """# The published rows
+
+One preset per published row, with the figure that its paper states and the source. **No row of a paper has been run here in
+full**: that takes ImageNet and GPU days. "Run here: yes" is a run whose figures this documentation states; "no" means that
+the preset is read by its script and describes a model that exists, and that the same code trains tiny models in the tests.
+The file is written from the comments of `training/configs/*.yaml` by `make api`.
+
+| preset | what | published | run here |
+|---|---|---|---|
+"""
+RUN_HERE = {"autoencoder_taesd_cpu": "yes, [measured](finetune_autoencoder.md#a-measured-run)"}
+
+
+def rows() -> str:
+    lines = []
+    for path in sorted((ROOT / "training" / "configs").glob("*.yaml")):
+        text = path.read_text()
+        comment = " ".join(line.lstrip("# ") for line in re.match(r"(?:#.*\n)+", text)[0].splitlines())
+        what, _, rest = comment.partition(". ")
+        figures = [each for each in re.split(r"(?<=[.)]) (?=[A-Z])", rest) if re.search(r"FID|figure", each)]
+        lines.append(f"| `{path.stem}` | {what.rstrip('.')} | {' '.join(figures)} | {RUN_HERE.get(path.stem, 'no')} |")
+    return ROWS_HEAD + "\n".join(lines) + "\n"
+
+
+def test_the_page_of_published_rows_is_what_the_presets_say():
+    assert ROWS.read_text() == rows(), "run `make api`"
