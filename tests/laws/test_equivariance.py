@@ -15,12 +15,13 @@ from diffusers_eqvae.equivariance import (
     SCALES,
     Tau,
     TauDistribution,
+    apply_each,
     equivariance_error,
     rotation,
     scaling,
 )
 
-SCALE_MODES = ("isotropic", "anisotropic", "uniform", "discrete", "none")
+SCALE_MODES = ("isotropic", "anisotropic", "uniform", "uniform_anisotropic", "discrete", "none")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -158,10 +159,79 @@ def test_uniform_and_discrete_scales():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (2, 2), (3, 5), (16, 24)], ids=str)
-@pytest.mark.parametrize("scale", ["isotropic", "anisotropic", "uniform", "discrete"])
+@pytest.mark.parametrize("scale", [mode for mode in SCALE_MODES if mode != "none"])
 def test_a_scaling_is_never_the_identity(scale, size):
     for tau in draw_many(TauDistribution(scale, rotation=False), size, 600):
         assert tau.latent_size[0] < size[0] and tau.latent_size[1] < size[1]
+
+
+def test_continuous_anisotropic_scales_are_uniform_and_independent():
+    taus = draw_many(TauDistribution("uniform_anisotropic", rotation=False), (1000, 400), 4000)
+    heights, widths = (torch.tensor([tau.latent_size[axis] for tau in taus], dtype=torch.float64) for axis in (0, 1))
+    for sides, full in ((heights, 1000), (widths, 400)):
+        assert full / 4 <= sides.min() < 0.26 * full and 0.99 * full < sides.max() < full
+        assert sides.mean() == pytest.approx(0.625 * full, abs=4 * 0.2165 * full / 4000**0.5)
+    assert abs(torch.corrcoef(torch.stack([heights, widths]))[0, 1]) < 0.06
+
+
+def test_turns_and_mirrors_are_the_symmetries_of_a_square_or_a_rectangle():
+    """Seven and three different ways to see one image, none of them the image itself, each as likely."""
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    for rotate, count in ((True, 7), (False, 3)):
+        distribution = TauDistribution("none", rotation=rotate, flip=True)
+        seen = Counter((tau.quarter_turns, tau.flip) for tau in draw_many(distribution, (3, 4), 1000 * count))
+        assert chi_square(seen, list(distribution.turns)) < count + 5 * (2 * count) ** 0.5
+        views = {str(Tau((3, 4), turns, flip=flip).apply_to_latents(x).tolist()) for turns, flip in seen}
+        assert len(views) == count and str(x.tolist()) not in views
+    # Mirroring comes after rotating.
+    assert torch.equal(Tau((3, 4), 1, flip=True).apply_to_latents(x), torch.rot90(x, 1, (-2, -1)).flip(-1))
+    assert torch.equal(Tau((3, 4), 2, flip=True).apply_to_latents(x), x.flip(-2))
+
+
+def test_a_window_is_cut_at_whole_cells_before_scaling():
+    x = images(2, 3, 6, 8)
+    pixels = x.repeat_interleave(8, -1).repeat_interleave(8, -2)
+    tau = Tau((3, 4), quarter_turns=1, window=(1, 2, 3, 4))
+    cut = x[..., 1:4, 2:6]
+    assert torch.equal(tau.apply_to_latents(x), torch.rot90(cut, 1, (-2, -1)))
+    expected = torch.rot90(cut, 1, (-2, -1)).repeat_interleave(8, -1).repeat_interleave(8, -2)
+    assert torch.equal(tau.apply_to_pixels(pixels, 8), expected)
+    half = Tau((1, 2), window=(2, 0, 2, 4)).apply_to_latents(x)
+    assert torch.allclose(half, F.avg_pool2d(x[..., 2:4, :4], 2), atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    height=st.integers(2, 40), width=st.integers(2, 40), mode=st.sampled_from(SCALE_MODES), seed=st.integers(0, 2**31)
+)
+def test_windows_lie_inside_and_sizes_agree(height, width, mode, seed):
+    tau = TauDistribution(mode, flip=True, crop=1.0).draw((height, width), generator(seed))
+    latents = tau.apply_to_latents(torch.zeros(1, 1, height, width))
+    pixels = tau.apply_to_pixels(torch.zeros(1, 1, height * 4, width * 4), 4)
+    assert pixels.shape[-2:] == (latents.shape[-2] * 4, latents.shape[-1] * 4)
+    if tau.window is not None:
+        top, left, cut_height, cut_width = tau.window
+        assert 0 <= top <= height - cut_height and 0 <= left <= width - cut_width
+        assert 2 <= cut_height < height and 2 <= cut_width < width
+        assert cut_height >= height // 2 and cut_width >= width // 2
+
+
+def test_every_place_of_a_window_is_as_likely_and_its_share_is_kept():
+    taus = draw_many(TauDistribution("none", rotation=False, crop=0.25), (4, 4), 8000)
+    windows = [tau.window for tau in taus if tau.window is not None]
+    assert abs(len(windows) - 2000) < 5 * (8000 * 0.25 * 0.75) ** 0.5
+    places = Counter(window[:2] for window in windows if window[2:] == (2, 2))
+    assert chi_square(places, [(top, left) for top in range(3) for left in range(3)]) < 9 + 5 * 18**0.5
+
+
+def test_each_image_by_its_own_tau():
+    x = images(3, 4, 6, 6)
+    taus = [Tau((3, 3), turns, flip=flip, window=(0, 0, 6, 6)) for turns, flip in ((0, False), (1, True), (3, False))]
+    together = apply_each(taus, x)
+    for index, tau in enumerate(taus):
+        assert torch.equal(together[index : index + 1], tau.apply_to_latents(x[index : index + 1]))
+    big = x.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    assert torch.equal(apply_each(taus, big, 4)[1:2], taus[1].apply_to_pixels(big[1:2], 4))
 
 
 def test_rectangular_scaling_keeps_the_shape_up_to_whole_cells():

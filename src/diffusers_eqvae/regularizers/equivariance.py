@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor
-from ..equivariance import SMALLEST_SCALE, Interpolation, ScaleMode, Tau, TauDistribution
+from ..equivariance import Interpolation, ScaleMode, Tau, TauDistribution, apply_each
 from ..options import Checked
 from ..randomness import StepRandomness
 from .base import AutoencoderRegularizer, register_regularizer
@@ -19,6 +19,12 @@ from .base import AutoencoderRegularizer, register_regularizer
 class EquivarianceDraw:
     """What one optimizer step does: `kind`, and the tau it does it with (None for a plain step).
 
+    Args:
+        kind: of step.
+        tau: of the step.
+        each: the tau of each image, which differ in how they turn; None = all have that of the step.
+        shares: (B,) in (0, 1), of each image in its blend with its partner; None = nothing is blended.
+
     Example:
         >>> EquivarianceRegularizer(8).draw((8, 4, 32, 32), StepRandomness(seed=0)).kind
         'equivariance'
@@ -26,6 +32,8 @@ class EquivarianceDraw:
 
     kind: Literal["equivariance", "low_resolution", "plain"]
     tau: Tau | None = None
+    each: tuple[Tau, ...] | None = None
+    shares: Tensor | None = None
 
 
 @dataclass
@@ -44,6 +52,20 @@ class EquivarianceArguments(Checked):
         default="isotropic", metadata={"help": "How tau's scale is drawn; none leaves rotation alone."}
     )
     tau_rotation: bool = field(default=True, metadata={"help": "Whether tau rotates by quarter turns."})
+    tau_flip: bool = field(
+        default=False,
+        metadata={"help": "Whether tau mirrors too: with rotation, all a square's symmetries."},
+    )
+    tau_crop: float = field(
+        default=0.0, metadata={"help": "Share of tau's steps that first cut out a window.", "range": "[0, 1]"}
+    )
+    tau_blend: float = field(
+        default=0.0,
+        metadata={"help": "Share of tau's steps that blend each image with its neighbour.", "range": "[0, 1]"},
+    )
+    tau_per_image: bool = field(
+        default=False, metadata={"help": "Turn and mirror every image of a step in a way of its own."}
+    )
     tau_interpolation: Interpolation = field(
         default="bilinear", metadata={"help": "Resampling of latents and images."}
     )
@@ -58,11 +80,21 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
     - otherwise, prior preservation: with probability `p_low_resolution` the plain objective on x resized by tau's
       scale, else the plain objective on x.
 
+    Beyond the paper, and off by default: mirroring and windows (`TauDistribution`); turns drawn for every image, where
+    size and window stay those of the step, so that its images remain one batch; blends, a z_i + (1 - a) z_j decoded
+    against a x_i + (1 - a) x_j, j = i xor 1, a ~ U(0, 1) per image, before tau. Latents that are not square after
+    scaling turn by odd or by even quarter turns in one step. None of these costs time.
+
     Args:
         downsampling_factor: pixels per latent cell (8 for an f8 autoencoder).
         distribution: how tau is drawn.
         p_equivariance: share of equivariance steps, in [0, 1].
         p_low_resolution: share of resized steps among the others, in [0, 1].
+        blend: share of equivariance steps that blend, in [0, 1]; the micro-batch must be even.
+        per_image: every image is turned and mirrored in a way of its own.
+
+    Raises:
+        ValueError: a share outside [0, 1]; a tau that leaves everything as it is.
 
     Differs from the reference: its `p_prior` is the probability of the equivariance step, against its own
     documentation, and generator and discriminator see different draws; here a step draws once for both.
@@ -83,13 +115,22 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
         distribution: TauDistribution | None = None,
         p_equivariance: float = 0.5,
         p_low_resolution: float = 0.25,
+        blend: float = 0.0,
+        per_image: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("p_equivariance", p_equivariance), ("p_low_resolution", p_low_resolution)):
+        shares = {"p_equivariance": p_equivariance, "p_low_resolution": p_low_resolution, "blend": blend}
+        for name, value in shares.items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is a probability and must lie in [0, 1]; got {value}.")
         self.downsampling_factor = downsampling_factor
         self.distribution = distribution or TauDistribution()
+        if self.distribution.is_identity and not blend:
+            raise ValueError(
+                "tau leaves everything as it is: it neither scales, rotates, mirrors, cuts nor blends. Switch one of "
+                "these on, or leave the regularizer equivariance out."
+            )
+        self.blend, self.per_image = blend, per_image
         self.p_equivariance = p_equivariance
         self.p_low_resolution = p_low_resolution if self.distribution.scale != "none" else 0.0
 
@@ -102,22 +143,42 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
                 rotation=arguments.tau_rotation,
                 interpolation=arguments.tau_interpolation,
                 antialias=arguments.tau_antialias,
+                flip=arguments.tau_flip,
+                crop=arguments.tau_crop,
             ),
             p_equivariance=arguments.p_equivariance,
             p_low_resolution=arguments.p_low_resolution,
+            blend=arguments.tau_blend,
+            per_image=arguments.tau_per_image,
         )
 
     def smallest_scale(self) -> float:
-        return 1.0 if self.distribution.scale == "none" else SMALLEST_SCALE
+        return self.distribution.smallest_scale
 
     def draw(self, shape: tuple[int, ...], randomness: StepRandomness) -> EquivarianceDraw:
         generator, size = randomness.shared_generator(), (shape[-2], shape[-1])
         equivariance, low_resolution = torch.rand(2, generator=generator).tolist()
         if equivariance < self.p_equivariance:
-            return EquivarianceDraw("equivariance", self.distribution.draw(size, generator))
+            tau = self.distribution.draw(size, generator)
+            each = self._draw_each(tau, shape[0], randomness) if self.per_image else None
+            return EquivarianceDraw("equivariance", tau, each, self._draw_shares(shape[0], randomness))
         if low_resolution < self.p_low_resolution:
-            return EquivarianceDraw("low_resolution", self.distribution.draw(size, generator))
+            return EquivarianceDraw("low_resolution", replace(self.distribution, crop=0.0).draw(size, generator))
         return EquivarianceDraw("plain")
+
+    def _draw_each(self, tau: Tau, batch: int, randomness: StepRandomness) -> tuple[Tau, ...]:
+        """A tau for each image that gives all of them the shape that `tau` gives."""
+        square, odd = tau.latent_size[0] == tau.latent_size[1], tau.quarter_turns % 2
+        turns = [each for each in self.distribution.turns if square or each[0] % 2 == odd]
+        chosen = (len(turns) * randomness.rand((batch,))).long().clamp(max=len(turns) - 1)
+        return tuple(replace(tau, quarter_turns=turns[i][0], flip=turns[i][1]) for i in chosen.tolist())
+
+    def _draw_shares(self, batch: int, randomness: StepRandomness) -> Tensor | None:
+        if not self.blend or torch.rand((), generator=randomness.shared_generator()) >= self.blend:
+            return None
+        if batch % 2:
+            raise ValueError(f"A blend takes two images, so its micro-batch must be even; got {batch}.")
+        return randomness.rand((batch,))
 
     def augment(self, pixels: Tensor, draw: EquivarianceDraw) -> Tensor:
         if draw.tau is None or draw.kind != "low_resolution":
@@ -127,4 +188,14 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
     def transform(self, raw_latents: Tensor, pixels: Tensor, draw: EquivarianceDraw) -> tuple[Tensor, Tensor]:
         if draw.tau is None or draw.kind != "equivariance":
             return raw_latents, pixels
+        if draw.shares is not None:
+            raw_latents, pixels = (_blended(each, draw.shares) for each in (raw_latents, pixels))
+        if draw.each is not None:
+            return apply_each(draw.each, raw_latents), apply_each(draw.each, pixels, self.downsampling_factor)
         return draw.tau.apply_to_latents(raw_latents), draw.tau.apply_to_pixels(pixels, self.downsampling_factor)
+
+
+def _blended(images: Tensor, shares: Tensor) -> Tensor:
+    """a x_i + (1 - a) x_j with j = i xor 1."""
+    partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return torch.lerp(partners, images, shares.to(images).view(-1, 1, 1, 1))
