@@ -53,7 +53,7 @@ def test_every_row_of_the_ablations_is_there_with_its_source():
     ]
     for name in ROWS:
         comment = [line for line in PRESETS[name].read_text().splitlines() if line.startswith("#")]
-        assert "arXiv 2502.09509" in comment[2] and ("gFID" in comment[1] or "not available" in comment[1])
+        assert "arXiv 2502.09509), table" in comment[0] and ("gFID" in comment[1] or "not available" in comment[1])
 
 
 def regularizer_of(name: str, vae):
