@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     digests = ImageDigests()
     noise_seed = arguments.seed if arguments.sample_posterior else None
     own = progress_bar(images.batches(arguments.batch_size, state), disable=not state.is_main_process)
-    batches = reconstruction_batches(vae, own, networks=networks, noise_seed=noise_seed)
+    batches = reconstruction_batches(vae, own, networks=networks, noise_seed=noise_seed, labels=images.labels)
     measured = measure([*metrics, digests], batches, state)
 
     card = None

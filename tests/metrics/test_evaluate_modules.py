@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_eqvae.equivariance import equivariance_error
+from diffusers_eqvae.metrics.diffusability import channel_normalized, spectral_energy
 from diffusers_eqvae.metrics.evaluate_modules import NAMES, module_path
 from diffusers_eqvae.metrics.latent_statistics import intrinsic_dimension
 
@@ -54,6 +55,9 @@ def test_latent_health(load):
     assert len(result["std"]) == len(result["kurtosis"]) == 4
     assert result["intrinsic_dimension"] == pytest.approx(intrinsic_dimension(values.flatten(1)), rel=1e-9)
     assert 0.7 < result["high_frequency"] < 0.9
+    assert result["viv"] is None and "left out, which have fewer than 18 latents" in result["caveats"]["viv"]
+    assert result["sec"] == pytest.approx(spectral_energy(channel_normalized(values)).mean().item(), rel=1e-4)
+    assert metric.compute(predictions=latents(40, 8, 1).numpy())["viv_per_dimension"] == pytest.approx(1.5708, abs=0.2)
     assert metric.compute(predictions=values[:3].numpy())["intrinsic_dimension"] is None
 
 

@@ -36,6 +36,9 @@ TABLE = {
     "gap_halved": ("... lost by it, dB", ".2f", "lower"),
     "high_frequency": ("share of high frequencies", ".3f", "lower"),
     "intrinsic_dimension": ("intrinsic dimension (TwoNN)", ".1f", "lower"),
+    "viv_per_dimension": ("VIV per dimension", ".3f", "lower"),
+    "sec": ("energy of fine patterns (SEC)", ".3f", "lower"),
+    "lds": ("local similarity (LDS)", ".3f", "higher"),
 }
 # Own choice, not published: 3 dB is twice the squared error, 1 dB a quarter more of it.
 SMALL_GAP_DB, LARGE_GAP_DB = 1.0, 3.0

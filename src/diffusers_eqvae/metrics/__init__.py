@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "autoencoder": ["measure_autoencoder"],
+        "diffusability": ["linear_predictor_loss", "velocity_irreducible_variance"],
         "distances": ["frechet_distance", "inception_score", "kernel_distance", "precision_recall"],
         "equivariance": ["measure_equivariance"],
         "feature_networks": ["InceptionFID", "dinov2_features"],

@@ -18,7 +18,16 @@ from .image_sets import image_digests, to_tensor
 from .result_card import ResultCard
 
 # What `training/evaluate_autoencoder.py` computes by default, of what it has the weights for.
-RECONSTRUCTION_METRICS = ("psnr", "ssim", "lpips", "equivariance", "latent_statistics", "intrinsic_dimension", "rfid")
+RECONSTRUCTION_METRICS = (
+    "psnr",
+    "ssim",
+    "lpips",
+    "equivariance",
+    "latent_statistics",
+    "intrinsic_dimension",
+    "diffusability",
+    "rfid",
+)
 OFFERS = frozenset({"images", "reconstructions", "posteriors", "autoencoder", "features", "reconstructed_features"})
 # What the figures mean, as a result card states it; changes when the same images would give other numbers.
 DEFINITIONS = "1 (PSNR and SSIM clamped to [-1, 1] with range 2; SSIM in a Gaussian window of 11 px, sigma 1.5)"
@@ -55,6 +64,7 @@ def reconstruction_batches(
     *,
     networks: Iterable[FeatureNetwork] = (),
     noise_seed: int | None = None,
+    labels: np.ndarray | None = None,
 ) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
     """`reconstruct` of (places in the set, uint8 (B, H, W, 3)), with the features of images and reconstructions.
 
@@ -62,6 +72,7 @@ def reconstruction_batches(
         vae: any diffusers autoencoder in eval mode, on the device where it is to run.
         noise_seed: reconstruct samples of the posterior, each with noise of its own (`image_noise`); None
             reconstructs the mean.
+        labels: class ids of the whole set, by place, where it has them.
 
     Example:
         >>> measured = measure(metrics, reconstruction_batches(vae, images.batches(16)))
@@ -79,6 +90,8 @@ def reconstruction_batches(
             noise = torch.stack([image_noise(place, noise_seed, shape) for place in index]).to(device)
         batch = reconstruct(vae, tensor.to(device).contiguous() / 127.5 - 1, noise=noise)
         batch["digests"] = image_digests(images_uint8)
+        if labels is not None:
+            batch["labels"] = torch.from_numpy(labels[list(index)])
         reconstructed = to_uint8(batch["reconstructions"])
         batch["features"] = {network.name: _on_cpu(network(tensor)) for network in networks}
         batch["reconstructed_features"] = {network.name: _on_cpu(network(reconstructed)) for network in networks}

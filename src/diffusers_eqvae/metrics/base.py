@@ -72,7 +72,8 @@ class Metric(ABC):
 
     A batch is a dict; `needs` names the entries that `update` reads:
 
-    - "images": pixels (B, 3, H, W) in [-1, 1];
+    - "images": pixels (B, 3, H, W) in [-1, 1]; "labels": their class ids (B,), only where the set has them, so that no
+      metric can need them;
     - "reconstructions": likewise, clamped; "posteriors": their `Posterior`; "autoencoder": the model that made both;
     - "features": name of a feature network -> what it gives of the images; "reconstructed_features": likewise;
     - "reference": nothing of a batch, but a `Reference` at construction.

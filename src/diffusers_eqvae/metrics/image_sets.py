@@ -80,6 +80,11 @@ class ImageSet:
         return self.count
 
     @property
+    def labels(self) -> np.ndarray | None:
+        """Class ids by place, where the images come with them."""
+        return self.images.labels if isinstance(self.images, ImageSource) else None
+
+    @property
     def resize_rule(self) -> str:
         """How images were brought to their size, as a result card states it."""
         if isinstance(self.images, np.ndarray) or self.resolution is None:

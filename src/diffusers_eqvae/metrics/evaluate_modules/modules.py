@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, ClassVar
 
 import datasets
@@ -18,6 +19,7 @@ from ..feature_networks import FeatureNetwork, load_feature_network
 from ..generation import evaluate_generation, evaluate_reconstruction, load_reference
 from ..image_sets import Features, image_digests, require_one_size, size_of, to_tensor
 from ..latent_statistics import channel_statistics, high_frequency_share, intrinsic_dimension_if_defined
+from ..members.diffusability import diffusability_figures
 
 FID_PAPER = "Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, 2017"
 # Floats beyond it are not pixels in [-1, 1], which decoders overshoot a little, but 0 .. 255.
@@ -81,7 +83,8 @@ class LatentHealth(_Module):
     """What latents look like to a generator.
 
     Mean, standard deviation and excess kurtosis per channel, the share of their variance above a quarter cycle per
-    position (0 is smooth, white noise has .80), and their intrinsic dimension (TwoNN, Facco et al. 2017).
+    position (0 is smooth, white noise has .80), their intrinsic dimension (TwoNN, Facco et al. 2017), and what
+    `metrics.diffusability` says of them: viv (over clusters of latents), viv_per_dimension, linear_loss, sec, lds.
 
     Args:
         predictions: latents (B, C, h, w) of images, all of one shape, as an array or nested lists.
@@ -103,11 +106,14 @@ class LatentHealth(_Module):
 
     def _compute(self, predictions: list) -> dict[str, Any]:
         latents = torch.from_numpy(np.array(predictions, dtype=np.float32))
+        figures = diffusability_figures(latents)
         return {
             **channel_statistics(latents),
             "high_frequency": high_frequency_share(latents).double().mean().item(),
             "intrinsic_dimension": intrinsic_dimension_if_defined(latents.flatten(1)),
+            **{name: figure.value if math.isfinite(figure.value) else None for name, figure in figures.items()},
             "num_samples": len(latents),
+            "caveats": {name: figure.caveat for name, figure in figures.items() if figure.caveat},
         }
 
 
