@@ -70,13 +70,22 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
 
     Raises:
         OSError: as `looking_for`; or there are weights, in several variants, and the message names the files.
+        ValueError: as `looking_for`; or weights that are missing, or of another size than the config says.
 
     Example:
         >>> load_pretrained(AutoencoderKL.from_pretrained, "vae", "an autoencoder", torch_dtype=torch.float32)
     """
     with looking_for(name, what) as options:
         try:
-            return load(name, **location, **options)
+            return _require_whole(load(name, **location, **options), name)
+        except ValueError as error:
+            if "ignore_mismatched_sizes" not in str(error):  # which is diffusers' advice, and would draw new weights
+                raise
+            detail = str(error).partition(" because ")[2].partition(". If you want")[0]
+            raise ValueError(
+                f"{name} cannot be loaded as {what}: its weights are not of the size that its config says ({detail}); "
+                "use both files of one model."
+            ) from error
         except OSError as error:
             files = _weight_files(name, location.get("subfolder"), location.get("revision"))
             found = [match for match in map(_VARIANT.fullmatch, (Path(file).name for file in files)) if match]
@@ -89,7 +98,21 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
                     "one; rename those that you mean to the same name without the variant."
                 ) from error
             logger.warning("%s has weights of the variant %s only (%s); they are loaded.", name, variants[0], files)
-            return load(name, variant=variants[0], **location, **options)
+            return _require_whole(load(name, variant=variants[0], **location, **options), name)
+
+
+def _require_whole(loaded: T, name: str | os.PathLike[str]) -> T:
+    """Refuses a model, or a pipeline with one, some of whose weights were in no file: diffusers leaves them empty."""
+    parts = getattr(loaded, "components", {"": loaded})
+    for part in parts.values():
+        weights = part.named_parameters() if hasattr(part, "named_parameters") else ()
+        if empty := [weight for weight, tensor in weights if tensor.is_meta]:
+            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+            raise ValueError(
+                f"{name} lacks the weights {', '.join(empty[:3])}{more} of its {type(part).__name__}: the file is not "
+                "whole, or of another version; save or download it again."
+            )
+    return loaded
 
 
 def _weight_files(name: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> list[str]:

@@ -118,11 +118,11 @@ def test_ddim_is_adms():
     [
         (
             lambda: choose_scheduler("ddpm", FLOW),
-            "not sample a flow-matching model; its samplers are saved, euler",
+            "not sample a flow-matching model; it is sampled by saved, euler",
         ),
         (
             lambda: choose_scheduler("sde", DIFFUSION),
-            "not sample a diffusion model; its samplers are saved, ddpm",
+            "not sample a diffusion model; it is sampled by saved, ddpm",
         ),
         (lambda: choose_scheduler("rk4", FLOW), "must be one of saved, euler"),
         (lambda: choose_scheduler("heun", FLOW, last_step="Mean"), "has no last_step; it has shift"),

@@ -60,12 +60,15 @@ class Backbone(ModelMixin, ConfigMixin):
     Attributes:
         PRESETS: model name ("SiT-B/2") -> constructor arguments, objective and prediction_type included.
         hidden_size: D. num_layers: blocks. token_grid: tokens along height and width.
+        gradient_checkpointing_every: with gradient checkpointing, every n-th block alone is recomputed; 1 = all.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     hidden_size: int
     num_layers: int
     token_grid: tuple[int, int]
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_every: int = 1
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
@@ -117,6 +120,12 @@ class Backbone(ModelMixin, ConfigMixin):
             name -> (dimension of the rows, row of class 0).
         """
         return {"class_embedder.weight": (0, 0)}
+
+    def recomputes(self, block: int) -> bool:
+        """Whether this forward keeps only the input of a block, counted from 1, for the backward."""
+        return (
+            torch.is_grad_enabled() and self.gradient_checkpointing and block % self.gradient_checkpointing_every == 0
+        )
 
     @abstractmethod
     def forward(

@@ -239,10 +239,7 @@ class MaskGITTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         states = self.proj_in(self.token_embedder(sequence) + self.pos_embed)
         kept: dict[int, Tensor] = {}
         for number, block in enumerate(self.transformer_blocks, start=1):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                states = self._gradient_checkpointing_func(block, states)
-            else:
-                states = block(states)
+            states = self._gradient_checkpointing_func(block, states) if self.recomputes(number) else block(states)
             if number in hidden_layers:
                 kept[number] = states[:, :count]
         logits = F.linear(self.proj_out(states[:, :count]), self.token_embedder.weight[:codebook_size])

@@ -314,7 +314,7 @@ class SiTTransformer2DModel(Backbone, AttentionMixin, PeftAdapterMixin):
         for number, (block, block_modulation) in enumerate(
             zip(self.transformer_blocks, block_modulations, strict=True), start=1
         ):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            if self.recomputes(number):
                 hidden_states = self._gradient_checkpointing_func(
                     block, hidden_states, block_modulation, self.rotary_turns
                 )

@@ -252,6 +252,7 @@ class LatentObjective(GeneratorObjective):
         return self.regularized(self.losses(state, extra), active, state=state, batch=batch)
 
 
+@torch.compiler.disable  # it walks the autograd graph, which does not exist while a step is traced
 def tie_idle(module: nn.Module, outputs: Iterable[Tensor]) -> Tensor:
     """0 times the sum of every trainable parameter of `module` that `outputs` do not depend on: a scalar.
 

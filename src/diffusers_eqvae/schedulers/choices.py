@@ -12,6 +12,7 @@ from .capabilities import integrates_velocity
 from .scheduling_flow_match_adaptive import FlowMatchAdaptiveScheduler
 from .scheduling_flow_match_ode import FlowMatchODEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_maskgit import MaskGITScheduler
 
 SDE_OPTIONS = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
 ADAPTIVE_OPTIONS = ("atol", "rtol")
@@ -49,11 +50,12 @@ def choose_scheduler(name: str, saved: SchedulerMixin, **options: Any) -> Schedu
     if name not in SAMPLERS:
         raise ValueError(f"The sampler must be one of {', '.join(SAMPLERS)}; got {name!r}.")
     flow = integrates_velocity(saved)
-    makers = _FLOW if flow else _DIFFUSION
+    kind, makers = ("flow-matching", _FLOW) if flow else ("diffusion", _DIFFUSION)
+    if isinstance(saved, MaskGITScheduler):
+        kind, makers = "masked-token", {}
     if name != "saved" and name not in makers:
         raise ValueError(
-            f"The sampler {name} does not sample a {'flow-matching' if flow else 'diffusion'} model; its samplers are "
-            f"saved, {', '.join(makers)}."
+            f"The sampler {name} does not sample a {kind} model; it is sampled by {', '.join(['saved', *makers])}."
         )
     of_sde = ("shift", *SDE_OPTIONS)
     by_name = {"sde": of_sde, "sde_heun": of_sde, "dopri5": ADAPTIVE_OPTIONS}

@@ -59,6 +59,7 @@ HARMLESS = frozenset(
         "max_nonfinite_steps",
         "dataloader_num_workers",
         "gradient_checkpointing",
+        "gradient_checkpointing_every",
         "cache_dir",
         "dry_run",
         "push_to_hub",

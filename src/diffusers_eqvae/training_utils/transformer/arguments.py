@@ -64,6 +64,13 @@ class TransformerArguments(Checked):
             "range": "[0, 1)",
         },
     )
+    gradient_checkpointing_every: int = field(
+        default=1,
+        metadata={
+            "help": "With --gradient_checkpointing: recompute every n-th block only: less time, more memory.",
+            "range": "[1, inf)",
+        },
+    )
     config_overrides: list[str] = field(
         default_factory=list,
         metadata={"help": "Constructor arguments of the model over its preset's: KEY=VALUE ..., e.g. qk_norm=true."},

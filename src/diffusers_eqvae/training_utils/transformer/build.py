@@ -194,9 +194,21 @@ def build_transformer(
         given = source.config | ({} if dropout is None else {"class_dropout_prob": dropout})
         model = source.cls(**given | fitting)
     model.register_to_config(autoencoder=identity, **latents.classes.to_config())
-    if gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    _checkpoint_gradients(model, gradient_checkpointing, every=arguments.gradient_checkpointing_every)
     return model.train()
+
+
+def _checkpoint_gradients(model: Backbone, wanted: bool, *, every: int) -> None:
+    if not wanted and every > 1:
+        raise ValueError(f"--gradient_checkpointing_every {every} acts with --gradient_checkpointing; give both.")
+    if every > model.num_layers:
+        raise ValueError(
+            f"--gradient_checkpointing_every {every} recomputes none of the {model.num_layers} blocks; give at most "
+            f"{model.num_layers}, or leave --gradient_checkpointing out."
+        )
+    if wanted:
+        model.enable_gradient_checkpointing()
+        model.gradient_checkpointing_every = every
 
 
 def _with_classes_of(latents: LatentData, model: Backbone, directory: Path, *, new: bool) -> Backbone:
