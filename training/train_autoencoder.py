@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusers_eqvae.autoencoders import downsampling_factor
 from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid
 from diffusers_eqvae.metrics import measure_equivariance
 from diffusers_eqvae.objectives.autoencoder import AutoencoderStep
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         reduction=weights.reduction,
         gradient_checkpointing=run_arguments.gradient_checkpointing,
     )
-    images, held_out = build.load_images(data, evaluation, downsampling_factor(objective.model))
+    images, held_out = build.load_images(data, evaluation, objective, regularizing)
     smallest_px = build.smallest_image_px(objective, data.resolution)
     perceptual = build.build_perceptual(losses, smallest_px=smallest_px)
     discriminator = build.build_discriminator(losses, smallest_px=smallest_px)

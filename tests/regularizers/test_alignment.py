@@ -8,12 +8,14 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
 from diffusers_eqvae.autoencoders import Posterior
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.feature_teacher import FeatureTeacher
+from diffusers_eqvae.perception.features import latent_features
+from diffusers_eqvae.perception.heads import LinearSegmentationHead
 from diffusers_eqvae.regularizers.alignment import AlignmentArguments, AlignmentRegularizer
 from diffusers_eqvae.regularizers.base import AutoencoderState
 
@@ -210,3 +212,107 @@ def test_network_and_teacher_must_agree(teacher):
     after_norm = FeatureTeacher(teacher.model, image_size=28)
     with pytest.raises(ValueError, match="final_norm=False"):
         AlignmentRegularizer(AlignmentNetwork.for_teacher(teacher, latent_channels=4, hidden_size=8), after_norm)
+
+
+def test_each_part_has_its_weight_and_one_of_no_weight_is_not_there(arguments, tiny_autoencoder_kl):
+    """L = a (c (1 - cos) + s smooth) of patches + b of the global feature, against the two parts computed alone."""
+
+    def term(**options):
+        torch.manual_seed(0)
+        given = AlignmentArguments(**{**vars(arguments), **options})
+        regularizer = AlignmentRegularizer.from_arguments(given, tiny_autoencoder_kl)
+        generator = torch.Generator().manual_seed(1)
+        raw_latents, pixels = (
+            torch.randn(2, 4, 2, 2, generator=generator),
+            torch.rand(2, 3, 28, 28, generator=generator),
+        )
+        return regularizer, penalty(regularizer, raw_latents, pixels).item()
+
+    def part(name, **options):  # the network is drawn in the same order, whatever takes part
+        both = {"alignment_patch_weight": 1e-12, "alignment_global_weight": 1e-12}
+        return term(**{**both, f"alignment_{name}_weight": 1.0}, **options)[1]
+
+    cosine, smooth = {"alignment_smooth_l1_weight": 0.0}, {"alignment_cosine_weight": 0.0}
+    unit = {"alignment_cosine_weight": 1.0, "alignment_smooth_l1_weight": 1.0}
+    parts = [part(name, **(unit | only)) for name in ("patch", "global") for only in (cosine, smooth)]
+    weights = {"alignment_patch_weight": 2.0, "alignment_global_weight": 3.0, "alignment_cosine_weight": 0.5}
+    _, given = term(**weights, alignment_smooth_l1_weight=0.25)
+    expected = 2 * (0.5 * parts[0] + 0.25 * parts[1]) + 3 * (0.5 * parts[2] + 0.25 * parts[3])
+    assert given == pytest.approx(expected, rel=1e-5) and min(parts) > 0
+
+    patches, _ = term(alignment_global_weight=0.0)
+    assert patches.network.cls_head is None and patches.features_of(arguments) == ("teacher", "teacher.global")
+    whole, _ = term(alignment_patch_weight=0.0)
+    assert not whole.network.config.patch_feature
+    raw_latents = torch.randn(1, 4, 2, 2)
+    penalty(whole, raw_latents, torch.rand(1, 3, 28, 28)).backward()
+    assert whole.network.patch_head.weight.grad is None and whole.network.cls_head.weight.grad.any()
+    with pytest.raises(ValueError, match="trained to predict the global feature of an image alone"):
+        latent_features(raw_latents, whole.network)
+
+
+def test_depth_and_a_convolution_are_choices_of_the_network(arguments, tiny_autoencoder_kl):
+    def network(**options):
+        given = AlignmentArguments(**{**vars(arguments), **options})
+        return AlignmentRegularizer.from_arguments(given, tiny_autoencoder_kl).network
+
+    deep = network(alignment_depth=4)
+    assert [layer.weight.shape[0] for layer in deep.hidden if hasattr(layer, "weight")] == [12] * 4
+    conv = network(alignment_projector="conv", alignment_global_weight=0.0, alignment_hidden_size=2048)
+    latents = torch.randn(1, 4, 5, 5, requires_grad=True)
+    assert conv(latents).patch.shape == (1, 8, 5, 5) and conv(latents).cls is None
+    (gradient,) = torch.autograd.grad(conv(latents).patch[0, :, 0, 0].sum(), latents)
+    assert int(gradient.abs().sum(1).bool().sum()) == 4  # the corner and what is beside it
+    for options, message in (
+        ({"alignment_projector": "conv"}, "conv gives no global feature; set alignment_global_weight to 0"),
+        ({"alignment_patch_weight": 0.0, "alignment_global_weight": 0.0}, "are both 0: nothing is aligned"),
+        ({"alignment_cosine_weight": 0.0, "alignment_smooth_l1_weight": 0.0}, "are both 0: nothing is compared"),
+        ({"alignment_patch_weight": 0.0, "alignment_spatial_norm": 1.0}, "spatial_norm is of patch features"),
+        (
+            {"alignment_projector": "conv", "alignment_global_weight": 0.0, "alignment_depth": 3},
+            "alignment_depth are of the mlp",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AlignmentArguments(**options)
+
+
+def test_spatially_normalised_targets_are_irepas_and_no_heads(teacher):
+    """Written out in float64: the LayerNorm, then (f - gamma mean) / std over the positions; cosine and smooth L1."""
+    network = AlignmentNetwork.for_teacher(
+        teacher, latent_channels=4, hidden_size=16, global_feature=False, spatial_norm=0.6
+    )
+    raw_latents, pixels = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 28, 28)
+    term = penalty(AlignmentRegularizer(network, teacher), raw_latents, pixels)
+    tokens = normed(teacher, teacher(pixels)[0].flatten(2).transpose(1, 2)).double()
+    target = (tokens - 0.6 * tokens.mean(1, keepdim=True)) / tokens.std(1, keepdim=True)
+    predicted = network(raw_latents).patch.flatten(2).transpose(1, 2).double()
+    distance = (predicted - target).abs()
+    smooth = torch.where(distance < 1, distance.square() / 2, distance - 0.5).mean()
+    expected = 0.9 * (1 - F.cosine_similarity(predicted, target, dim=2).mean()) + 0.1 * smooth
+    torch.testing.assert_close(term.double(), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"normalised over the positions of an image \(spatial_norm\)"):
+        LinearSegmentationHead(8, 3).check_network(network)
+
+
+def test_siglip_has_no_global_feature_to_align_with(tmp_path, arguments, tiny_autoencoder_kl):
+    vision = SiglipVisionModel(SiglipVisionConfig(**SMALL, intermediate_size=16))
+    vision.save_pretrained(tmp_path / "siglip")
+    options = {**vars(arguments), "alignment_teacher": str(tmp_path / "siglip")}
+    with pytest.raises(ValueError, match=r"siglip_vision_model has no global .* \(alignment_global_weight 0\)"):
+        AlignmentRegularizer.from_arguments(AlignmentArguments(**options), tiny_autoencoder_kl)
+    given = AlignmentArguments(**options | {"alignment_global_weight": 0.0})
+    regularizer = AlignmentRegularizer.from_arguments(given, tiny_autoencoder_kl)
+    raw_latents = torch.randn(1, 4, 2, 2, requires_grad=True)
+    penalty(regularizer, raw_latents, torch.rand(1, 3, 28, 28)).backward()
+    assert raw_latents.grad.any()
+
+
+def test_the_saved_network_is_what_is_asked_for_or_refused(arguments, tiny_autoencoder_kl, tmp_path):
+    first = AlignmentRegularizer.from_arguments(arguments, tiny_autoencoder_kl)
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "run")
+    first.network.save_pretrained(tmp_path / "run" / "alignment_network")
+    vae = AutoencoderKLEQ.from_pretrained(tmp_path / "run")
+    arguments.alignment_hidden_size = 16
+    with pytest.raises(ValueError, match=r"beside the autoencoder has hidden_size=12, not 16; ask for what it has"):
+        AlignmentRegularizer.from_arguments(arguments, vae)

@@ -190,3 +190,59 @@ def test_a_store_that_does_not_hold_what_is_read_is_refused_before_the_first_ste
     with pytest.raises(ValueError, match=r"those of another teacher: dino \(\w{16}\) is not dino \(\w{16}\)"):
         train(place, "refused", latents_dir=path)
     assert not (place / "refused" / "checkpoints").exists()
+
+
+ALIGN = ROOT / "training" / "train_autoencoder.py"
+
+
+def align(place, output, **options) -> dict:
+    words = {"pretrained_model_name_or_path": place / "kl", "train_data_dir": place / "images", "resolution": 16}
+    words |= {"output_dir": place / output, "perceptual_weight": 0, "disc_weight": 0, "reduction": "mean"}
+    words |= {"alignment_teacher": place / "dino", "alignment_image_size": 16, "alignment_hidden_size": 8}
+    words |= {"regularizers": ["alignment"], "center_crop": "true", "random_flip": "false", "num_validation_images": 1}
+    words |= {name: value for name, value in RUN.items() if name != "num_inference_steps"}
+    words |= {"num_normalization_images": 1, **options}
+    run_script(ALIGN, as_flags(words))
+    return last_checkpoint(place / output, "objective")
+
+
+def aligned_store(place, name="aligned", **options):
+    whole = {"features": [place / "dino"], "features_grid": 4, "features_before_norm": "true"}
+    return store(place, name, **whole, **options)
+
+
+def test_an_autoencoder_aligns_with_stored_features_as_with_the_teacher(place, monkeypatch):
+    mirrored = {"random_flip": "true"}
+    path = aligned_store(place, flip="true", shard_size=4)
+    seen = align(place, "seen", **mirrored)
+    monkeypatch.setattr(feature_teacher.FeatureTeacher, "forward", None)
+    stored = align(place, "stored", features_dir=path, **mirrored)
+    assert_equal(seen, stored)  # bit for bit: the teacher saw the same batches of the same pixels
+    shutil.rmtree(place / "stored" / "checkpoints" / "step-00000006")
+    assert_equal(seen, align(place, "stored", features_dir=path, resume_from_checkpoint="latest", **mirrored))
+    both = ["alignment", "equivariance"]
+    align(place, "composed", features_dir=path, regularizers=both, p_low_resolution=0, max_train_steps=1)
+
+
+def test_stored_features_that_do_not_fit_are_refused_before_the_first_step(place):
+    path = aligned_store(place)
+    for options, message in (
+        (
+            {"center_crop": "false"},
+            r"are those of centre crops, and these are random ones; store the features",
+        ),
+        ({"random_flip": "true"}, "are those of images that were not mirrored, and half of these are"),
+        ({"resolution": 32}, "are those of 16 px, not 32"),
+        ({"alignment_image_size": 8}, "not those of the teacher dino: teacher_image_size 16, not 8. Name the teacher"),
+        (
+            {"regularizers": ["alignment", "equivariance"]},
+            r"equivariance encodes smaller .* p_low_resolution 0",
+        ),
+        ({"features_dir": store(place)}, r"holds the features vae_encoder, dino, .* would read dino, dino.global\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            align(place, "refused", **{"features_dir": path, **options})
+    assert not (place / "refused" / "checkpoints").exists()
+    shutil.rmtree(place / "images" / "dog")
+    with pytest.raises(ValueError, match=r"These are not the data of the store .*aligned: the number of images"):
+        align(place, "refused", features_dir=path)

@@ -113,7 +113,7 @@ def test_both_regularizers_on_one_autoencoder(folder, tiny_autoencoder_kl):
     assert not any("teacher" in name for name in last_checkpoint(folder / "run", "objective")["module"])
 
     options |= {"output_dir": folder / "again", "learning_rate": 0, "max_train_steps": 1}
-    options |= {"pretrained_model_name_or_path": folder / "run", "alignment_hidden_size": 8}
+    options |= {"pretrained_model_name_or_path": folder / "run"}
     run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
     continued = AlignmentNetwork.from_pretrained(folder / "again", subfolder="alignment_network")
     assert all(map(torch.equal, continued.state_dict().values(), network.state_dict().values()))

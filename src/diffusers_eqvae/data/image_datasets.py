@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from ..classes import ClassTable, listed
 from ..images import adm_center_crop, evenly_spaced, random_crop_resize, to_pixels
-from ..provenance import SAMPLED_IMAGES, data_identity
+from ..provenance import SAMPLED_IMAGES, data_identity, require_same_data
 from .image_files import DECODE_ERRORS, note_small, open_image, read_image
+from .latent_store import LatentStore
 from .report import DataError, DataReport
 
 logger = logging.getLogger(__name__)
@@ -234,6 +235,8 @@ class PixelDataset(Dataset):
         resolution: S in pixels.
         random_crop: a random crop of 0.5..1 of the short side where a generator is given; else the ADM centre crop.
         random_flip: mirror half of the images left to right where a generator is given.
+        features: a store of the same images whose features ("features.NAME" of those that it reads) stand beside them;
+            then there are centre crops only, and mirror images where it holds them.
 
     Indexing (`dataset[i]`) is deterministic; `get(i, generator)` augments.
 
@@ -243,13 +246,34 @@ class PixelDataset(Dataset):
     """
 
     def __init__(
-        self, source: ImageSource, *, resolution: int, random_crop: bool = False, random_flip: bool = False
+        self,
+        source: ImageSource,
+        *,
+        resolution: int,
+        random_crop: bool = False,
+        random_flip: bool = False,
+        features: LatentStore | None = None,
     ) -> None:
         self.source = source
         self.resolution = resolution
         self.random_crop = random_crop
         self.random_flip = random_flip
         source.expect(resolution)
+        self.features = features
+        if features is not None:
+            self._require_fitting(features)
+
+    def _require_fitting(self, store: LatentStore) -> None:
+        """Refuses a store of other images, or of other views of them."""
+        whose, remedy = f"the store {store.path}", "store the features of these images, or compute them on the way"
+        require_same_data(store.settings.source, self.source.identity, whose=whose, remedy=remedy)
+        for wrong, what in (
+            (self.random_crop, "centre crops, and these are random ones"),
+            (store.settings.resolution != self.resolution, f"{store.settings.resolution} px, not {self.resolution}"),
+            (self.random_flip and store.settings.views < 2, "images that were not mirrored, and half of these are"),
+        ):
+            if wrong:
+                raise ValueError(f"The features in {store.path} are those of {what}; {remedy}.")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -269,9 +293,13 @@ class PixelDataset(Dataset):
             image = random_crop_resize(image, self.resolution, generator)
         else:
             image = adm_center_crop(image, self.resolution)
-        if generator is not None and self.random_flip and generator.random() < 0.5:
+        mirrored = generator is not None and self.random_flip and generator.random() < 0.5
+        if mirrored:
             image = ImageOps.mirror(image)
         example: dict[str, Any] = {"pixel_values": to_pixels(image)}
+        if self.features is not None:
+            stored = self.features.get_many([index], view=int(mirrored))
+            example |= {name: values[0] for name, values in stored.items() if name.startswith("features.")}
         if label is not None:
             example["class_labels"] = label
         return example

@@ -41,3 +41,14 @@ def alignment_loss(
     prediction, feature = full_precision(prediction), full_precision(feature)
     cosine = F.cosine_similarity(*(normalized or (prediction, feature)), dim=1).mean()
     return cosine_weight * (1.0 - cosine) + smooth_l1_weight * F.smooth_l1_loss(prediction, feature)
+
+
+def spatial_norm(features: Tensor, gamma: float) -> Tensor:
+    """iREPA's target (arXiv 2512.10794): (f - gamma mean) / std of features (B, D, h, w), over the places of an image.
+
+    Example:
+        >>> spatial_norm(torch.randn(2, 8, 4, 4), 1.0).mean((2, 3)).abs().max() < 1e-5
+        tensor(True)
+    """
+    mean, deviation = features.mean((2, 3), keepdim=True), features.std((2, 3), keepdim=True)
+    return (features - gamma * mean) / (deviation + 1e-6)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from itertools import pairwise
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +37,24 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
 
         patch = W3 silu(W2 silu(W1 z)) at each latent position,  cls = W4 mean_positions(silu(W2 silu(W1 z)))
 
-    are the teacher's tokens *before* its last LayerNorm, which depth heads read; `normalize` applies that LayerNorm,
-    a copy of which the network carries, and gives what segmentation heads read. Positions do not see each other, so
-    what the network finds in one is in that position's latent.
+    (of two hidden layers) are the teacher's tokens *before* its last LayerNorm, which depth heads read; `normalize`
+    applies that LayerNorm, a copy of which the network carries, and gives what segmentation heads read. Positions do
+    not see each other, so what the network finds in one is in that position's latent.
 
     Own choice: everything but "an MLP from latents to patch and global features", that is depth, width, activation,
     the head of the global feature, and that the features are those before the LayerNorm.
 
     Args:
         latent_channels: C of the autoencoder.
-        hidden_size: width of both hidden layers.
+        hidden_size: width of the hidden layers.
         feature_size: D of the teacher: 768 for DINOv2-B, 1024 for DINOv2-L.
         global_feature: whether to predict the global (CLS) feature too.
+        patch_feature: whether it was trained to predict patch features; without, it knows the global one alone.
+        num_hidden_layers: of the MLP.
+        projector: "mlp"; or "conv", one 3x3 convolution C -> D, padding 1, which sees neighbours (iREPA, arXiv
+            2512.10794), without a global feature.
+        spatial_norm: gamma where the patch features are the teacher's normalised ones with iREPA's spatial
+            normalisation (`losses.alignment.spatial_norm`), which no published head reads; None = as above.
         norm_eps: of the teacher's last LayerNorm.
         teacher: its Hub name, or the name of its directory.
         teacher_type: its transformers type, e.g. "dinov2" or "dinov2_with_registers".
@@ -78,12 +85,27 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
         teacher_hash: str | None = None,
         teacher_layers: Sequence[int] | None = None,
         teacher_image_size: int | None = None,
+        patch_feature: bool = True,
+        num_hidden_layers: int = 2,
+        projector: Literal["mlp", "conv"] = "mlp",
+        spatial_norm: float | None = None,
     ):
         super().__init__()
-        self.hidden = nn.Sequential(
-            nn.Linear(latent_channels, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU()
-        )
-        self.patch_head = nn.Linear(hidden_size, feature_size)
+        if projector not in ("mlp", "conv") or (projector == "conv" and global_feature) or num_hidden_layers < 1:
+            raise ValueError(
+                "The projector must be mlp, of at least one hidden layer, or conv, which gives no global feature; got "
+                f"{projector!r} with {num_hidden_layers} layers and global_feature={global_feature}."
+            )
+        if not (patch_feature or global_feature):
+            raise ValueError("An alignment network must predict patch features, the global one, or both.")
+        self.hidden: nn.Module
+        self.patch_head: nn.Module
+        if projector == "conv":
+            self.hidden, self.patch_head = nn.Identity(), nn.Conv2d(latent_channels, feature_size, 3, padding=1)
+        else:
+            widths = [latent_channels, *[hidden_size] * num_hidden_layers]
+            layers = [each for pair in pairwise(widths) for each in (nn.Linear(*pair), nn.SiLU())]
+            self.hidden, self.patch_head = nn.Sequential(*layers), nn.Linear(hidden_size, feature_size)
         self.cls_head = nn.Linear(hidden_size, feature_size) if global_feature else None
         self.register_buffer("norm_weight", torch.ones(feature_size))
         self.register_buffer("norm_bias", torch.zeros(feature_size))
@@ -149,6 +171,8 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
 
     def forward(self, raw_latents: Tensor) -> AlignmentOutput:
         """Features before the teacher's last LayerNorm, of raw (not normalised) latents (B, C, h, w)."""
+        if self.config.projector == "conv":
+            return AlignmentOutput(self.patch_head(raw_latents))
         hidden = self.hidden(raw_latents.movedim(1, -1))
         patch = self.patch_head(hidden).movedim(-1, 1)
         return AlignmentOutput(patch, None if self.cls_head is None else self.cls_head(hidden.mean((1, 2))))
@@ -157,12 +181,15 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
         """The teacher's last LayerNorm of features before it, predicted or its own; computed in float32.
 
         n = (f - mean_D(f)) / sqrt(var_D(f) + norm_eps) * norm_weight + norm_bias
-        """
-        return AlignmentOutput(
-            self._normalized(features.patch), None if features.cls is None else self._normalized(features.cls)
-        )
 
-    def _normalized(self, features: Tensor) -> Tensor:
+        Patch features with `spatial_norm` are normalised already and stay.
+        """
+        spatial = self.config.spatial_norm is not None
+        patch = features.patch if spatial else self.layer_norm(features.patch)
+        return AlignmentOutput(patch, None if features.cls is None else self.layer_norm(features.cls))
+
+    def layer_norm(self, features: Tensor) -> Tensor:
+        """The teacher's last LayerNorm over dimension 1."""
         rows = features.movedim(1, -1).float()
         rows = F.layer_norm(
             rows, rows.shape[-1:], self.norm_weight.float(), self.norm_bias.float(), self.config.norm_eps

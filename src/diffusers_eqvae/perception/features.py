@@ -58,6 +58,11 @@ def latent_features(
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"The window of latent positions must be odd, so that it has a middle; got {window}.")
+    if alignment_network is not None and not alignment_network.config.patch_feature:
+        raise ValueError(
+            "This alignment network was trained to predict the global feature of an image alone, and its positions "
+            "say nothing; align patch features too, or leave the network out."
+        )
     if alignment_network is None:
         features = LatentFeatures(latents.float())
     else:

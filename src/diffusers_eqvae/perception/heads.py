@@ -46,6 +46,12 @@ class LinearHead(nn.Module):
                 "A segmentation or depth head reads the features of a teacher; give the alignment_network that "
                 "predicts them, or leave the head out."
             )
+        if network.config.spatial_norm is not None:
+            raise ValueError(
+                "A head reads a teacher's features, and the alignment network predicts them normalised over the "
+                "positions of an image (spatial_norm), which it was not fitted to; align without it, or leave the "
+                "head out."
+            )
         own = (self.teacher_type, self.feature_size)
         given = (network.config.teacher_type or self.teacher_type, network.config.feature_size)
         if own != given:

@@ -47,8 +47,8 @@ class Regularizer(nn.Module):
             two ranks equal one with twice the batch, and accumulated micro-batches do not.
         excludes: what it cannot run beside, a regularizer or a term of the objective's own (kl) -> the reason.
         features: features of the clean images that it reads as `batch["features.NAME"]`.
-        reads_pixels: whether it reads the clean images as `batch["pixel_values"]` (generator side); beside `features`,
-            in place of those that the data do not hold.
+        reads_pixels: whether it reads the clean images (generator side: as `batch["pixel_values"]`); beside
+            `features`, in place of those that the data do not hold.
         paper: what the card of a model names: (name of the method, number on arXiv).
 
     Example:
@@ -162,6 +162,10 @@ class AutoencoderRegularizer(Regularizer):
     def smallest_scale(self) -> float:
         """The least factor by which it may shrink an image, for the size checks of a run."""
         return 1.0
+
+    def changed_images(self) -> str | None:
+        """What it may encode in place of the batch's images, which features of those do not fit, in words; or None."""
+        return None if type(self).augment is AutoencoderRegularizer.augment else "images of its own"
 
     def augment(self, pixels: Tensor, draw: Any) -> Tensor:
         """Pixels (B, 3, H, W) to encode, of any size that the autoencoder accepts."""

@@ -155,6 +155,9 @@ class EquivarianceRegularizer(AutoencoderRegularizer):
     def smallest_scale(self) -> float:
         return self.distribution.smallest_scale
 
+    def changed_images(self) -> str | None:
+        return "smaller images in some steps (none with p_low_resolution 0)" if self.p_low_resolution else None
+
     def draw(self, shape: tuple[int, ...], randomness: StepRandomness) -> EquivarianceDraw:
         generator, size = randomness.shared_generator(), (shape[-2], shape[-1])
         equivariance, low_resolution = torch.rand(2, generator=generator).tolist()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data.image_features import feature_name
 from ..data.latent_format import FeatureSettings, feature_tensor
+from ..losses.alignment import spatial_norm
 from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
 from ..models.feature_teacher import FeatureTeacher, load_vision_model, teacher_difference, teacher_identity
@@ -134,10 +135,7 @@ class REPARegularizer(HiddenAlignment):
             patch = batch[feature_tensor(self.features[0])]
         else:
             patch, _ = self.frozen_modules()[0](batch["pixel_values"])
-        if self.spatial_norm is None:
-            return patch
-        mean, deviation = patch.mean((2, 3), keepdim=True), patch.std((2, 3), keepdim=True)
-        return (patch - self.spatial_norm * mean) / (deviation + 1e-6)
+        return patch if self.spatial_norm is None else spatial_norm(patch, self.spatial_norm)
 
     def compare(self, predicted: Tensor, target: Tensor) -> Tensor:
         return -F.cosine_similarity(predicted, target, dim=1).mean()

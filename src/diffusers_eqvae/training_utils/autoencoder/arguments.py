@@ -105,6 +105,14 @@ class RegularizerArguments(Checked):
             "help": f"Any of {', '.join(REGULARIZERS)}, or none. Several compose on one autoencoder, in this order."
         },
     )
+    features_dir: str | None = field(
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Store of encode_latents.py --features whose features of the training images a regularizer reads, "
+            "so that its teacher need not run; centre crops only.",
+        },
+    )
 
 
 def autoencoder_choices(given: Mapping[str, Any]) -> list[Choice]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset, load_image_dataset
+from ...data.latent_store import LatentStore
 from ...files import read_json
 from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ, as_class
@@ -96,19 +97,29 @@ def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
 
 
 def load_images(
-    data: DataArguments, evaluation: AutoencoderEvaluationArguments, downsampling_factor: int
+    data: DataArguments,
+    evaluation: AutoencoderEvaluationArguments,
+    objective: AutoencoderObjective,
+    regularizing: RegularizerArguments,
 ) -> tuple[PixelDataset, Tensor]:
-    """Training images, and the validation images (N, 3, S, S) in [-1, 1].
+    """Training images with the stored features that regularizers read, and the validation images (N, 3, S, S).
 
     Raises:
         ValueError: a resolution that the autoencoder's stride does not divide; see `load_image_dataset` for the rest.
     """
     validation_px = evaluation.validation_resolution or data.resolution
     for name, value in (("resolution", data.resolution), ("validation_resolution", validation_px)):
-        require_fitting(value, downsampling_factor, name=f"--{name}")
+        require_fitting(value, downsampling_factor(objective.model), name=f"--{name}")
     source = data.load()
+    store = LatentStore(regularizing.features_dir) if regularizing.features_dir else None
+    if store is not None:
+        store.read_features(*(name for each in objective.regularizers.values() for name in each.features))
     images = PixelDataset(
-        source, resolution=data.resolution, random_crop=not data.center_crop, random_flip=data.random_flip
+        source,
+        resolution=data.resolution,
+        random_crop=not data.center_crop,
+        random_flip=data.random_flip,
+        features=store,
     )
     if evaluation.validation_data_dir:
         source = load_image_dataset(train_data_dir=evaluation.validation_data_dir, cache_dir=data.cache_dir)
@@ -132,10 +143,32 @@ def build_objective(
         reduction: of the KL term.
     """
     vae = build_autoencoder(arguments, gradient_checkpointing=gradient_checkpointing)
-    regularizers = build_regularizers(regularizing.regularizers, methods, vae)
+    store = LatentStore(regularizing.features_dir) if regularizing.features_dir else None
+    held = {} if store is None else store.settings.features
+    regularizers = build_regularizers(regularizing.regularizers, methods, vae, features=held, pixels=True)
+    if store is not None:
+        _require_features(store, regularizers, methods)
     for name, regularizer in regularizers.items():
         require_reach(name, regularizer, vae)
     return AutoencoderObjective(vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=reduction)
+
+
+def _require_features(store: LatentStore, regularizers: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
+    """Refuses a store of features that no regularizer reads, and one whose images a regularizer would change."""
+    reading = {name: each.features_of(methods.get(name)) for name, each in regularizers.items()}
+    if not any(each.features for each in regularizers.values()):
+        wanted = "; ".join(f"{name} would read {', '.join(names)}" for name, names in reading.items() if names)
+        held = ", ".join(store.settings.features) or "none"
+        raise ValueError(
+            f"--features_dir {store.path} holds the features {held}, and no regularizer reads them"
+            f"{wanted and f' ({wanted})'}; add what is missing by encode_latents.py --features, or leave it out."
+        )
+    for name, each in regularizers.items():
+        if changed := each.changed_images():
+            raise ValueError(
+                f"The regularizer {name} encodes {changed}, and --features_dir holds features of the images as they "
+                "are; switch that off, or leave --features_dir out."
+            )
 
 
 def build_loss_weights(arguments: AutoencoderLossArguments) -> AutoencoderLossWeights:
