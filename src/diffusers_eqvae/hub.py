@@ -23,6 +23,7 @@ from PIL import Image
 from .classes import parse_id2label
 from .files import read_json, strict_json
 from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card, without_folders
+from .remote_code import with_code as with_sources
 
 __all__ = ["prepare_push", "push_run"]
 
@@ -39,6 +40,7 @@ TEXT_SUFFIXES = (".json", ".jsonl", ".md")
 CONFIGS = ("config.json", "model_index.json", "scheduler_config.json")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 HubImages = Literal["none", "validation"]
+CODE_BRANCH = "code"
 
 
 def push_run(
@@ -50,6 +52,7 @@ def push_run(
     commit_message: str | None = None,
     license: str | None = None,
     hub_images: HubImages | None = None,
+    with_code: bool = False,
 ) -> bool:
     """Publishes a run's directory as one commit and says whether that worked; call it on the main process only.
 
@@ -66,6 +69,8 @@ def push_run(
         license: the licence that the card states; default the one in run_metadata.json, else none.
         hub_images: "validation" shows the run's images on the card, "none" shows none; default: those that show
             nothing of a local folder. What is shown and what is left out is logged before anything is uploaded.
+        with_code: also commit it to the branch "code", with the sources of its classes beside the weights: that branch
+            opens by trust_remote_code=True where this package is not installed.
 
     Example:
         >>> push_run("runs/eq-vae", "me/eq-vae", private=True)  # doctest: +SKIP
@@ -83,20 +88,25 @@ def push_run(
         api = HfApi()
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         files, card = prepare_push(root, name, license=license, hub_images=hub_images)
+        contents = {path: card.encode() if path == CARD else _published(root, path) for path in files}
+        branches: dict[str | None, dict[str, Any]] = {revision: contents}
+        if with_code:
+            branches[CODE_BRANCH] = {**contents, **with_sources(root)}
         api.create_repo(name, private=private or None, exist_ok=True)
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        # Not upload_folder, which would need the card on disk: one commit, so that nobody downloads half of a push.
-        contents = (card.encode() if path == CARD else _published(root, path) for path in files)
-        operations = [CommitOperationAdd(path, content) for path, content in zip(files, contents, strict=True)]
         message = commit_message or f"Upload {root.resolve().name}"
-        commit = api.create_commit(name, operations, commit_message=message, revision=revision)
+        for branch, added in branches.items():
+            if branch is not None:
+                api.create_branch(name, branch=branch, exist_ok=True)
+            # Not upload_folder, which would need the card on disk. One commit: nobody downloads half of a push.
+            operations = [CommitOperationAdd(path, content) for path, content in added.items()]
+            commit = api.create_commit(name, operations, commit_message=message, revision=branch)
     except Exception as error:
         options = {"hub_model_id": repo_id, "revision": revision, "commit_message": commit_message, "license": license}
         options |= {"hub_images": hub_images}
         command = ["eqvae", "push", str(root)]
         command += [word for key, value in options.items() if value is not None for word in (f"--{key}", value)]
         command += ["--private"] if private else []
+        command += ["--with_code"] if with_code else []
         logger.error(
             redact(
                 f"Could not push {root} to {repo_id} on {HfApi().endpoint}: {_one_line(error)}. The run on disk is "

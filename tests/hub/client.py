@@ -116,3 +116,21 @@ def digest(module):
     for name, tensor in sorted(module.state_dict().items()):
         state.update(name.encode() + tensor.numpy().tobytes())
     return state.hexdigest()
+
+
+def load_pipeline_with_its_own_code(source, revision=None):
+    """By trust_remote_code, in a process that cannot import this package; the same figures as `load_pipeline`."""
+    import torch
+    from diffusers import AutoModel, DiffusionPipeline
+
+    sys.modules["diffusers_eqvae"] = None
+    pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    images = pipeline("otter", generator=generator, num_inference_steps=2, output_type="np").images
+    names = {name: type(part).__name__ for name, part in pipeline.components.items() if hasattr(part, "config")}
+    pixels = hashlib.sha256(images.tobytes()).hexdigest()
+    options = {"subfolder": "transformer", "revision": revision, "trust_remote_code": True}
+    transformer = AutoModel.from_pretrained(source, **options)
+    assert type(transformer).__name__ == names["transformer"] and digest(transformer) == digest(pipeline.transformer)
+    return {"names": names, "weights": digest(pipeline.transformer), "pixels": pixels}

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from diffusers_eqvae import AlignmentNetwork, ClassConditionalPipeline, FlowMatchODEScheduler
+from diffusers_eqvae.remote_code import copy_with_code
 from tests.hub import client
 from tests.hub.conftest import OWNER, TOKEN, save_autoencoder_run
 from tests.pipelines.kinds import KINDS, make_pipeline
@@ -216,3 +217,17 @@ def test_the_token_is_nowhere(hub, owner, autoencoder_run):
     files = [path for folder in (autoencoder_run, owner.home) for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_the_branch_code_draws_the_same_pixels_without_the_package(hub, owner, pipeline_run, tmp_path):
+    expected, repo_id = owner(client.load_pipeline, str(pipeline_run)), f"{OWNER}/sit-code"
+    assert owner(client.push, pipeline_run, repo_id, with_code=True)
+    assert not [path for path in hub.files(repo_id) if path.endswith(".py")], "main stays plain"
+    copy_with_code(pipeline_run, tmp_path / "copy")
+    for number, (source, options) in enumerate(((repo_id, {"revision": "code"}), (str(tmp_path / "copy"), {}))):
+        bare = client.HubClient(hub.endpoint, tmp_path / f"home-{number}")
+        try:
+            assert bare(client.load_pipeline_with_its_own_code, source, **options) == expected
+        finally:
+            bare.pool.shutdown()

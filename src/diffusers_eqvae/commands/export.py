@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from ..remote_code import copy_with_code
 from ..training_utils.checkpoints import MARKER, complete_checkpoints, read_marker
 from . import command_parser
 
@@ -28,6 +29,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("destination", help="new directory")
     parser.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="the moving average (default), or not"
+    )
+    parser.add_argument(
+        "--with_code",
+        action="store_true",
+        help="also write DESTINATION-code, with the sources of its classes, which opens without this package",
     )
     options = parser.parse_args(argv)
     checkpoint = _checkpoint(Path(options.source))
@@ -49,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     )
     flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
     script.main([str(run / ARGUMENTS), *flags, "--allow_changes", *allowed])
+    if options.with_code:
+        copy_with_code(Path(options.destination), Path(f"{options.destination}-code"))
     return 0
 
 

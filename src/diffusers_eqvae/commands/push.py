@@ -22,6 +22,11 @@ def main(argv: Sequence[str]) -> int:
         choices=("none", "validation"),
         help="images on the card (default: those that show nothing of a local folder)",
     )
+    parser.add_argument(
+        "--with_code",
+        action="store_true",
+        help="also commit it to the branch code with the sources of its classes, which opens without this package",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the files and the model card, upload nothing")
     options = vars(parser.parse_args(argv))
     start_logging(format="%(levelname)s: %(message)s")
