@@ -132,9 +132,9 @@ ROWS = ROOT / "docs" / "rows.md"
 ROWS_HEAD = """# The published rows
 
 One preset per published row, with the figure that its paper states and the source. **No row of a paper has been run
-here in full**: that takes ImageNet and GPU days. "Run here: yes" is a run whose figures this documentation states; "no"
-means that the preset is read by its script and describes a model that exists, and that the same code trains tiny models
-in the tests.
+here in full**: that takes ImageNet and GPU days. "Run here: yes" is a run whose figures stand on these pages; "no"
+means that the preset is read by its script and describes a model that exists, and that the same code trains tiny
+models in the tests.
 The file is written from the comments of `training/configs/*.yaml` by `make api`.
 
 | preset | what | published | run here |

@@ -59,7 +59,8 @@ def explain(error: BaseException) -> str | None:
     template: str | None = None
     for kind in type(error).__mro__:
         template = template or FOREIGN.get(kind.__name__)
-    if template is None and not isinstance(error, (ValueError, OSError)):
+    not_installed = isinstance(error, ImportError) and error.name is None  # raised by hand, with what to install
+    if template is None and not not_installed and not isinstance(error, (ValueError, OSError)):
         return None
     root = error
     while template is not None and root.__cause__ is not None:

@@ -1,7 +1,7 @@
 """Saved models and pipelines that open where this package is not installed: their code beside their weights.
 
-diffusers runs code of a repository for who passes trust_remote_code=True. What it runs is one generated file, CODE, that
-holds the sources of the classes a saved directory names and of all that they import, word for word, and imports them as a
+diffusers runs code of a repository for who passes trust_remote_code=True. What it runs is a generated file that holds
+the sources of the classes a saved directory names and of all that they import, word for word, and imports them as a
 package of its own; the directory's model_index.json and config.json name that file. Weights are not touched.
 
     pipeline = DiffusionPipeline.from_pretrained(DIRECTORY, trust_remote_code=True)
@@ -68,7 +68,7 @@ def with_code(root: Path) -> dict[str, bytes]:
     """The files that a copy of a saved model or pipeline has to have, or to have in another form: path -> content.
 
     Raises:
-        ValueError: none of its classes is this package's, so that it opens anywhere as it is; or one is an extension's.
+        ValueError: none of its classes is this package's, so that it opens anywhere; or one is an extension's.
     """
     files: dict[str, bytes] = {}
     homes: dict[str, str] = {}
@@ -77,7 +77,7 @@ def with_code(root: Path) -> dict[str, bytes]:
     for folder in folders or [""]:
         path = Path(folder) / "config.json"
         config = read_json(root / path) if (root / path).exists() else {}
-        name = index[folder][1] if folder else config.get("_class_name")
+        name = str(index[folder][1] if folder else config.get("_class_name"))
         if (folder and index[folder][0] != LIBRARY) or not _is_ours(name):
             continue
         homes[name] = _home(name)
@@ -87,7 +87,7 @@ def with_code(root: Path) -> dict[str, bytes]:
         if config:
             config.pop("_name_or_path", None)  # a folder of whoever saved it
             files[str(path)] = _json(config | {"auto_map": {"AutoModel": f"{CODE}.{name}"}})
-    if _is_ours(index.get("_class_name")):
+    if _is_ours(str(index.get("_class_name"))):
         name = index["_class_name"]
         homes[name] = _home(name)
         index["_class_name"] = [CODE, name]
@@ -100,7 +100,7 @@ def with_code(root: Path) -> dict[str, bytes]:
         files["model_index.json"] = _json(index)
     if not homes:
         raise ValueError(
-            f"{root} holds no class of {LIBRARY}: it opens with diffusers alone, and needs no code beside it."
+            f"{root} holds no class of {LIBRARY}: it opens with diffusers alone and needs no code beside it."
         )
     code = bundle(homes).encode()
     return {path: content or code for path, content in files.items()}
@@ -168,8 +168,8 @@ def _path(module: str) -> Path:
     return Path(*module.split(".")).with_suffix(".py")
 
 
-def _is_ours(name: Any) -> bool:
-    found = getattr(importlib.import_module(LIBRARY), name, None) if isinstance(name, str) else None
+def _is_ours(name: str) -> bool:
+    found = getattr(importlib.import_module(LIBRARY), name, None)
     return found is not None and found.__module__.partition(".")[0] == LIBRARY
 
 
@@ -177,7 +177,7 @@ def _home(name: str) -> str:
     module = str(getattr(importlib.import_module(LIBRARY), name).__module__).partition(".")[2]
     if not (HOME / _path(module)).is_file():
         raise ValueError(
-            f"The class {name} comes from an extension, {module}, which is not put into a repository for others to run."
+            f"The class {name} comes from an extension, {module}, which is not published for others to run."
         )
     return module
 

@@ -211,6 +211,8 @@ def test_what_a_user_can_mend_is_one_line(error, said, capsys, monkeypatch):
 
 def test_what_nobody_foresaw_keeps_its_traceback():
     assert explain(RuntimeError("shapes")) is None
+    assert explain(ImportError("dopri5 needs torchode: pip install it.")) == "dopri5 needs torchode: pip install it."
+    assert explain(ImportError("cannot import name x", name="torch")) is None
     with pytest.raises(KeyError):
         run_program("x", lambda: {}["key"])
 
