@@ -147,7 +147,7 @@ def test_figures_of_a_map_that_is_not_equivariant_are_those_worked_out_by_hand()
     by_hand = [ByHand(image).means() for image in pixels.double().numpy()]
     expected = {name: np.mean([numbers[name] for numbers in by_hand]) for name in by_hand[0]}
     assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    assert set(measured) == {*expected, "latent_std"}
+    assert set(measured) == {*expected, "latent_std", "colour_shift", "sharpness", "grid"}
 
 
 class PixelwiseAutoencoder(nn.Module):

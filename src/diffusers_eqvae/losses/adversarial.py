@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import full_precision
 
 KINDS = ("hinge", "vanilla")
+MAX_WEIGHT = 1e4  # limit of the adaptive weight (VQGAN)
 
 
 def discriminator_loss(
@@ -49,7 +50,7 @@ def adaptive_weight(
     grads: Tensor | Sequence[Tensor],
     *,
     eps: float = 1e-4,
-    max_weight: float = 1e4,
+    max_weight: float = MAX_WEIGHT,
 ) -> Tensor:
     """clamp(|grad reference| / (|grad term| + eps), 0, max_weight): VQGAN eq. 7, gradients at one layer's weight.
 

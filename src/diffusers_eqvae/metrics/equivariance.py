@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..autoencoders import decode, downsampling_factor, encode, evaluating
 from ..equivariance import ROTATIONS, SCALES, Tau, equivariance_error, rotation, scaling
+from .artefacts import reconstruction_artefacts
 from .reconstruction import psnr
 
 
@@ -23,7 +24,8 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
           taken relative to the channel means, which a constant offset of the latents cannot flatter;
         - `psnr_rotated_latent`, `psnr_halved_latent`: decoding tau(E(x)) against tau(x), for a quarter turn and for
           half the size, dB; `psnr_rotated_pixels`, `psnr_halved_pixels`: decoding E(tau(x)), the bound;
-        - `latent_std`: standard deviation of the latents, which tells a collapse.
+        - `latent_std`: standard deviation of the latents, which tells a collapse;
+        - `colour_shift`, `sharpness`, `grid`: of the plain reconstructions, see `reconstruction_artefacts`.
 
     Example:
         >>> measure_equivariance(vae, pixels.split(16))["equivariance_rotation"]
@@ -33,7 +35,9 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
     with evaluating(vae):
         for pixels in batches:
             raw_latents = encode(vae, pixels).mode()
-            rows = {"psnr": psnr(decode(vae, raw_latents), pixels), "latent_std": raw_latents.flatten(1).std(1)}
+            decoded = decode(vae, raw_latents)
+            rows = {"psnr": psnr(decoded, pixels), "latent_std": raw_latents.flatten(1).std(1)}
+            rows |= reconstruction_artefacts(decoded, pixels, downsampling_factor(vae))
             rows |= equivariance_per_image(vae, pixels, raw_latents)
             count += len(pixels)
             for name, values in rows.items():

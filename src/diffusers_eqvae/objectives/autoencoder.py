@@ -84,7 +84,8 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
 
         Returns:
             `decodings`: (reconstruction, target, weight) each, the first of weight 1; `terms`: "kl", a codebook's
-            terms, and each regularizer's penalty; `idle`: see `tie_idle`; `tokens` (B, h, w) of a VQ model.
+            terms, and each regularizer's penalty; `idle`: see `tie_idle`; `channels`: "latent_mean" and "latent_std"
+            (C,) of the posterior means, to log; `tokens` (B, h, w) of a VQ model.
         """
         pixels = batch["pixel_values"]
         active = self.active(draw)
@@ -112,7 +113,15 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         terms |= {name: elements * term for name, term in decoded.terms.items()}
         outputs = [*terms.values(), *(reconstruction for reconstruction, _, _ in decodings)]
         tokens = {} if decoded.tokens is None else {"tokens": decoded.tokens}
-        return {"decodings": decodings, "terms": terms, "idle": tie_idle(self, outputs), **tokens}
+        latents = posterior.mean.detach().float()
+        channels = {"latent_mean": latents.mean((0, 2, 3)), "latent_std": latents.std((0, 2, 3), correction=0)}
+        return {
+            "decodings": decodings,
+            "terms": terms,
+            "idle": tie_idle(self, outputs),
+            "channels": channels,
+            **tokens,
+        }
 
     def _encode(self, pixels: Tensor) -> Any:
         return encode(self.model, pixels)
@@ -231,7 +240,8 @@ class AutoencoderStep:
     def __call__(
         self, batch: Mapping[str, Tensor], draw: Mapping[str, Any], step: int
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The generator's loss, the discriminator's (None before its start), and scalars to log (detached).
+        """The generator's loss, the discriminator's (None before its start), and what to log (detached): scalars, and
+        mean and std of the posterior means by channel.
 
         Back-propagate the second with respect to the discriminator's parameters only (`inputs=`).
         """
@@ -264,6 +274,7 @@ class AutoencoderStep:
             logs |= {f"loss/{name}": term}
             if name in self.inner.regularizers:
                 logs |= {f"{name}_weight": factor}
+        logs |= output["channels"]
         if self.usage is not None:
             logs |= self.usage.figures(self.average(self.usage.shares(output["tokens"])), step)
         return loss, loss_discriminator, {name: torch.as_tensor(value).detach() for name, value in logs.items()}

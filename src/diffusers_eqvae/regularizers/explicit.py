@@ -126,6 +126,6 @@ class ExplicitRegularizer(AutoencoderRegularizer):
                 f"step, below {self.smallest_std:.0%} (explicit_smallest_std). Lower explicit_weight, set "
                 "explicit_stop_gradient, or use the regularizer equivariance in its place."
             )
-        std = mean_over_ranks(latents.std((0, 2, 3)).mean())
+        std = mean_over_ranks(latents.std((0, 2, 3), correction=0).mean())
         self.first_std.copy_(torch.where(self.first_std > 0, self.first_std, std))
         self._share = std / self.first_std

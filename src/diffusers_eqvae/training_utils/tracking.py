@@ -29,7 +29,8 @@ METRICS_FILE = "metrics.jsonl"
 class Meter:
     """Means of device tensors between two readings; adding never waits for the device.
 
-    What is added counts from the end of its step on, and not at all where the step is skipped.
+    What is added counts from the end of its step on, and not at all where the step is skipped. A vector keeps its
+    elements apart, as NAME/0, NAME/1 and so on; of any other tensor the mean counts.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,8 @@ class Meter:
 
     def add(self, values: Mapping[str, Tensor | float], device: torch.device) -> None:
         for name, value in values.items():
-            self._step.append((name, torch.as_tensor(value, dtype=torch.float32, device=device).detach().mean()))
+            value = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+            self._step.append((name, value if value.ndim == 1 else value.mean()))
 
     def close_step(self, skipped: Tensor) -> None:
         """`skipped` (0-dim, 0 or 1) says whether the step that has been computed is left out."""
@@ -54,8 +56,13 @@ class Meter:
         """Means since the last reading, over all ranks too (every rank must have added the same names)."""
         if not self._sums:
             return {}
-        means = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
-        values = dict(zip(self._sums, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+        means = torch.cat([(total / self._counts[name]).flatten() for name, total in self._sums.items()])
+        names = [
+            f"{name}/{index}" if total.ndim else name
+            for name, total in self._sums.items()
+            for index in range(total.numel())
+        ]
+        values = dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
         self._sums, self._counts = {}, {}
         return values
 
