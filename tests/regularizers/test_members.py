@@ -84,7 +84,7 @@ def build(name: str, material: Path, vae) -> AutoencoderRegularizer:
     kind = REGULARIZERS[name].Arguments
     arguments = {} if kind is None else {name: kind(**options_of(name, material))}
     torch.manual_seed(1)
-    return build_regularizers([name], arguments, vae)[name]
+    return build_regularizers([name], arguments, vae, pixels=True)[name]
 
 
 @pytest.fixture
