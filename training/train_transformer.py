@@ -24,7 +24,7 @@ from diffusers_eqvae.training_utils.transformer.build import (
     check_sampling,
     load_latents,
 )
-from diffusers_eqvae.training_utils.transformer.evaluate import GenerationEvaluation
+from diffusers_eqvae.training_utils.transformer.evaluate import GenerationEvaluation, linear_predictor_line
 from diffusers_eqvae.training_utils.transformer.save import sample_grid, save_pipeline
 
 
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     averaged = run.averaged("objective")
     pipeline = build_pipeline(averaged, latents, sampling)
     evaluation = GenerationEvaluation(evaluation_arguments, sampling, run, pipeline, latents)
+    line = linear_predictor_line(latents, objective)
 
     for stored in run.steps(run.loader(latents.dataset)):
         if run.due(run_arguments.validation_steps):
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         draw = objective.draw(batch, run.randomness)
         loss, logs = objective.total(wrapped(batch, draw))
         run.backward(loss)
-        run.log(logs)
+        run.log(logs | line)
 
     if run_arguments.validation_steps:
         validate(run, pipeline, sampling)

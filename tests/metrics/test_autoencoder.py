@@ -47,7 +47,8 @@ def test_a_figure_carries_its_standard_error(tiny_autoencoder_kl):
     rows = METRICS["equivariance"]().rows(batch)
     gaps = (rows["psnr_rotated_pixels"] - rows["psnr_rotated_latent"]).double()
     assert figures["gap_rotated"].error == pytest.approx(gaps.std().item() / math.sqrt(12), rel=1e-5)
-    assert figures["intrinsic_dimension"].error is None
+    dimension = figures["intrinsic_dimension"]
+    assert dimension.error == pytest.approx(dimension.value / math.sqrt(12))
 
 
 def test_noise_reconstructs_a_sample(tiny_autoencoder_kl):

@@ -98,5 +98,6 @@ def test_a_caveat_of_a_number_is_warned_about(caplog):
         "metrics": {"a": 2.0, "c": 1.0},
         "errors": {},
         "caveats": {"a": "too few", "b": "undefined"},
+        "better": {},
     }
     assert [record.getMessage() for record in caplog.records] == ["a = 2 is not comparable: too few."]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,16 @@ def test_the_loss_is_the_one_of_the_paper(script, tmp_path, store, seen):
     expected = (call["output"].double() - (noise - clean)).square().mean()
     (line, *_) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    # Moments are normal, so latents are independent with variance 1 + E exp(logvar): pi / 2 of their deviation.
+    scale = LatentNormalization.from_vae(vae).scaling_factor
+    linear = math.pi / 2 * scale * math.sqrt(1 + math.exp(0.5))
+    assert json.loads(line)["loss_of_linear_predictor"] == pytest.approx(linear, rel=0.1)
+
+
+def test_another_path_has_no_line_of_a_linear_predictor(script, tmp_path, store):
+    script.main(flags(tmp_path, latents_dir=store, max_train_steps=1, logging_steps=1, flow_path="cosine"))
+    (line, *_) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "loss" in json.loads(line) and "loss_of_linear_predictor" not in json.loads(line)
 
 
 def test_labels_drop_as_often_as_the_model_says(script, tmp_path, store, seen):

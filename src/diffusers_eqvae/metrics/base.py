@@ -227,7 +227,7 @@ class Measurement:
         return {name: figure.value for name, figure in self.figures.items()}
 
     def card_parts(self) -> dict[str, dict[str, Any]]:
-        """`metrics`, `errors` and `caveats` of a `ResultCard`; what is undefined is a caveat and not a number."""
+        """`metrics`, `errors`, `caveats`, `better` of a `ResultCard`; what is undefined is a caveat, and no number."""
         finite = {name: figure for name, figure in self.figures.items() if math.isfinite(figure.value)}
         undefined = {
             name: figure.caveat or f"{figure.value} for these images"
@@ -238,6 +238,7 @@ class Measurement:
             "metrics": {name: figure.value for name, figure in finite.items()},
             "errors": {name: figure.error for name, figure in finite.items() if figure.error is not None},
             "caveats": {name: figure.caveat for name, figure in finite.items() if figure.caveat} | undefined,
+            "better": {name: figure.better for name, figure in finite.items() if figure.better is not None},
         }
 
 

@@ -119,6 +119,7 @@ class ResultCard:
         task: "generation", "reconstruction" or "perception".
         details: what is measured beside numbers, such as spectra.
         errors: standard error by name, as far as it is known.
+        better: "higher" or "lower" by name; neither of a number without a direction.
 
     Example:
         >>> card = ResultCard({"psnr": 25.8}, {"num_images": 5000}, task="reconstruction", errors={"psnr": 0.05})
@@ -134,6 +135,7 @@ class ResultCard:
     task: str = "generation"
     details: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    better: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task not in PROTOCOLS:
@@ -262,7 +264,7 @@ def compare_cards(names: Sequence[str], cards: Sequence[ResultCard]) -> Comparis
         for name, card in zip(names, cards, strict=True)
         for metric, reason in card.caveats.items()
     ]
-    return Comparison([*_aligned(rows), *caveats], _incomparable(names, cards))
+    return Comparison([*aligned(rows), *caveats], _incomparable(names, cards))
 
 
 def _differences(cards: Sequence[ResultCard]) -> list[tuple[str, list[Any]]]:
@@ -302,6 +304,7 @@ def _shown(value: Any) -> str:
     return "not stated" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its columns below each other."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from ..base import Figure, register_metric
 from ..distances import frechet_distance
+from ..errors import jackknife_error, without_each
 from ..generation import SampleMetric, feature_statistics, join_caveats, too_few
 
 
@@ -9,8 +10,9 @@ from ..generation import SampleMetric, feature_statistics, join_caveats, too_few
 class FID(SampleMetric):
     """`fid` and, where the network has spatial features, `sfid`: Fréchet distances of samples to the reference.
 
-    With fewer images than feature dimensions the distance is dominated by their number: it is computed, and has a
-    caveat. Of another network than FID's Inception they are called `fd_NAME` and `sfd_NAME`.
+    Their errors are the samples', with the reference held fixed. With fewer images than feature dimensions the
+    distance is dominated by their number: it is computed, and has a caveat. Of another network than FID's Inception
+    they are called `fd_NAME` and `sfd_NAME`.
     """
 
     outputs = ("features", "spatial")
@@ -26,7 +28,13 @@ class FID(SampleMetric):
             caveat = too_few(own.dimension, {"samples": own.count, "reference images": reference.count})
             figures[self.network.metric_name(name)] = Figure(
                 frechet_distance(own.mean, own.covariance, mean, covariance),
-                n=own.count,
+                jackknife_error(
+                    [
+                        frechet_distance(each.mean, each.covariance, mean, covariance)
+                        for each in without_each(rows[output])
+                    ]
+                ),
+                own.count,
                 better="lower",
                 caveat=join_caveats(reference.doubt, caveat, self.repeated(rows)),
             )

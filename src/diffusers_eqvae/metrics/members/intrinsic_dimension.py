@@ -49,7 +49,8 @@ class IntrinsicDimension(PerImageMetric):
         dimension = intrinsic_dimension_if_defined(points)
         caveat = f"undefined for fewer than {MIN_POINTS} different latents" if dimension is None else None
         value = math.nan if dimension is None else dimension
-        return {"intrinsic_dimension": Figure(value, n=len(points), better="lower", caveat=caveat)}
+        error = None if dimension is None else dimension / math.sqrt(len(points))  # of a maximum-likelihood fit
+        return {"intrinsic_dimension": Figure(value, error, len(points), better="lower", caveat=caveat)}
 
     def details(self):
         return {"intrinsic_dimension_points": len(self._points())}

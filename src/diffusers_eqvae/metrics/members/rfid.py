@@ -3,6 +3,7 @@ from __future__ import annotations
 from ...images import UINT8_RULE
 from ..base import Figure, register_metric
 from ..distances import frechet_distance
+from ..errors import jackknife_error, without_each
 from ..generation import FeatureMetric, feature_statistics, join_caveats, network_protocol, too_few
 
 
@@ -32,7 +33,15 @@ class RFID(FeatureMetric):
             caveat = too_few(own.dimension, {"samples": own.count, "reference images": images.count})
             figures[f"r{self.network.metric_name(name)}"] = Figure(
                 frechet_distance(own.mean, own.covariance, images.mean, images.covariance),
-                n=own.count,
+                jackknife_error(
+                    [
+                        frechet_distance(theirs.mean, theirs.covariance, its.mean, its.covariance)
+                        for theirs, its in zip(
+                            without_each(rows[f"reconstructed_{output}"]), without_each(rows[output]), strict=True
+                        )
+                    ]
+                ),
+                own.count,
                 better="lower",
                 caveat=join_caveats(caveat, self.repeated(rows)),
             )

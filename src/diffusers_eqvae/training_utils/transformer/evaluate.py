@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+
 from ...data.latent_data import LatentData
+from ...data.latent_store import LatentStore
 from ...metrics.base import build_metrics, measure
+from ...metrics.diffusability import linear_predictor_loss
 from ...metrics.feature_networks import load_feature_network
 from ...metrics.generation import GENERATION_METRICS, OFFERS, load_reference, sample_batches
+from ...objectives.base import Objective
+from ...objectives.flow_matching import FlowMatchingObjective
 from ...pipelines.generated import GeneratedImages
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..run import TrainingRun
 from .arguments import GenerationEvaluationArguments, SamplingArguments
+
+LINE_LATENTS = 5000  # of the store, evenly spaced, that the loss of a linear predictor is computed from
+LINE_SIGMAS = 200  # middles of as many equal shares of the noise levels
+LINE_VALUES = 2**27  # beyond so many in the covariance (1 GB) the line is left out
+
+
+def linear_predictor_line(latents: LatentData, objective: Objective) -> dict[str, float]:
+    """The loss that a linear predictor would have on the latents of a store, for the logs beside the model's own.
+
+    "loss_of_linear_predictor" is `metrics.diffusability.linear_predictor_loss` under the objective's noise levels. A
+    model that learns goes below it; it says nothing of other latents. Empty where there is none: images encoded on
+    the way, tokens, another path or prediction than the velocity on the linear path, too few latents, or so large
+    ones that their covariance would not fit.
+    """
+    store = latents.dataset
+    velocity = isinstance(objective, FlowMatchingObjective) and objective.prediction_type == "flow_prediction"
+    if not (isinstance(store, LatentStore) and velocity and objective.arguments.flow_path == "linear"):
+        return {}
+    channels, height, width = latents.latent_shape
+    if channels * (channels + 1) // 2 * (height * width) ** 2 > LINE_VALUES:
+        return {}
+    count = min(LINE_LATENTS, len(store))
+    batch = store.get_many(torch.linspace(0, len(store) - 1, count).round().long().tolist())
+    raw_latents = store.posterior(batch["moments"].float()).sample(generator=torch.Generator().manual_seed(0))
+    sigmas = objective.sigmas((torch.arange(LINE_SIGMAS) + 0.5) / LINE_SIGMAS)
+    values = latents.normalization.normalize(raw_latents)
+    found = linear_predictor_loss(values, batch.get("class_labels"), sigmas=sigmas)
+    return {} if math.isnan(found.value) else {"loss_of_linear_predictor": found.value}
 
 
 class GenerationEvaluation:
