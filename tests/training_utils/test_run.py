@@ -185,7 +185,7 @@ def test_epochs_become_steps_and_logs_hold_means(make_run, make_model, numbers):
     train(run, make_model(), numbers(20))
     assert run.step == run.max_train_steps == 5
     assert [line["step"] for line in metrics(run)] == [3, 5]
-    assert {"loss", "learning_rate", "images_per_second", "ema_distance/model"} <= metrics(run)[-1].keys()
+    assert {"loss", "learning_rate", "images_per_second", "data_wait", "ema_distance/model"} <= metrics(run)[-1].keys()
 
 
 def test_a_run_resumed_at_a_validation_step_writes_its_figures_once(make_run, make_model, numbers):

@@ -383,7 +383,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def _next_batch(self, batches: Iterator[Any]) -> Any:
-        batch = send_to_device(next(batches), self.device, non_blocking=True)
+        batch = send_to_device(self._tracking.fetch(batches), self.device, non_blocking=True)
         self.randomness.at(self.step, self._micro)
         reseed_global(self.arguments.seed, self.accelerator.process_index, self.step, self._micro)
         return batch

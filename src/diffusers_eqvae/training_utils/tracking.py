@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class Tracking:
         self._output_dir, self._accelerator = output_dir, accelerator
         self._is_main = accelerator.is_main_process
         self._last_time, self._last_step, self._first_step = time.perf_counter(), step, step
+        self._waited = 0.0
         self._bar = progress_bar(total=total_steps, initial=step, desc=name, unit="step", disable=not self._is_main)
         if not self._is_main:
             return
@@ -108,16 +109,31 @@ class Tracking:
     def advance(self) -> None:
         self._bar.update(1)
 
+    def fetch(self, batches: Iterator[Any]) -> Any:
+        """The next batch; how long it took enters `data_wait`."""
+        begun = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - begun
+        return batch
+
     def scalars(self, step: int, values: Mapping[str, float], *, images_per_step: int) -> None:
-        """Appends one line to metrics.jsonl and tells the tracker; adds images_per_second."""
+        """Appends one line to metrics.jsonl and tells the tracker; adds images_per_second and data_wait.
+
+        data_wait is the share of the time since the last line that went by until a batch was there: near 0 where the
+        data keep up with the step.
+        """
         if not self._is_main:
             return
         now = time.perf_counter()
-        rate = images_per_step * (step - self._last_step) / max(now - self._last_time, 1e-9)
-        self._last_time, self._last_step = now, step
-        self.figures(step, {**values, "images_per_second": rate})
+        elapsed = max(now - self._last_time, 1e-9)
+        rate = images_per_step * (step - self._last_step) / elapsed
+        speed = {"images_per_second": rate, "data_wait": min(1.0, self._waited / elapsed)}
+        self._last_time, self._last_step, self._waited = now, step, 0.0
+        self.figures(step, {**values, **speed})
         losses = {key: f"{value:.4g}" for key, value in values.items() if "loss" in key}
-        self._bar.set_postfix({**losses, "images/s": f"{rate:.1f}"}, refresh=sys.stderr.isatty())
+        self._bar.set_postfix(
+            {**losses, "images/s": f"{rate:.1f}", "data": f"{speed['data_wait']:.0%}"}, refresh=sys.stderr.isatty()
+        )
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and tells the tracker; NaN and infinity become null in the file."""
