@@ -25,7 +25,11 @@ SAVE_AND_LOAD = ("save_pretrained", "from_pretrained")
 # diffusers looks these up, as attributes of the package, on the library of a saved component.
 BASE_CLASSES = (ModelMixin, SchedulerMixin, DiffusionPipeline, BaseGuidance)
 # Folder -> how the names of those modules begin that define classes which a saved file may name.
-ROOMS = {"models": "", "schedulers": "scheduling_", "pipelines": "pipeline_"}
+ROOMS: dict[str, str | tuple[str, ...]] = {
+    "models": "",
+    "schedulers": "scheduling_",
+    "pipelines": ("pipeline_", "guider_"),
+}
 REMEDY = "A class of your own is there once its file is loaded: --extension FILE, or diffusers_eqvae.load_extension."
 
 
@@ -36,8 +40,8 @@ def register(classes: Iterable[type]) -> None:
     a module path, so files may move without breaking published repositories. Calling it again changes nothing.
 
     Args:
-        classes: models, schedulers and pipelines. A name that diffusers defines itself is left to diffusers and named
-            in the log: components still load as ours, `DiffusionPipeline` and `AutoModel` take diffusers' class.
+        classes: models, schedulers, guiders and pipelines. A name that diffusers defines itself is left to diffusers and
+            named in the log: components still load as ours, `DiffusionPipeline` and `AutoModel` take diffusers' class.
 
     Raises:
         ValueError: a name belongs to another class of this package or of an extension; both owners are named.
@@ -60,7 +64,7 @@ def register(classes: Iterable[type]) -> None:
 
 
 def register_rooms() -> None:
-    """Registers every model, scheduler and pipeline of the package, found by listing the folders of `ROOMS`."""
+    """Registers every model, scheduler, guider and pipeline of the package, by listing the folders of `ROOMS`."""
     register(cls for room, prefix in ROOMS.items() for cls in _classes(f"{LIBRARY}.{room}", prefix))
 
 
@@ -70,7 +74,7 @@ def require_class(name: str, source: str) -> None:
         raise ValueError(f"{source} needs the class {name}, which neither diffusers nor {LIBRARY} has. {REMEDY}")
 
 
-def _classes(package: str, prefix: str) -> Iterator[type]:
+def _classes(package: str, prefix: str | tuple[str, ...]) -> Iterator[type]:
     for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if entry.name.startswith(prefix) and not entry.name.startswith("_"):
             module = importlib.import_module(f"{package}.{entry.name}")
@@ -78,8 +82,8 @@ def _classes(package: str, prefix: str) -> Iterator[type]:
 
 
 def _is_saved(cls: object) -> bool:
-    """Pipelines, and the models and schedulers with a constructor that diffusers can repeat from a config."""
-    if not isinstance(cls, type) or not issubclass(cls, (ModelMixin, SchedulerMixin, DiffusionPipeline)):
+    """Pipelines, and the models, schedulers and guiders with a constructor that diffusers can repeat from a config."""
+    if not isinstance(cls, type) or not issubclass(cls, BASE_CLASSES):
         return False
     # @register_to_config leaves a mark; a base class has no such constructor
     return issubclass(cls, DiffusionPipeline) or hasattr(inspect.getattr_static(cls, "__init__"), "__wrapped__")

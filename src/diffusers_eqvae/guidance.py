@@ -88,9 +88,7 @@ class IntervalGuidance:
 
     def is_guided_at(self, sigma: float) -> bool:
         """Whether a call at noise level sigma needs the unconditional prediction."""
-        low, high = self.guidance_interval
-        inside = low < high and low - SIGMA_TOLERANCE <= sigma <= high + SIGMA_TOLERANCE
-        return inside and self.guidance_scale != 1.0
+        return is_inside(sigma, self.guidance_interval) and self.guidance_scale != 1.0
 
     def __call__(self, latents: Tensor, sigma: float | Tensor, class_labels: Tensor) -> Tensor:
         """The prediction for latents (B, C, h, w) and labels (B,) at noise level `sigma`, a host float or (B,)."""
@@ -135,6 +133,12 @@ class IntervalGuidance:
         n = self.guided_channels or latent_channels
         guided = torch.lerp(unconditional[:, :n], conditional[:, :n], self.guidance_scale)
         return guided if n == conditional.shape[1] else torch.cat([guided, conditional[:, n:]], dim=1)
+
+
+def is_inside(sigma: float, interval: tuple[float, float]) -> bool:
+    """Whether lo <= sigma <= hi, within 1e-6; nothing lies in an interval of lo == hi."""
+    low, high = interval
+    return low < high and low - SIGMA_TOLERANCE <= sigma <= high + SIGMA_TOLERANCE
 
 
 def validate_interval(interval: Sequence[float]) -> tuple[float, float]:

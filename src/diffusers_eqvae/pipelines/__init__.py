@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "generated": ["GeneratedImages"],
+        "guider_sigma_interval": ["SigmaIntervalGuidance"],
         "labels": ["parse_id2label", "resolve_class_labels"],
         "pipeline_class_conditional": ["ClassConditionalPipeline", "ClassConditionalPipelineOutput"],
         "pipeline_maskgit": ["MaskGITPipeline"],
