@@ -40,7 +40,7 @@ def register(classes: Iterable[type]) -> None:
     a module path, so files may move without breaking published repositories. Calling it again changes nothing.
 
     Args:
-        classes: models, schedulers, guiders and pipelines. A name that diffusers defines itself is left to diffusers and
+        classes: models, schedulers, guiders and pipelines. A name that diffusers defines itself is left to it and
             named in the log: components still load as ours, `DiffusionPipeline` and `AutoModel` take diffusers' class.
 
     Raises:

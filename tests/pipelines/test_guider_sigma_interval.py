@@ -62,9 +62,7 @@ def test_it_is_saved_and_loaded_with_its_interval(tmp_path, caplog):
     for loaded in (SigmaIntervalGuidance.from_pretrained(tmp_path), guider.new()):
         assert (loaded.guidance_scale, loaded.guidance_interval) == (1.8, (0.1, 0.7))
     assert guider.new(guidance_interval=(0.0, 1.0)).guidance_interval == (0.0, 1.0)
-    assert (
-        isinstance(loaded, ClassifierFreeGuidance)
+    assert isinstance(loaded, ClassifierFreeGuidance)
     assert diffusers_eqvae.SigmaIntervalGuidance is SigmaIntervalGuidance
-    )
     with pytest.raises(ValueError, match=r"0 <= lo <= hi <= 1; got \(0\.9, 0\.1\)"):
         SigmaIntervalGuidance(guidance_interval=(0.9, 0.1))
