@@ -1,8 +1,8 @@
-"""The health card of an autoencoder: are its latents easy to generate?"""
+"""The health card of an autoencoder: what its latents are like, property by property."""
 
 from .._lazy import face
 
 __getattr__, __dir__, __all__ = face(
     __name__,
-    {"health": ["Inspection", "Verdict", "inspect_autoencoder"], "run": ["run_inspection"]},
+    {"health": ["Finding", "Inspection", "inspect_autoencoder"], "run": ["run_inspection"]},
 )

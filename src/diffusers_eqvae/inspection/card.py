@@ -24,12 +24,14 @@ from .health import PUBLISHED, TABLE, Inspection
 COLUMNS = (
     "image",
     "reconstruction",
-    "latent rotated 90°,\ndecoded, rotated back",
+    "image rotated 90°,\nand back: D(E(tau x))",
+    "latent rotated 90°,\nand back: D(tau E(x))",
+    "latent rotated 180°,\nand back",
     "... a detail of it",
     "... its error, x 4",
-    "latent x 0.5, decoded",
-    "latent x 0.25, decoded",
-    "latent, 3 components",
+    "latent x 0.5,\ndecoded",
+    "latent x 0.25,\ndecoded",
+    "latent,\n3 components",
 )
 COLOURS = ("#c2410c", "#0f766e")
 LEVEL_COLOURS = {"good": "#15803d", "mixed": "#b45309", "poor": "#b91c1c"}
@@ -61,12 +63,12 @@ def strips(vaes: list[nn.Module], pixels: Tensor) -> list[list[list[Tile]]]:
     side = pixels.shape[-1] // DETAIL_SHARE
 
     def tiles(model: int, index: int) -> list[Tile]:
-        plain, rotated, colours, *smaller = columns[model]
+        plain, rotated, colours, bound, half_turn, *smaller = columns[model]
         (y, x), image = corners[index], pixels[index]
         error = (rotated[index] - image).abs().mean(0, keepdim=True).expand(3, -1, -1)
         return [
             Tile(to_image(image)),
-            *(_compared(decoded[index], image) for decoded in (plain, rotated)),
+            *(_compared(decoded[index], image) for decoded in (plain, bound, rotated, half_turn)),
             Tile(to_image(rotated[index, :, y : y + side, x : x + side])),
             Tile(to_image(error * ERROR_GAIN - 1)),
             *(_compared(decoded[index], target[index]) for decoded, target in smaller),
@@ -77,15 +79,23 @@ def strips(vaes: list[nn.Module], pixels: Tensor) -> list[list[list[Tile]]]:
 
 
 def _columns(vae: nn.Module, pixels: Tensor) -> tuple[Any, ...]:
-    """Reconstruction, decoded rotated latents, colours of the latents, (decoded scaled latents, target) twice."""
+    """Reconstruction, decoded rotated latents, colours of the latents, decoded rotated images, decoded latents of a
+    half turn, (decoded scaled latents, target) twice; what was rotated is rotated back, EQ-VAE's figures 2 and 6."""
     raw_latents = encode(vae, pixels).mode()
     size = (raw_latents.shape[-2], raw_latents.shape[-1])
-    rotated = torch.rot90(decode(vae, rotation(size, 1).apply_to_latents(raw_latents)), -1, (-2, -1))
+
+    def back(decoded: Tensor, quarter_turns: int) -> Tensor:
+        return torch.rot90(decoded, -quarter_turns, (-2, -1)).clamp(-1, 1)
+
+    rotated, half_turn = (back(decode(vae, rotation(size, n).apply_to_latents(raw_latents)), n) for n in (1, 2))
+    turned = rotation(size, 1).apply_to_pixels(pixels, downsampling_factor(vae))
+    bound = back(decode(vae, encode(vae, turned).mode()), 1)
     smaller = []
     for tau in (scaling(size, 0.5), scaling(size, 0.25)):
         decoded = decode(vae, tau.apply_to_latents(raw_latents)).clamp(-1, 1)
         smaller.append((decoded, tau.apply_to_pixels(pixels, downsampling_factor(vae))))
-    return decode(vae, raw_latents).clamp(-1, 1), rotated.clamp(-1, 1), latent_pca(raw_latents)[0], *smaller
+    plain = decode(vae, raw_latents).clamp(-1, 1)
+    return plain, rotated, latent_pca(raw_latents)[0], bound, half_turn, *smaller
 
 
 def _compared(decoded: Tensor, target: Tensor) -> Tile:
@@ -129,7 +139,7 @@ def draw_table(axes: Any, rows: Sequence[tuple[str, ...]], head: tuple[str, ...]
 
 
 def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[Tile]]]) -> None:
-    """Draws card.png: verdicts, `strips`, bars of errors and of dB lost, spectra, and the table of `table_rows`.
+    """Draws card.png: findings, `strips`, bars of errors and of dB lost, spectra, and the table of `table_rows`.
 
     Example:
         >>> write_png(folder / "card.png", inspections, strips(vaes, pixels[:2]))
@@ -137,10 +147,10 @@ def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[T
     # A pair of $ in a name would be typeset as mathematics.
     inspections = [replace(each, name=each.name.replace("$", r"\$")) for each in inspections]
     rows = [strip for image in tiles for strip in image]
-    heights = (0.55 * len(inspections) + 0.3, 1.95 * len(rows) + 0.5, 4.2)
+    heights = (1.25 * len(inspections) + 0.1, 1.6 * len(rows) + 0.5, 4.2)
     figure = pyplot().figure(figsize=(15.5, sum(heights)), layout="constrained")
     head, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
-    _draw_verdicts(head, inspections)
+    _draw_findings(head, inspections)
     _draw_strips(middle, rows, [inspection.name for inspection in inspections])
     errors, losses, spectra, table = bottom.subplots(1, 4, width_ratios=(1, 1, 1.3, 1.9))
     _draw_bars(errors, inspections, {"equivariance_rotation": "rotation R", "equivariance_scale": "scale S"})
@@ -157,15 +167,18 @@ def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[T
     pyplot().close(figure)
 
 
-def _draw_verdicts(figure: Any, inspections: list[Inspection]) -> None:
+def _draw_findings(figure: Any, inspections: list[Inspection]) -> None:
+    """A line for each property of each model."""
+    line = 1 / (5 * len(inspections) + 0.4)
     for index, inspection in enumerate(inspections):
-        verdict, figures = inspection.verdict, inspection.figures
-        lost = f"rotated latents lose {figures['gap_rotated']:.1f} dB, latents x 0.5 {figures['gap_halved']:.1f} dB"
-        summary, colour = f"{verdict.level.upper()}: {verdict.headline}", LEVEL_COLOURS[verdict.level]
-        y = 1 - (index + 0.6) / (len(inspections) + 0.3)
-        figure.text(0.012, y, inspection.name, fontsize=15, weight="bold", color=COLOURS[index], va="center")
-        figure.text(0.26, y, summary, fontsize=14, weight="bold", color=colour, va="center")
-        figure.text(0.68, y, lost, fontsize=12, va="center")
+        top = 1 - (5 * index + 0.7) * line
+        figure.text(0.012, top, inspection.name, fontsize=14, weight="bold", color=COLOURS[index], va="center")
+        for row, finding in enumerate(inspection.findings):
+            y = top - row * line
+            colour = LEVEL_COLOURS.get(finding.level or "", "#222")
+            figure.text(0.14, y, finding.name, fontsize=11, weight="bold", va="center")
+            figure.text(0.23, y, finding.says, fontsize=11, color=colour, va="center")
+            figure.text(0.57, y, finding.evidence[0], fontsize=10, color="#444", va="center")
 
 
 def _draw_strips(figure: Any, rows: list[list[Tile]], names: list[str]) -> None:
@@ -193,10 +206,12 @@ def _draw_bars(axes: Any, inspections: list[Inspection], labels: dict[str, str])
     axes.margins(y=0.12)
     axes.set_xticks(range(len(labels)), labels.values())
     for group, key in enumerate(labels):
-        for (name, value), style in zip(PUBLISHED.get(key, {}).items(), ("-", "--"), strict=False):
-            axes.plot([group - 0.45, group + 0.45], [value, value], style, color="#555", linewidth=1)
-            text = axes.text(group + 0.45, value, f"{name}*", fontsize=7, ha="right", va="bottom", color="#555")
-            text.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5})
+        published = PUBLISHED.get(key, {})
+        lines = [(f"{name} {paper}", value) for paper, each in published.items() for name, value in each.items()]
+        for (name, value), style in zip(lines, ("-", "--") * 2, strict=False):
+            axes.plot([group - 0.45, group + 0.45], [value, value], style, color="#555", linewidth=0.8)
+            text = axes.text(group + 0.45, value, f"{name}*", fontsize=6, ha="right", va="bottom", color="#555")
+            text.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.2})
 
 
 def _draw_spectra(axes: Any, inspections: list[Inspection]) -> None:

@@ -30,7 +30,7 @@ from .health import Inspection, inspect_autoencoder, result_card
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = """Are this autoencoder's latents easy to generate?
+DESCRIPTION = """What are this autoencoder's latents like: reconstruction, equivariance, diffusability, channels.
 
 Writes card.html, card.png and, for `eqvae compare`, a result card of each model. `eqvae inspect MODEL ...` is short
 for `eqvae inspect --vae MODEL ...`.
@@ -102,8 +102,8 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
 
     Example:
         >>> arguments = InspectArguments(vae="madebyollin/taesd", data_dir="kodak", output_dir="runs/card")
-        >>> run_inspection(arguments)[0].verdict.level
-        'poor'
+        >>> run_inspection(arguments)[0].findings[1].says
+        'the decoder does not follow transformed latents'
     """
     pyplot()  # what is not installed is missed here, not after measuring
     folder, resolution = Path(arguments.output_dir), arguments.resolution
@@ -170,14 +170,15 @@ def _card_names(names: list[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`eqvae inspect`: the verdicts, and where the card is."""
+    """`eqvae inspect`: what was found, and where the card is."""
     argv = list(argv)
     if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "--vae")
     (arguments,) = parse(InspectArguments, argv=argv, description=DESCRIPTION)
     start_logging(format="%(levelname)s: %(message)s")
     for inspection in run_inspection(arguments):
-        print(f"{inspection.name}: {inspection.verdict.level}. {inspection.verdict.headline}")
-        print(*(f"  - {reason}" for reason in inspection.verdict.reasons), sep="\n")
+        print(inspection.name)
+        for finding in inspection.findings:
+            print(f"  {finding.name}: {finding.says}", *(f"    - {each}" for each in finding.evidence), sep="\n")
     print(f"The card: {arguments.output_dir}/card.html")
     return 0
