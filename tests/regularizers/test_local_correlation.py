@@ -67,7 +67,9 @@ def test_following_its_gradient_makes_neighbours_alike():
 
 def test_two_ranks_have_the_gradient_of_the_whole(monkeypatch):
     """Each half is given what both together would say: mean and variance of the channels, and the correlation."""
-    whole = (torch.randn(4, 5, 4, 4) + torch.tensor([5.0, 0, 0, 0]).view(4, 1, 1, 1)).requires_grad_()
+    smooth = torch.randn(2, 5, 2, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    # One half is above the threshold and the other below, so that the mean over both decides.
+    whole = torch.cat([smooth + 0.1 * torch.randn(2, 5, 4, 4) + 0.5, torch.randn(2, 5, 4, 4)]).requires_grad_()
     regularizer = LocalCorrelationRegularizer()
     expected = regularizer.penalty(state_of(whole), {}, ())
     expected.backward()
