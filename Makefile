@@ -5,7 +5,7 @@ TEST_WORKERS ?= 2
 OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-slow lint api clean distclean
+.PHONY: demo test test-slow lint api docs clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/eqvae demo --output_dir runs/demo $(DEMO_ARGS)
@@ -23,6 +23,10 @@ lint: $(VENV)/.installed-dev
 
 api: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.test_api
+
+docs: $(VENV)/.installed-dev
+	$(PIP_INSTALL) -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 $(VENV)/bin/python:
 	@command -v "$(PYTHON)" >/dev/null || \
@@ -43,7 +47,7 @@ $(VENV)/.installed-dev: setup.py | $(VENV)/bin/python
 	@touch $(VENV)/.installed-demo $@
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests training pipelines benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

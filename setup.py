@@ -30,6 +30,7 @@ TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
 EVAL = ["evaluate", "torch-fidelity>=0.4"]
 ODE = ["torchode>=1"]
 DEMO = ["scikit-image", "matplotlib"]
+DOCS = ["mkdocs-material>=9"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
 
@@ -71,6 +72,8 @@ setup(
     description="EQ-VAE and ReaLS autoencoders and SiT/DiT generators as native Hugging Face diffusers components.",
     long_description=(ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
+    author="The diffusers_eqvae authors",
+    keywords="diffusion, diffusers, vae, autoencoder, equivariance, eq-vae, reals, sit, dit, maskgit, latent",
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"": "src"},
@@ -84,12 +87,18 @@ setup(
         "eval": EVAL,
         "ode": ODE,
         "demo": TRAIN + DEMO,
+        "docs": DOCS,
         "dev": TRAIN + EVAL + ODE + DEMO + DEV,
     },
     entry_points={"console_scripts": ["eqvae=eqvae_command:main"]},
     classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

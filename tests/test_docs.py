@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -126,6 +128,15 @@ def test_the_readme_s_training_loop_runs_and_moves_all_that_it_trains(tiny_autoe
     assert isinstance(names["statistics"], LatentStatistics)
     normalization = LatentNormalization.from_vae(vae)
     assert normalization.mean_and_std[0] == pytest.approx(names["statistics"].mean, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "rows" / "index.html").is_file()
 
 
 ROWS = ROOT / "docs" / "rows.md"
