@@ -19,6 +19,7 @@ from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
 from diffusers_eqvae.training_utils.autoencoder import arguments as cli
 from diffusers_eqvae.training_utils.autoencoder import build
 from diffusers_eqvae.training_utils.autoencoder.save import evaluation_metadata, save_autoencoder, training_metadata
+from diffusers_eqvae.training_utils.autoencoder.trainable import keeps_latents
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
@@ -48,9 +49,11 @@ def main(argv: list[str] | None = None) -> None:
         regularizing,
         methods,
         reduction=weights.reduction,
+        normalization=evaluation.normalization,
         gradient_checkpointing=run_arguments.gradient_checkpointing,
     )
     images, held_out = build.load_images(data, evaluation, objective, regularizing)
+    examples = build.training_data(model, data, images, objective)
     smallest_px = build.smallest_image_px(objective, data.resolution)
     perceptual = build.build_perceptual(losses, smallest_px=smallest_px)
     discriminator = build.build_discriminator(losses, smallest_px=smallest_px)
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         average=lambda tensor: run.accelerator.reduce(tensor, reduction="mean"),
     )
 
-    for batch in run.steps(run.loader(images)):
+    for batch in run.steps(run.loader(examples)):
         if run.due(run_arguments.validation_steps, at_start=True):
             validate(run, held_out)
         draw = objective.draw(batch, run.randomness)
@@ -87,12 +90,13 @@ def main(argv: list[str] | None = None) -> None:
         save_autoencoder(
             directory,
             run.averaged("objective"),
+            latents_kept=keeps_latents(objective.model),
             discriminator=discriminator,
             images=images,
             evaluation=evaluation,
             model=model,
             data=data,
-            training=training_metadata(run, losses, regularizing, methods),
+            training=training_metadata(run, model, losses, regularizing, methods),
             provenance=run.provenance(),
             measured=evaluation_metadata(run, metrics, data, evaluation),
         )

@@ -411,6 +411,8 @@ def last_decoder_layer(vae: Autoencoder) -> nn.Conv2d:
 
 def _last_convolution(module: nn.Module) -> nn.Conv2d:
     conv_out = getattr(module, "conv_out", None)
+    conv_out = getattr(conv_out, "base_layer", conv_out)  # under an adapter of peft
     if isinstance(conv_out, nn.Conv2d):
         return conv_out
-    return [child for child in module.modules() if isinstance(child, nn.Conv2d)][-1]
+    named = module.named_modules()
+    return [child for name, child in named if isinstance(child, nn.Conv2d) and "lora_" not in name][-1]

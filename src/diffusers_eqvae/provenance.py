@@ -34,7 +34,8 @@ from .latents import LatentNormalization
 # How the Hub's cache lays files out: models--OWNER--NAME/snapshots/COMMIT/...
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PARAMETERS = {
+# Each part of an autoencoder, by how the names of its parameters begin.
+AUTOENCODER_PARTS = {
     "encoder": ("encoder.", "quant_conv."),
     "codebook": ("quantize.",),
     "decoder": ("decoder.", "post_quant_conv."),
@@ -79,7 +80,7 @@ def autoencoder_identity(vae: Autoencoder) -> dict[str, Any]:
         "latent_channels": latent_channels(vae),
         "downsampling_factor": downsampling_factor(vae),
         "latent_range": None if bounds is None else list(bounds),
-        **{part: _part_hashes(vae, part) for part in _PARAMETERS},
+        **{part: _part_hashes(vae, part) for part in AUTOENCODER_PARTS},
         "normalization": _normalization_hash(vae),
     }
 
@@ -129,7 +130,9 @@ def _agree(part: str, expected: Any, given: Autoencoder | Mapping[str, Any]) -> 
 
 
 def _parameters(vae: Autoencoder, part: str) -> list[tuple[str, torch.Tensor]]:
-    return sorted((name, value) for name, value in vae.state_dict().items() if name.startswith(_PARAMETERS[part]))
+    return sorted(
+        (name, value) for name, value in vae.state_dict().items() if name.startswith(AUTOENCODER_PARTS[part])
+    )
 
 
 def _part_hashes(vae: Autoencoder, part: str) -> dict[str, str] | None:
@@ -144,7 +147,7 @@ def _part_hash(vae: Autoencoder, part: str, precision: str) -> str:
         _add_values(digest, value.detach().to("cpu", _PRECISIONS[precision]))
     for name, module in vae.named_modules():
         padding_mode = module.padding_mode if isinstance(module, nn.Conv2d) else "zeros"
-        if name.startswith(_PARAMETERS[part]) and padding_mode != "zeros":
+        if name.startswith(AUTOENCODER_PARTS[part]) and padding_mode != "zeros":
             digest.update(f"{name}:{padding_mode}".encode())
     return digest.hexdigest()[:16]
 

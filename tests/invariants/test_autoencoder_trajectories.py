@@ -100,6 +100,16 @@ def test_two_ranks_are_one_with_twice_the_batch(tmp_path, material):
         assert_close(state, last_checkpoint(tmp_path / "two", name))
 
 
+@pytest.mark.slow
+def test_two_ranks_train_a_few_blocks_as_one_does(tmp_path, material):
+    options = {"trainable": ["decoder.up_blocks.1", "encoder.conv_in"], "adaptive_disc_weight": False}
+    one = train(material, tmp_path / "one", train_batch_size=4, **options)
+    finished = torchrun(SCRIPT, flags(material, tmp_path / "two", **options), processes=2)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    for name, state in one.items():
+        assert_close(state, last_checkpoint(tmp_path / "two", name))
+
+
 def test_accumulation_is_a_larger_batch(tmp_path, material):
     """The adaptive weight is a function of what it is measured on, one micro-batch, so it is fixed here."""
     options = {"adaptive_disc_weight": False}

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if not (run / ARGUMENTS).is_file():
         raise ValueError(f"{run} holds no {ARGUMENTS}, which says how to build what {checkpoint.name} holds.")
     trained = yaml.safe_load((run / ARGUMENTS).read_text())
-    transformer = "latents_dir" in trained
+    transformer = "model" in trained
     words = QUIET | {"output_dir": options.destination, "resume_from_checkpoint": checkpoint}
     words["max_train_steps"] = read_marker(checkpoint)["step"]  # all of them are done
     if transformer:

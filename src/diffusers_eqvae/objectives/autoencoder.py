@@ -19,8 +19,10 @@ from torch.nn.grad import conv2d_weight
 
 from ..autoencoders import (
     Decoded,
+    Posterior,
     downsampling_factor,
     encode,
+    is_deterministic,
     last_decoder_layer,
     last_encoder_layer,
     latent_channels,
@@ -79,7 +81,8 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
     def forward(self, batch: Mapping[str, Tensor], draw: Mapping[str, Any]) -> dict[str, Any]:
         """
         Args:
-            batch: "pixel_values" (B, 3, H, W) in [-1, 1], and the features that a regularizer reads.
+            batch: "pixel_values" (B, 3, H, W) in [-1, 1], and the features that a regularizer reads; with "moments"
+                (B, c, h, w) beside them (of a latent store) nothing is encoded, and no regularizer augments.
             draw: from `draw`; a step that encodes smaller images uses the noise's top-left corner.
 
         Returns:
@@ -89,9 +92,13 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         """
         pixels = batch["pixel_values"]
         active = self.active(draw)
-        for _, regularizer, drawn in active:
-            pixels = regularizer.augment(pixels, drawn)
-        posterior = encode(self.model, pixels)
+        stored = batch.get("moments")
+        if stored is not None:
+            posterior = Posterior.from_moments(stored.float(), deterministic=is_deterministic(self.model))
+        else:
+            for _, regularizer, drawn in active:
+                pixels = regularizer.augment(pixels, drawn)
+            posterior = encode(self.model, pixels)
         height, width = posterior.mean.shape[-2:]
         sampled = self.sample_posterior
         raw_latents = posterior.sample(draw["noise"][..., :height, :width]) if sampled else posterior.mode()

@@ -262,14 +262,14 @@ def tie_idle(module: nn.Module, outputs: Iterable[Tensor]) -> Tensor:
     Example:
         >>> loss = loss + tie_idle(model, [loss])
     """
-    used = _reached(outputs)
+    used = reached_by(outputs)
     idle = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in used]
     if not idle:
         return next(iter(outputs)).new_zeros(())
     return 0.0 * torch.stack([weight.sum() for weight in idle]).sum()
 
 
-def _reached(outputs: Iterable[Tensor]) -> set[int]:
+def reached_by(outputs: Iterable[Tensor]) -> set[int]:
     """Identities of the leaves that the outputs' gradients reach."""
     pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen, leaves = set(pending), {id(output) for output in outputs if output.is_leaf}

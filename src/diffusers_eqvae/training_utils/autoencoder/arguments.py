@@ -39,6 +39,21 @@ class AutoencoderArguments(Checked):
             "help": "Padding of the convolutions; unset keeps the model's own. Plain diffusers knows only zeros."
         },
     )
+    trainable: list[str] = field(
+        default_factory=lambda: ["full"],
+        metadata={
+            "help": "full; decoder (latents, stores and generators stay valid); encoder; or names of the module tree, "
+            "e.g. decoder.up_blocks.3 decoder.conv_out. All else is frozen."
+        },
+    )
+    latents_dir: str | None = field(
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Latent store of the images of --train_data_dir, which a --trainable decoder then decodes: the "
+            "encoder costs nothing. Needs --center_crop, as the store was cropped.",
+        },
+    )
     sample_posterior: bool = field(
         default=True, metadata={"help": "Decode a sample of the posterior while training, instead of its mean."}
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...data.latent_store import LatentStore
+from ...data.stored_images import StoredImages
 from ...files import read_json
 from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ, as_class
@@ -30,6 +31,7 @@ from .arguments import (
     AutoencoderLossArguments,
     RegularizerArguments,
 )
+from .trainable import freeze_all_but, keeps_latents, refuse_other_latents
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +130,36 @@ def load_images(
     return images, torch.stack([chosen[index]["pixel_values"] for index in range(count)])
 
 
+def training_data(
+    arguments: AutoencoderArguments, data: DataArguments, images: PixelDataset, objective: AutoencoderObjective
+) -> PixelDataset | StoredImages:
+    """The images, or the latents of --latents_dir with them.
+
+    Raises:
+        ValueError: an encoder that is trained; a store of another autoencoder, of other images, or of other crops.
+    """
+    if arguments.latents_dir is None:
+        return images
+    if not keeps_latents(objective.model):
+        raise ValueError(
+            "--latents_dir holds latents of an encoder that stays as it is; give --trainable decoder, or leave it out."
+        )
+    store = LatentStore(arguments.latents_dir, vae=objective.model)
+    if (data.resolution, data.center_crop) != (store.settings.resolution, True):
+        raise ValueError(
+            f"The store {store.path} holds centre crops of {store.settings.resolution} px; add --center_crop "
+            f"--resolution {store.settings.resolution}, so that images are cropped alike."
+        )
+    return StoredImages(store, images.source, random_flip=data.random_flip)
+
+
 def build_objective(
     arguments: AutoencoderArguments,
     regularizing: RegularizerArguments,
     methods: Mapping[str, Any],
     *,
     reduction: Literal["sum", "mean"],
+    normalization: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> AutoencoderObjective:
     """The autoencoder to train, inside its objective with the regularizers that were chosen.
@@ -141,8 +167,15 @@ def build_objective(
     Args:
         methods: the regularizers' own arguments, by name.
         reduction: of the KL term.
+        normalization: that of the finished config, as asked for.
     """
     vae = build_autoencoder(arguments, gradient_checkpointing=gradient_checkpointing)
+    freeze_all_but(vae, arguments.trainable)
+    refuse_other_latents(
+        vae,
+        pretrained=arguments.pretrained_model_name_or_path is not None,
+        asked={"padding_mode": arguments.padding_mode, "normalization": normalization},
+    )
     store = LatentStore(regularizing.features_dir) if regularizing.features_dir else None
     held = {} if store is None else store.settings.features
     regularizers = build_regularizers(regularizing.regularizers, methods, vae, features=held, pixels=True)

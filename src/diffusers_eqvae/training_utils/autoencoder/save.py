@@ -30,6 +30,7 @@ from .arguments import (
     AutoencoderLossArguments,
     RegularizerArguments,
 )
+from .trainable import WHOLE
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ MEASURED = {
 
 def training_metadata(
     run: TrainingRun,
+    model: AutoencoderArguments,
     losses: AutoencoderLossArguments,
     regularizing: RegularizerArguments,
     methods: Mapping[str, Any],
@@ -60,6 +62,7 @@ def training_metadata(
     chosen = [name for name in regularizing.regularizers if name != "none"]
     return {
         **run.settings(),
+        **({} if model.trainable == [WHOLE] else {"trainable": " ".join(model.trainable)}),
         "losses": {name: weight for name, weight in weights.items() if weight},
         "regularizers": {name: vars(methods[name]) if name in methods else {} for name in chosen},
     }
@@ -100,12 +103,17 @@ def measure_normalization(vae: ModelMixin, images: PixelDataset, num_samples: in
 
 
 def settle_normalization(
-    vae: ModelMixin, images: PixelDataset, evaluation: AutoencoderEvaluationArguments, *, pretrained: bool
+    vae: ModelMixin,
+    images: PixelDataset,
+    evaluation: AutoencoderEvaluationArguments,
+    *,
+    pretrained: bool,
+    latents_kept: bool = False,
 ) -> int | None:
     """Writes what --normalization means into the config; on how many images it was measured, or None."""
     chosen, came = evaluation.normalization, LatentNormalization.from_vae(vae)
     if chosen is None:
-        chosen = "config" if pretrained and came.mean is None else "channel"
+        chosen = "config" if latents_kept or (pretrained and came.mean is None) else "channel"
         logger.info("--normalization %s: unset, and decided by what the autoencoder came with.", chosen)
     if chosen == "config" and has_codebook(vae):
         return None  # tokens need none
@@ -126,6 +134,7 @@ def save_autoencoder(
     directory: Path,
     objective: AutoencoderObjective,
     *,
+    latents_kept: bool,
     discriminator: nn.Module | None,
     images: PixelDataset,
     evaluation: AutoencoderEvaluationArguments,
@@ -139,6 +148,7 @@ def save_autoencoder(
 
     Args:
         objective: its model and its components are written.
+        latents_kept: whether its encoder was left as it was.
         images: training images, on which mean and std of the latents are measured.
         evaluation: how many of them, and whether the config takes the result.
         training: from `training_metadata`.
@@ -146,7 +156,8 @@ def save_autoencoder(
         measured: from `evaluation_metadata`.
     """
     vae = objective.model
-    num_samples = settle_normalization(vae, images, evaluation, pretrained=bool(model.pretrained_model_name_or_path))
+    pretrained = bool(model.pretrained_model_name_or_path)
+    num_samples = settle_normalization(vae, images, evaluation, pretrained=pretrained, latents_kept=latents_kept)
     # mean_std.json is always the map in the config, so that whoever reads either normalises alike.
     normalization = LatentNormalization.from_vae(vae)
     vae.save_pretrained(directory)
@@ -161,7 +172,8 @@ def save_autoencoder(
             "class": type(vae).__name__,
             "base_model": model.pretrained_model_name_or_path,
             "padding_mode": vae.config.get("padding_mode"),
-            "latent_space_changed": True,
+            "latent_space_changed": not latents_kept,
+            "compatibility": "drop-in" if latents_kept else None,
             "papers": [{"name": paper[0], "arxiv": paper[1]} for paper in papers if paper is not None],
             "normalization": {
                 "mean": normalization.mean and list(normalization.mean),
