@@ -264,21 +264,19 @@ def test_what_replaces_a_term_is_refused_beside_it(material):
     AutoencoderStep(objective, objective, weights=AutoencoderLossWeights(kl=0, **weights))
 
 
-def together() -> list[str]:
-    """Every regularizer, but those that another excludes."""
-    excluded = {other for name in MEMBERS for other in REGULARIZERS[name].excludes}
-    return [name for name in MEMBERS if name not in excluded]
+EXCLUDED = [name for name in MEMBERS if any(name in REGULARIZERS[other].excludes for other in MEMBERS)]
+TOGETHER = [name for name in MEMBERS if name not in EXCLUDED]
 
 
-def flags(material, output_dir, **options) -> list[str]:
+def flags(material, output_dir, names=TOGETHER, **options) -> list[str]:
     own = {}
-    for name in together():
+    for name in names:
         own |= options_of(name, material)
     defaults = {
         "pretrained_model_name_or_path": material / "autoencoder",
         "train_data_dir": material / "images",
         "output_dir": output_dir,
-        "regularizers": together(),
+        "regularizers": names,
         "resolution": 32,
         "reduction": "mean",
         "perceptual_weight": 0,
@@ -299,16 +297,17 @@ def flags(material, output_dir, **options) -> list[str]:
     return as_flags({**defaults, **own, **options})
 
 
-def test_all_of_them_train_one_autoencoder_and_resume_exactly(material, tmp_path):
+@pytest.mark.parametrize("names", [TOGETHER, EXCLUDED], ids=["together", "those that others exclude"])
+def test_all_of_them_train_one_autoencoder_and_resume_exactly(material, tmp_path, names):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run_script(SCRIPT, flags(material, whole))
+    run_script(SCRIPT, flags(material, whole, names))
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    for name in together():
+    for name in names:
         if REGULARIZERS[name].penalty is not AutoencoderRegularizer.penalty:
             assert any(f"loss/{name}" in record for record in records), name
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000004")
-    run_script(SCRIPT, flags(material, resumed, resume_from_checkpoint="latest"))
+    run_script(SCRIPT, flags(material, resumed, names, resume_from_checkpoint="latest"))
     assert_equal(last_checkpoint(whole, "objective"), last_checkpoint(resumed, "objective"))
 
 
@@ -322,7 +321,7 @@ def test_all_of_them_on_two_ranks(material, tmp_path):
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("one", "two")
     )
-    for name in (name for name in together() if REGULARIZERS[name].couples_samples):
+    for name in (name for name in TOGETHER if REGULARIZERS[name].couples_samples):
         first, second = (next(r[f"loss/{name}"] for r in records if f"loss/{name}" in r) for records in (one, two))
         assert first == pytest.approx(second, rel=1e-4), name
 
