@@ -333,9 +333,7 @@ def test_dry_run_leaves_nothing(script, tmp_path, store, capsys):
     assert "Disk per checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "preset", sorted((ROOT / "training" / "configs").glob("*it_*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_describe_models_that_exist(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, *_ = parse(*GROUPS, argv=[str(preset), "--output_dir", "x"], choices=cli.transformer_choices)
