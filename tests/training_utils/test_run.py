@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import types
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusers_eqvae.training_utils.arguments import RunArguments
 from diffusers_eqvae.training_utils.run import TrainingRun
 
 
@@ -267,3 +269,17 @@ def test_an_average_that_cannot_follow_is_said(make_run, make_model, numbers, ca
     caplog.clear()
     train(make_run(ema_decay=0.5, resume_from_checkpoint="latest"), make_model(), numbers(), stop_after=1)
     assert not any("average" in message for message in caplog.messages)
+
+
+def test_a_finished_run_is_pushed_as_its_options_say(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("diffusers_eqvae.training_utils.run.push_run", lambda *args, **kw: pushed.append((args, kw)))
+    arguments = RunArguments(
+        output_dir=str(tmp_path), push_to_hub=True, hub_model_id="me/x", hub_private=True, hub_revision="v2"
+    )
+    run = types.SimpleNamespace(arguments=arguments, is_main=True, output_dir=tmp_path)
+    with pytest.raises(SystemExit):  # None is not a push that worked
+        TrainingRun.push(run)
+    run.is_main = False
+    TrainingRun.push(run)
+    assert pushed == [((tmp_path, "me/x"), {"private": True, "revision": "v2", "hub_images": None})]

@@ -163,6 +163,10 @@ class RunArguments(Checked):
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to push to (user/name); unset, the name of output_dir."}
     )
+    hub_private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "Branch to push to, created if missing; unset, main."}
+    )
     hub_images: Literal["none", "validation"] | None = field(
         default=None,
         metadata={

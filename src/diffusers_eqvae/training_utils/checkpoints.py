@@ -64,6 +64,9 @@ HARMLESS = frozenset(
         "dry_run",
         "push_to_hub",
         "hub_model_id",
+        "hub_private",
+        "hub_revision",
+        "hub_images",
     }
 )
 # These change no step that is done, unless the learning rate follows the length of the run.

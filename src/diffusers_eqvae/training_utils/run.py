@@ -315,8 +315,10 @@ class TrainingRun:
 
     def push(self) -> None:
         """Publishes the finished run on the Hub, if --push_to_hub says so; a push that fails ends the program."""
-        name, shown = self.arguments.hub_model_id, self.arguments.hub_images
-        if self.arguments.push_to_hub and self.is_main and not push_run(self.output_dir, name, hub_images=shown):
+        given = self.arguments
+        options: dict[str, Any] = {"private": given.hub_private, "revision": given.hub_revision}
+        options["hub_images"] = given.hub_images
+        if given.push_to_hub and self.is_main and not push_run(self.output_dir, given.hub_model_id, **options):
             sys.exit(1)
 
     # ------------------------------------------------------------------ inside
