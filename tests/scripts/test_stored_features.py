@@ -66,7 +66,8 @@ def train(place, output, **options) -> dict:
 
 def losses(place, output) -> list[dict]:
     lines = map(json.loads, (place / output / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key.startswith("loss")} for line in lines if "loss" in line]
+    names = ("loss", "loss/flow", "loss/masked", "loss/repa", "loss/vae_repa")  # a store adds what it knows of its own
+    return [{key: line[key] for key in names if key in line} for line in lines if "loss" in line]
 
 
 def content(path) -> dict[str, bytes]:
