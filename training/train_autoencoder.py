@@ -24,13 +24,12 @@ from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
 
-ADAM_BETAS = (0.5, 0.9)  # of VQGAN and LDM, for autoencoder and discriminator
-
 
 def main(argv: list[str] | None = None) -> None:
-    model, losses, regularizing, evaluation, data, run_arguments, methods = parse(
+    model, losses, optimizer, regularizing, evaluation, data, run_arguments, methods = parse(
         cli.AutoencoderArguments,
         cli.AutoencoderLossArguments,
+        cli.AutoencoderOptimizerArguments,
         cli.RegularizerArguments,
         cli.AutoencoderEvaluationArguments,
         DataArguments,
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         script=__file__,
         choices=cli.autoencoder_choices,
     )
-    groups = (model, losses, regularizing, evaluation, data, *methods.values())
+    groups = (model, losses, optimizer, regularizing, evaluation, data, *methods.values())
     run = TrainingRun(run_arguments, *groups, name="autoencoder")
 
     weights = build.build_loss_weights(losses)
@@ -59,12 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     discriminator = build.build_discriminator(losses, smallest_px=smallest_px)
 
     # Only wrapped modules are called in the step: DDP and autocast live in the wrapping.
-    wrapped_objective = run.add("objective", objective, optimizer="adam", betas=ADAM_BETAS, ema=True)
+    wrapped_objective = run.add("objective", objective, **optimizer.options, ema=True)
     for helper in objective.frozen_modules():
         run.add_frozen(helper)
     wrapped_discriminator = None
     if discriminator is not None:
-        wrapped_discriminator = run.add("discriminator", discriminator, optimizer="adam", betas=ADAM_BETAS)
+        wrapped_discriminator = run.add(
+            "discriminator", discriminator, **optimizer.options, learning_rate=losses.disc_learning_rate
+        )
     step = AutoencoderStep(
         wrapped_objective,
         objective,

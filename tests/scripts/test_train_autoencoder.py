@@ -135,6 +135,20 @@ def test_the_discriminator_is_trained(folder, tiny_autoencoder_kl):
     assert any(record.get("loss/discriminator", 0) > 0 for record in records)
 
 
+def test_the_optimizer_and_the_discriminators_rate_are_chosen(folder, tiny_autoencoder_kl):
+    options = {"optimizer": "adamw", "adam_beta1": 0.8, "adam_epsilon": 1e-6, "adam_weight_decay": 0.5}
+    options |= {"disc_weight": 0.5, "disc_channels": 8, "disc_num_layers": 1, "disc_learning_rate": 0}
+    options |= {"max_train_steps": 1, "validation_steps": 0, "ema_decay": 0.5}
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, **options))
+    states = {name: last_checkpoint(folder / "run", name) for name in ("objective", "discriminator")}
+    rates = {"objective": 1e-3, "discriminator": 0.0}
+    for name, state in states.items():
+        (group,) = state["optimizer"]["param_groups"]
+        assert tuple(group["betas"]) == (0.8, 0.9) and (group["eps"], group["weight_decay"]) == (1e-6, 0.5)
+        assert group["lr"] == rates[name] and group["decoupled_weight_decay"]
+        assert state["optimizer"]["state"]
+
+
 def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
     """At lr 4.5e-6 a bfloat16 weight would not move; the masters are float32 and the average follows them."""
     options = {"mixed_precision": "bf16", "learning_rate": 4.5e-6, "max_train_steps": 200, "ema_decay": 0.9}
@@ -159,6 +173,7 @@ def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):
         ({"model_config": "x.json"}, "exactly one of"),
         ({"train_data_dir": "nowhere"}, "does not exist"),
         ({"p_equivariance": 1.5}, "p_equivariance"),
+        ({"adam_weight_decay": 0.1}, "decoupled from the gradient.*give --optimizer adamw, or leave it out"),
         ({"learning_rate": -1}, "learning_rate must not be negative"),
     ],
 )

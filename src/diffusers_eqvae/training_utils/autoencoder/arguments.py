@@ -89,6 +89,10 @@ class AutoencoderLossArguments(Checked):
         default=0.5,
         metadata={"help": "Weight of the adversarial term; 0 trains without a discriminator.", "range": "[0, inf)"},
     )
+    disc_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the discriminator; unset: --learning_rate.", "range": "[0, inf)"},
+    )
     disc_start: int = field(
         default=0, metadata={"help": "First optimizer step with the adversarial term.", "range": "[0, inf)"}
     )
@@ -108,6 +112,37 @@ class AutoencoderLossArguments(Checked):
         default=True,
         metadata={"help": "Multiply disc_weight by |grad nll| / |grad g| at the decoder's last layer (VQGAN)."},
     )
+
+
+@dataclass
+class AutoencoderOptimizerArguments(Checked):
+    """How autoencoder and discriminator are optimized; the defaults are those of VQGAN and LDM."""
+
+    optimizer: Literal["adam", "adamw"] = field(default="adam", metadata={"help": "Of both."})
+    adam_beta1: float = field(default=0.5, metadata={"help": "First beta.", "range": "[0, 1)"})
+    adam_beta2: float = field(default=0.9, metadata={"help": "Second beta.", "range": "[0, 1)"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Added to the denominator.", "range": "(0, inf)"})
+    adam_weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled weight decay, of adamw alone.", "range": "[0, inf)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adam_weight_decay and self.optimizer != "adamw":
+            raise ValueError(
+                f"--adam_weight_decay {self.adam_weight_decay:g} is decoupled from the gradient, which adam's is not; "
+                "give --optimizer adamw, or leave it out."
+            )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As `TrainingRun.add` takes them."""
+        return {
+            "optimizer": self.optimizer,
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eps": self.adam_epsilon,
+            "weight_decay": self.adam_weight_decay,
+        }
 
 
 @dataclass
