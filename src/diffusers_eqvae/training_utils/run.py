@@ -123,10 +123,8 @@ class TrainingRun:
         *,
         learning_rate: float | None = None,
         optimizer: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
         ema: bool = False,
+        **options: Any,
     ) -> nn.Module:
         """Registers a module to be optimized and gives back what the step must call (autocast and DDP around it).
 
@@ -136,7 +134,7 @@ class TrainingRun:
             name: key in checkpoints and logs.
             module: float32; only parameters with requires_grad are optimized.
             learning_rate: peak value; None takes --learning_rate.
-            optimizer: "adamw" or "adam", with `betas`, `eps` and `weight_decay`.
+            optimizer: "adamw" or "adam"; `options` are its betas, eps and weight_decay (0 unless given).
             ema: keep a moving average, if --use_ema allows; read it through `averaged(name)`.
         """
         if name in self.modules:
@@ -146,7 +144,7 @@ class TrainingRun:
         module.to(self.device)
         average = ExponentialAverage(module, self.arguments.ema_decay) if ema and self.arguments.use_ema else None
         rate = self.arguments.learning_rate if learning_rate is None else learning_rate
-        built = build_optimizer(optimizer, parameters, lr=rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        built = build_optimizer(optimizer, parameters, lr=rate, **{"weight_decay": 0.0, **options})
         entry = OptimizedModule(name, module, module, built, rate, average)
         if self._checkpoint is not None:
             entry.load_state_dict(read_module(self._checkpoint, name))
