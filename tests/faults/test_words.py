@@ -263,6 +263,7 @@ from pathlib import Path
 from diffusers_eqvae.demo import stage, stages
 import signal
 signal.signal(signal.SIGTERM, stage.end_with_stages)
+stage.PROGRAM = [sys.executable]
 stage.Stage("x", ["-c", "import time; print('stage', flush=True); time.sleep(60)"], Path(sys.argv[1]) / "x").run()
 """
 

@@ -2,146 +2,291 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
+from ..autoencoders import decode, downsampling_factor, encode, evaluating, load_autoencoder
 from ..data.image_datasets import PixelDataset, load_image_dataset
+from ..equivariance import Tau, rotation, scaling
 from ..files import write_json, write_text
-from ..images import CAPTIONS, comparison_rows, evenly_spaced, grid, image_grid
-from ..inspection.card import draw_table, pyplot
+from ..images import evenly_spaced, image_grid, to_image, to_pixels
+from ..inspection.card import pyplot
+from ..metrics.distances import kernel_distance
+from ..metrics.reconstruction import psnr
 from ..model_card import METADATA_FILE, RunMetadata
 from ..templates import render_template
-from ..training_utils.autoencoder.arguments import AutoencoderArguments
-from ..training_utils.autoencoder.build import build_autoencoder
+from .emoji import ATTRIBUTION, SHOWN
 from .stage import Stage
 
 BRANCHES = {"plain": "without EQ", "eq": "with EQ"}
+FILES = ["metrics.json", "report.html", "report.png"]
+FIGURES = ["comparison.png", "samples.png", "curves.png"]
+FILES += [*FIGURES, *(f"latents_{branch}.png" for branch in BRANCHES)]
+# Figure of a fine-tuned autoencoder's evaluation -> (what a reader calls it, unit, which direction is better).
 METRICS = {
-    "psnr": ("reconstruction, dB", "higher"),
-    "equivariance_rotation": ("rotation error R", "lower"),
-    "equivariance_scale": ("scale error S", "lower"),
-    "psnr_rotated_latent": ("decoding a rotated latent, dB", "higher"),
-    "psnr_halved_latent": ("decoding a downscaled latent, dB", "higher"),
+    "psnr": ("the image itself, encoded and decoded", "dB", "higher"),
+    "psnr_rotated_latent": ("latent rotated by a quarter turn, decoded", "dB", "higher"),
+    "psnr_halved_latent": ("latent at half its size, decoded", "dB", "higher"),
+    "equivariance_rotation": ("rotation error R", "", "lower"),
+    "equivariance_scale": ("scale error S", "", "lower"),
 }
-SAMPLES = {
-    "samples_plain_interval": "SiT without EQ, guidance interval",
-    "samples_eq_interval": "SiT with EQ, guidance interval",
-    "samples_eq_full": "SiT with EQ, guidance everywhere",
-}
-SHOWN_IMAGES = 4
-SHOWN_PX = 128
+TRANSFORMS = {"rotated": "rotated by 90°", "halved": "at half the size"}
+SHOWN_IMAGES = 5
+# Disjoint parts of the samples, from which the error of the generation figure comes.
+PARTS = 10
+COLOURS = {"plain": "#9a3412", "eq": "#0f766e"}
 
 
-def write_report(output_dir: Path, stages: list[Stage], *, seconds: float) -> None:
-    """Writes the three files; the numbers are those that the training scripts measured themselves.
+class Column(NamedTuple):
+    """Images (N, 3, H, W) in [-1, 1] under a head, with dB where they are compared with something."""
 
-    `seconds` is what the stages took, less than their sum where some ran side by side.
+    head: str
+    images: Tensor
+    decibels: Tensor | None = None
+    colour: str = "#222222"
+
+
+def write_report(output_dir: Path, autoencoder: str, branches: Sequence[Sequence[Stage]]) -> None:
+    """Writes the report's files; what the stages have measured themselves is taken from them.
+
+    Args:
+        output_dir: the demo's directory.
+        autoencoder: what both branches started from; its encoder gives the features of the generation figure.
+        branches: the stages that have run, in the order of `BRANCHES`.
     """
-    plain, eq = (_metrics(output_dir / f"autoencoder_{branch}") for branch in BRANCHES)
-    nfe = {name: json.loads((output_dir / name / "sampling.json").read_text())["nfe"] for name in SAMPLES}
-    metrics: dict[str, Any] = {f"{name}_before": plain[name] for name in METRICS}
-    metrics |= {f"{name}_after": eq[name] for name in METRICS}
-    metrics |= {"nfe_full": nfe["samples_eq_full"], "nfe_interval": nfe["samples_eq_interval"]}
-    metrics["seconds"] = {stage.name: stage.record["seconds"] for stage in stages}
-    write_json(output_dir / "metrics.json", metrics | {"seconds_in_all": seconds})
-
-    rows = [(label, f"{plain[name]:.3f}", f"{eq[name]:.3f}", better) for name, (label, better) in METRICS.items()]
-    rows.append(
-        ("network evaluations per sample*", f"{metrics['nfe_full']:g}", f"{metrics['nfe_interval']:g}", "lower")
-    )
-    _write_png(output_dir, rows)
-    commands = [(stage.name, stage.record["seconds"], shlex.join(_short(stage.command))) for stage in stages]
+    figures = {branch: _figures(output_dir / f"autoencoder_{branch}") for branch in BRANCHES}
+    distances = {branch: generation_distance(output_dir, branch, autoencoder) for branch in BRANCHES}
+    stages = [stage for branch in branches for stage in branch]
+    seconds = max(sum(stage.record["seconds"] for stage in branch) for branch in branches)
+    metrics = {
+        "autoencoder": figures,
+        "kernel_distance": {branch: {"value": value, "error": error} for branch, (value, error) in distances.items()},
+        "seconds": {stage.name: stage.record["seconds"] for stage in stages} | {"in all": seconds},
+    }
+    write_json(output_dir / "metrics.json", metrics)
+    _draw_columns(comparison(output_dir), output_dir / "comparison.png")
+    _draw_samples(output_dir, output_dir / "samples.png")
+    _draw_curves(output_dir, output_dir / "curves.png")
+    _stack([output_dir / name for name in FIGURES[:2]], output_dir / "report.png")
+    rows = [
+        (label, *(f"{figures[branch][name]:.2f}" for branch in BRANCHES), unit, better)
+        for name, (label, unit, better) in METRICS.items()
+    ]
+    distance = tuple(f"{value:.3g} ± {error:.1g}" for value, error in distances.values())
+    rows.append(("samples against training images*", *distance, "", "lower"))
     page = render_template(
         "demo_report.html",
-        title="What EQ-VAE does, on a few photographs",
+        title="Rotate the latent, get the rotated image",
+        verdict=verdict(figures, distances),
         rows=rows,
-        commands=commands,
+        figures={name: _embedded(output_dir / name) for name in FIGURES},
+        commands=[(stage.name, stage.record["seconds"], "eqvae " + shlex.join(stage.command)) for stage in stages],
         seconds=seconds,
+        attribution=ATTRIBUTION if _shows_emoji(output_dir) else "",
     )
     write_text(output_dir / "report.html", page)
 
 
-def _metrics(run: Path) -> dict[str, float]:
-    return {entry["name"]: entry["value"] for entry in RunMetadata.load(run / METADATA_FILE).evaluation["metrics"]}
+def verdict(figures: dict[str, dict[str, float]], distances: dict[str, tuple[float, float]]) -> list[str]:
+    """What the figures say, in sentences; a difference within two errors is called inconclusive.
 
-
-def _short(command: list[str]) -> list[str]:
-    """A stage's command with its script named relative to the repository."""
-    script = Path(command[0])
-    return ["python", f"{script.parent.name}/{script.name}", *command[1:]]
-
-
-def _shown_pixels(output_dir: Path) -> torch.Tensor:
-    """A few evenly spaced validation images of the fine-tuning, (N, 3, S, S) in [-1, 1]."""
-    arguments = json.loads((output_dir / "autoencoder_eq" / "resolved_arguments.json").read_text())
-    source = load_image_dataset(
-        arguments["dataset_name"], train_data_dir=arguments["validation_data_dir"] or arguments["train_data_dir"]
+    Example:
+        >>> verdict(figures, {"plain": (0.3, 0.01), "eq": (0.31, 0.01)})[-1]
+        'Samples: no difference between the two can be told from so few (0.3 ± 0.01 and 0.31 ± 0.01).'
+    """
+    gained = {name: figures["eq"][name] - figures["plain"][name] for name in METRICS}
+    said = [
+        f"A latent {TRANSFORMS[name]} decodes {abs(gained[key]):.1f} dB "
+        f"{'closer to' if gained[key] > 0 else 'further from'} the image {TRANSFORMS[name]} with EQ."
+        for name, key in (("rotated", "psnr_rotated_latent"), ("halved", "psnr_halved_latent"))
+    ]
+    price = gained["psnr"]
+    said.append(
+        f"The price: {-price:.1f} dB of plain reconstruction."
+        if price < -0.05
+        else f"Plain reconstruction lost nothing ({price:+.1f} dB)."
     )
-    dataset = PixelDataset(source, resolution=arguments["resolution"])
-    indices = evenly_spaced(len(dataset), SHOWN_IMAGES)
+    (plain, plain_error), (eq, eq_error) = distances["plain"], distances["eq"]
+    both = f"{plain:.3g} ± {plain_error:.1g} and {eq:.3g} ± {eq_error:.1g}"
+    if abs(plain - eq) <= 2 * (plain_error**2 + eq_error**2) ** 0.5:
+        said.append(f"Samples: no difference between the two can be told from so few ({both}).")
+    else:
+        said.append(
+            f"Samples: those {'with' if eq < plain else 'without'} EQ are nearer to the training images ({both}; one "
+            "training each, so this may be luck)."
+        )
+    return said
+
+
+@torch.no_grad()
+def generation_distance(output_dir: Path, branch: str, autoencoder: str) -> tuple[float, float]:
+    """Kernel distance of a branch's samples to its training images, and its standard error.
+
+    KID's formula, unbiased at any number of samples, on latents of the autoencoder that both branches started from,
+    averaged to 4 x 4 places and standardised over the training images: a network that is at hand, and no judge of
+    beauty (own choice). The value is the mean over ten disjoint parts of the samples, the error their deviation over
+    the root of ten: that of drawing samples, not that of training again.
+    """
+    with np.load(output_dir / f"samples_{branch}" / "samples.npz") as archive:
+        samples = torch.stack([to_pixels(Image.fromarray(image)) for image in archive["arr_0"]])
+    dataset = _images(output_dir, "train_data_dir")
+    images = torch.stack([dataset[i]["pixel_values"] for i in evenly_spaced(len(dataset), 1000)])
+    vae = load_autoencoder(autoencoder)
+
+    def features(pixels: Tensor) -> Tensor:
+        with evaluating(vae):
+            latents = torch.cat([encode(vae, batch).mode() for batch in pixels.split(50)])
+        return F.adaptive_avg_pool2d(latents, 4).flatten(1)
+
+    reference, own = features(images), features(samples)
+    centre, spread = reference.mean(0), reference.std(0).clamp_min(1e-6)
+    reference, own = (reference - centre) / spread, (own - centre) / spread
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(own), generator=generator)
+    values = torch.tensor(
+        [kernel_distance(own[part], reference, generator=generator)[0] for part in order.chunk(PARTS)]
+    )
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+@torch.no_grad()
+def comparison(output_dir: Path, runs: Sequence[str] = tuple(BRANCHES)) -> list[Column]:
+    """Held-out images, and what the branches decode of their transformed latents, beside the transformed images."""
+    pixels = _shown_pixels(output_dir)
+    vaes = {branch: load_autoencoder(str(output_dir / f"autoencoder_{branch}")) for branch in runs}
+    columns = [Column("image", pixels)]
+    taus: list[tuple[str, Tau | None]] = [("decoded", None)]
+    stride = downsampling_factor(next(iter(vaes.values())))
+    size = (pixels.shape[-2] // stride, pixels.shape[-1] // stride)
+    taus += [("latent rotated", rotation(size, 1)), ("latent halved", scaling(size, 0.5))]
+    for name, tau in taus:
+        target = pixels if tau is None else tau.apply_to_pixels(pixels, stride)
+        for branch, vae in vaes.items():
+            with evaluating(vae):
+                raw_latents = encode(vae, pixels).mode()
+                images = decode(vae, raw_latents if tau is None else tau.apply_to_latents(raw_latents)).clamp(-1, 1)
+            columns.append(Column(f"{name},\n{BRANCHES[branch]}", images, psnr(images, target), COLOURS[branch]))
+        if tau is not None:
+            columns.append(Column(f"the image\n{name.split()[1]}", target))
+    return columns
+
+
+def write_comparison(output_dir: Path, run: Path) -> Path:
+    """`comparison` of one fine-tuned autoencoder, as soon as it is there; returns the file."""
+    branch = run.name.removeprefix("autoencoder_")
+    path = output_dir / f"latents_{branch}.png"
+    _draw_columns(comparison(output_dir, [branch]), path)
+    return path
+
+
+def _draw_columns(columns: list[Column], path: Path) -> None:
+    rows = len(columns[0].images)
+    figure = pyplot().figure(figsize=(1.45 * len(columns), 1.62 * rows + 0.55), layout="constrained")
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for place, column in enumerate(columns):
+        grid[0][place].set_title(column.head, fontsize=11, color=column.colour)
+        for row in range(rows):
+            axes = grid[row][place]
+            axes.imshow(to_image(column.images[row]), interpolation="lanczos")
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if column.decibels is not None:
+                axes.set_xlabel(f"{column.decibels[row]:.1f} dB", fontsize=10, color=column.colour, labelpad=1)
+    figure.savefig(path, dpi=100)
+    pyplot().close(figure)
+
+
+def _draw_samples(output_dir: Path, path: Path) -> None:
+    """The first samples of both branches, a column for each class."""
+    figure = pyplot().figure(figsize=(13, 5.6), layout="constrained")
+    for axes, (branch, title) in zip(figure.subplots(1, 2), BRANCHES.items(), strict=True):
+        with np.load(output_dir / f"samples_{branch}" / "samples.npz") as archive:
+            images, labels = archive["arr_0"], archive["arr_1"]
+        classes = len(np.unique(labels))  # balanced: the labels take turns
+        axes.imshow(image_grid(list(images[: classes * 5]), classes), interpolation="lanczos")
+        axes.set_title(f"drawn by a small SiT on the latents {title}", fontsize=12, color=COLOURS[branch])
+        axes.set_axis_off()
+    figure.savefig(path, dpi=100)
+    pyplot().close(figure)
+
+
+def _draw_curves(output_dir: Path, path: Path) -> None:
+    figure = pyplot().figure(figsize=(13, 3.4), layout="constrained")
+    for axes, run, name, title in zip(
+        figure.subplots(1, 2),
+        ("autoencoder", "sit"),
+        ("loss/nll", "loss"),
+        ("loss of the autoencoders", "loss of the transformers (of two latent spaces: not to be compared)"),
+        strict=True,
+    ):
+        for branch, label in BRANCHES.items():
+            axes.plot(*_curve(output_dir / f"{run}_{branch}", name), label=label, color=COLOURS[branch])
+        axes.set(title=title, xlabel="step", yscale="log")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+    pyplot().close(figure)
+
+
+def _stack(paths: Sequence[Path], target: Path) -> None:
+    """The images one above the other, equally wide."""
+    images = [Image.open(path).convert("RGB") for path in paths]
+    width = max(image.width for image in images)
+    scaled = [image.resize((width, round(image.height * width / image.width))) for image in images]
+    canvas = Image.new("RGB", (width, sum(image.height for image in scaled)), "white")
+    for number, image in enumerate(scaled):
+        canvas.paste(image, (0, sum(each.height for each in scaled[:number])))
+    canvas.save(target)
+
+
+def _embedded(path: Path) -> str:
+    """A data address, so that the report is one file."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _figures(run: Path) -> dict[str, float]:
+    measured = RunMetadata.load(run / METADATA_FILE).evaluation["metrics"]
+    return {entry["name"]: entry["value"] for entry in measured if entry["name"] in METRICS}
+
+
+def _resolved(output_dir: Path) -> dict[str, Any]:
+    arguments: dict[str, Any] = json.loads((output_dir / "autoencoder_eq" / "resolved_arguments.json").read_text())
+    return arguments
+
+
+def _shows_emoji(output_dir: Path) -> bool:
+    return (output_dir / "images").is_dir()
+
+
+def _images(output_dir: Path, folder: str) -> PixelDataset:
+    arguments = _resolved(output_dir)
+    source = load_image_dataset(arguments["dataset_name"], train_data_dir=arguments[folder])
+    return PixelDataset(source, resolution=arguments["resolution"])
+
+
+def _shown_pixels(output_dir: Path) -> Tensor:
+    """A few images that nothing was trained on, else a few of the user's own; (N, 3, S, S) in [-1, 1]."""
+    held_out = _resolved(output_dir)["validation_data_dir"] is not None
+    dataset = _images(output_dir, "validation_data_dir" if held_out else "train_data_dir")
+    if _shows_emoji(output_dir):
+        names = [Path(dataset.source.name(index)).name for index in range(len(dataset))]
+        indices = [names.index(name) for name in SHOWN]
+    else:
+        indices = evenly_spaced(len(dataset), SHOWN_IMAGES)
     return torch.stack([dataset[index]["pixel_values"] for index in indices])
-
-
-def _comparison(run: Path, pixels: torch.Tensor) -> Image.Image:
-    """What becomes of rotated and downscaled latents of a run's autoencoder, enlarged."""
-    vae = build_autoencoder(AutoencoderArguments(pretrained_model_name_or_path=str(run)))
-    image = grid(comparison_rows(vae, pixels))
-    factor = max(1, SHOWN_PX * SHOWN_IMAGES // image.height)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def _samples_by_class(path: Path) -> Image.Image:
-    """One column per class (labels of balanced samples take turns)."""
-    with np.load(path) as samples:
-        images, labels = samples["arr_0"], samples["arr_1"]
-    return image_grid([Image.fromarray(image) for image in images], columns=len(np.unique(labels)))
 
 
 def _curve(run: Path, name: str) -> tuple[list[int], list[float]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record.get(name) is not None]
     return [record["step"] for record in records], [record[name] for record in records]
-
-
-def _write_png(output_dir: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    """report.png: latents of both copies, the table, curves, samples."""
-    figure = pyplot().figure(figsize=(14, 17), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(6.2, 3.6, 5.2))
-    pixels = _shown_pixels(output_dir)
-    for axes, (branch, title) in zip(top.subplots(1, 2), BRANCHES.items(), strict=True):
-        image = _comparison(output_dir / f"autoencoder_{branch}", pixels)
-        image.save(output_dir / f"latents_{branch}.png")
-        axes.imshow(image)
-        axes.set_title(f"The same fine-tuning {title}", fontsize=13)
-        axes.set_yticks([])
-        width = image.width / len(CAPTIONS)
-        axes.set_xticks([(i + 0.5) * width for i in range(len(CAPTIONS))], CAPTIONS, fontsize=9)
-        axes.tick_params(length=0)
-
-    table, losses, generators = middle.subplots(1, 3, width_ratios=(1.6, 1, 1))
-    draw_table(table, rows, ("", "without EQ", "with EQ", "better"), (0.5, 0.17, 0.17, 0.16))
-    table.set_title("EQ fine-tuning\n* guidance everywhere, in the interval", fontsize=11)
-    for axes, run, name, title in (
-        (losses, "autoencoder", "loss/nll", "autoencoder loss, fine-tuning"),
-        (generators, "sit", "loss", "SiT loss"),
-    ):
-        for branch, label in BRANCHES.items():
-            axes.plot(*_curve(output_dir / f"{run}_{branch}", name), label=label)
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("step")
-        axes.set_yscale("log")
-        axes.legend()
-
-    for axes, (name, title) in zip(bottom.subplots(1, len(SAMPLES)), SAMPLES.items(), strict=True):
-        axes.imshow(_samples_by_class(output_dir / name / "samples.npz"))
-        axes.set_title(title, fontsize=11)
-        axes.set_axis_off()
-    figure.savefig(output_dir / "report.png", dpi=80)
-    pyplot().close(figure)

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from ..files import delete, write_json
 
-ROOT = Path(__file__).resolve().parents[3]
+# Where the package and its command are imported from, for stages of a demo that is not installed.
+IMPORTED_FROM = Path(__file__).resolve().parents[2]
 DONE = "stage.json"
-
+PROGRAM = [sys.executable, "-m", "eqvae_command"]
 
 _RUNNING: set[subprocess.Popen[bytes]] = set()
 
@@ -35,11 +36,16 @@ def end_with_stages(number: int, frame: object) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, and the directory that it fills."""
+    """Words after `eqvae`, and the directory that they fill.
+
+    Attributes:
+        expected_seconds: on one CPU core; only their proportions matter, to foretell the end.
+    """
 
     name: str
     command: list[str]
     directory: Path
+    expected_seconds: float = 1.0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -47,24 +53,22 @@ class Stage:
         path = self.directory / DONE
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def run(self, before: Sequence[Stage] = (), *, threads: int = 2, bar: int = 1) -> None:
-        """Runs the command, unless it and those of the stages `before` it have run with the same words.
+    def run(self, before: Sequence[Stage] = (), *, bar: int = 1) -> None:
+        """Runs the command on one thread, unless it and those of the stages `before` it have run with the same words.
 
         Args:
-            threads: of its process.
             bar: line of the terminal that its progress bar goes to.
         """
         commands = [stage.command for stage in (*before, self)]
         if self.record.get("commands") == commands:
             tqdm.write(f"[{self.name}] has run before")
             return
-        tqdm.write(f"\n[{self.name}]\n$ {shlex.join(self.command)}")
+        tqdm.write(f"\n[{self.name}]\n$ eqvae {shlex.join(self.command)}")
         delete(self.directory)  # the demo's own: see its `OutputDirectory`
         start = time.perf_counter()
-        # The stages see the package that runs the demo, also when it is not installed.
-        path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-        environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "TQDM_POSITION": str(bar)}
-        with subprocess.Popen([sys.executable, *self.command], env=os.environ | environment) as process:
+        path = os.pathsep.join(filter(None, [str(IMPORTED_FROM), os.environ.get("PYTHONPATH")]))
+        environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TQDM_POSITION": str(bar)}
+        with subprocess.Popen([*PROGRAM, *self.command], env=os.environ | environment) as process:
             _RUNNING.add(process)
             status = process.wait()
             _RUNNING.discard(process)
