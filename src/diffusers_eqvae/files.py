@@ -219,11 +219,12 @@ def require_format_version(found: Any, current: int, *, path: str | os.PathLike[
     raise ValueError(f"{path} has format_version {found}, older than {current}, which is read here: {remedy}.")
 
 
-def read_weights(path: str | os.PathLike[str], *, allowed: Sequence[type] = ()) -> dict[str, Any]:
+def read_weights(path: str | os.PathLike[str], *, allowed: Sequence[Any] = ()) -> dict[str, Any]:
     """What a .safetensors or a torch file (.pth, .pt, .bin) holds by name, on the CPU, without executing any of it.
 
     Args:
-        allowed: classes that a torch file may hold beside tensors and plain values.
+        allowed: classes that a torch file may hold beside tensors and plain values; or (class, name) for what is read
+            as that class wherever the file says the name.
 
     Raises:
         FileNotFoundError: no such file.

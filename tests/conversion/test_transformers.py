@@ -93,9 +93,7 @@ def test_projectors_show_repa_and_are_left_out(caplog):
 def test_two_layouts_that_fit_are_both_named():
     with pytest.raises(ValueError, match="fit the layouts dit and sit, which differ in conventions"):
         from_published(published_weights(SQUARE), num_attention_heads=HEADS)
-    with pytest.raises(
-        ValueError, match=r"\(conv_in\.weight\) fit none of the layouts diffusers_dit, dit, lightningdit, "
-    ):
+    with pytest.raises(ValueError, match=r"\(conv_in\.weight\) fit none of the layouts diffusers_dit, dit, "):
         from_published({"conv_in.weight": torch.ones(1)})
 
 

@@ -2,20 +2,23 @@
 
 eqvae convert SiT-XL-2-256x256.pt sit-xl --from sit
 eqvae convert sit-xl sit-xl.safetensors --to sit
+eqvae convert sdxl_vae.safetensors sdxl-vae --config scaling_factor=0.13025
+eqvae convert runs/eq-vae eq-vae.safetensors --to ldm
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..autoencoders import stock_class
-from ..conversion import CONVERTERS, from_published, read_published, save_published, to_published
+from ..conversion import CONVERTERS, Converter, from_published, read_published, save_published, to_published
 from ..conversion._files import SUFFIXES
 from ..files import read_json
+from ..stated_normalization import adopt_saved_normalization
 from ..training_utils.console import start_logging
 from . import command_parser
 
@@ -47,9 +50,11 @@ def main(argv: Sequence[str]) -> int:
             parser.error("--from, --weights and --config describe a published file; --to takes a model")
         if destination.suffix not in SUFFIXES:
             raise ValueError(f"With --to the destination is a file ({', '.join(SUFFIXES)}); got {destination}.")
-        tensors = to_published(_load_model(Path(arguments.source), arguments.to), arguments.to)
+        model = _load_model(Path(arguments.source), arguments.to)
+        tensors = to_published(model, arguments.to)
         save_published(tensors, destination)
         print(f"{len(tensors)} tensors in {destination}")
+        _print_what_it_does_not_hold(CONVERTERS[arguments.to](), model.config)
         return 0
     if Path(arguments.source).is_dir():
         raise ValueError(f"{arguments.source} is a directory; say which layout to write it in: --to {layouts}.")
@@ -58,6 +63,14 @@ def main(argv: Sequence[str]) -> int:
     model.save_pretrained(destination)
     print(f"{type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters in {destination}")
     return 0
+
+
+def _print_what_it_does_not_hold(converter: Converter, config: Mapping[str, Any]) -> None:
+    if options := converter.reader_options(config):
+        words = " ".join(f"--{name} {value}".strip() for name, value in options.items())
+        print(f"- To paste, where a program takes what the file does not hold (forks of sd-scripts): {words}")
+    for note in converter.notes(config):
+        print(f"- {note}")
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
@@ -72,13 +85,18 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
 def _load_model(directory: Path, layout: str) -> Any:
     """The model of the layout's class: in `directory`, or the component of that class of a pipeline there."""
     target = CONVERTERS[layout].target
+    kinds = (target.__name__, stock_class(target))
     index = directory / "model_index.json"
     if index.is_file():
         entries = read_json(index)
         components = {entry[1]: name for name, entry in entries.items() if isinstance(entry, list)}
-        directory /= components.get(target.__name__, "")
+        directory /= next((components[kind] for kind in kinds if kind in components), "")
     config = directory / "config.json"
-    kind = read_json(config).get("_class_name") if config.is_file() else None
-    if kind not in (target.__name__, stock_class(target)):
+    stated = read_json(config) if config.is_file() else {}
+    if stated.get("_class_name") not in kinds:
         raise ValueError(f"{directory} does not hold a {target.__name__}, which the layout {layout} is for.")
-    return target.from_pretrained(directory)
+    model = target.from_pretrained(directory)
+    if hasattr(model, "decode"):
+        file = directory / "mean_std.json"
+        adopt_saved_normalization(model, stated, file if file.is_file() else None)
+    return model

@@ -21,13 +21,30 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 ENTRIES = ("ema", "model", "state_dict", "model_state_dict")
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pt", ".pth", ".ckpt", ".bin")
+# latent-diffusion keeps the moving average of a.b.weight as model_ema.abweight, beside the weights.
+AVERAGE = "model_ema."
+# Modules of whose objects trainers leave some beside the tensors: callbacks, settings, counters.
+TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "collections.", "typing.")
+
+
+class _Bookkeeping(dict):  # type: ignore[type-arg]
+    """Stands for an object that a trainer left in its checkpoint; takes in whatever it is given, and does nothing."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, *state: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def read_published(path: str | Path, *, weights: str | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file; nothing in it is executed.
 
     Of a training checkpoint ({"ema", "model", "opt", ...}) one entry is taken, and prefixes that all names share are
-    removed (`module.`, `_orig_mod.`, `model.`); both are logged.
+    removed (`module.`, `_orig_mod.`, `model.`); both are logged. In a checkpoint of Lightning objects of the trainer
+    are passed over, and a moving average under `model_ema.` counts as the entry "ema".
 
     Args:
         path: the file.
@@ -40,8 +57,9 @@ def read_published(path: str | Path, *, weights: str | None = None) -> dict[str,
         >>> tensors = read_published("SiT-XL-2-256x256.pt", weights="ema")
     """
     path = Path(path)
-    content = read_weights(path, allowed=[argparse.Namespace])  # DiT's and SiT's checkpoints keep their flags
-    tensors = _entry(content, weights, path)
+    # DiT's and SiT's checkpoints keep their flags
+    content = read_weights(path, allowed=[argparse.Namespace, *_trainer_objects(path)])
+    tensors = _averaged(_entry(content, weights, path), weights)
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} does not hold named tensors; it holds {', '.join(map(str, tensors)) or 'nothing'}.")
     return _without_prefixes(tensors)
@@ -63,8 +81,40 @@ def save_published(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             torch.save(contiguous, sibling)
 
 
+def _trainer_objects(path: Path) -> list[Any]:
+    """Of the classes that a torch file names, those of trainers; each is read as `_Bookkeeping`."""
+    if path.suffix == SAFETENSORS or not path.is_file():
+        return []
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # damaged, or of a form that cannot be listed: reading it says what is wrong
+        return []
+    return [(_Bookkeeping, name) for name in named if name.startswith(TRAINERS) or name == "_codecs.encode"]
+
+
+def _averaged(tensors: Mapping[str, Tensor], weights: str | None) -> Mapping[str, Tensor]:
+    """The moving average that lies beside the weights, where there is one, or the weights without it."""
+    plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(AVERAGE)}
+    averages = {f"{AVERAGE}{name.replace('.', '')}": name for name in plain}
+    found = {averages[name]: tensor for name, tensor in tensors.items() if name in averages}
+    if not found:
+        return tensors
+    if weights == "model":
+        logger.info("Taking the weights, and not their moving average (%s*).", AVERAGE)
+        return plain
+    logger.info("Taking the moving average (%s*) of %d of %d tensors.", AVERAGE, len(found), len(plain))
+    return plain | found
+
+
 def _entry(content: Mapping[str, Any], weights: str | None, path: Path) -> Mapping[str, Tensor]:
-    there = [name for name in content if isinstance(content[name], Mapping)]
+    there = [
+        name for name in content if isinstance(content[name], Mapping) and type(content[name]) is not _Bookkeeping
+    ]
+    with_average = [name for name in there if any(str(each).startswith(AVERAGE) for each in content[name])]
+    if weights in ("ema", "model") and weights not in there:
+        if any(name.startswith(AVERAGE) for name in content):
+            return content
+        weights = next(iter(with_average), weights)
     if weights is None:
         weights = next((name for name in ENTRIES if name in there), None)
         if weights is None:

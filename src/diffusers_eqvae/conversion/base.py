@@ -28,6 +28,7 @@ class Converter(ABC):
         target: the class, a diffusers model.
         idle: patterns (`*`, `?`) of published tensors that may be absent or left out; any other unknown or missing
             tensor is refused by name.
+        inside: prefixes under which it lies in larger checkpoints; what is beside it there is left out.
 
     Example:
         >>> @register_converter("renamed")
@@ -45,6 +46,7 @@ class Converter(ABC):
 
     target: ClassVar[Any]
     idle: ClassVar[tuple[str, ...]] = ()
+    inside: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def matches(self, shapes: Mapping[str, torch.Size]) -> bool:
@@ -65,6 +67,27 @@ class Converter(ABC):
         Also called with tensors on the meta device, to know every published name and shape.
         """
 
+    def stated(self, checkpoint: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that follow from what lies beside it in a larger checkpoint."""
+        return {}
+
+    def reader_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What programs that read the layout are told by options of theirs, since it cannot hold it."""
+        return {}
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """What else the layout does not hold of a model of this config, or its readers do not take; a line each."""
+        return []
+
+    def part(self, checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a larger checkpoint is of this layout, without its prefix; all of it where none is there."""
+        for prefix in self.inside:
+            if any(name.startswith(prefix) for name in checkpoint):
+                return {
+                    name.removeprefix(prefix): each for name, each in checkpoint.items() if name.startswith(prefix)
+                }
+        return dict(checkpoint)
+
 
 def from_published(tensors: Mapping[str, Tensor], *, layout: str | None = None, **overrides: Any) -> Any:
     """A model of ours with published weights, in float32 and eval mode.
@@ -82,6 +105,10 @@ def from_published(tensors: Mapping[str, Tensor], *, layout: str | None = None, 
     """
     converter = CONVERTERS[layout or _matching(tensors)]()
     _require_options(converter.target, overrides)
+    checkpoint, tensors = tensors, converter.part(tensors)
+    if beside := len(checkpoint) - len(tensors):
+        logger.warning("%d of %d tensors are of other networks, and left out.", beside, len(checkpoint))
+        overrides = converter.stated(checkpoint) | overrides
     try:
         config = converter.config(tensors, overrides)
     except KeyError as error:
@@ -111,8 +138,11 @@ def to_published(model: Any, layout: str) -> dict[str, Tensor]:
 
 
 def _matching(tensors: Mapping[str, Tensor]) -> str:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    found = [name for name in CONVERTERS if CONVERTERS[name]().matches(shapes)]
+    found = []
+    for name in CONVERTERS:
+        converter = CONVERTERS[name]()
+        if converter.matches({each: tensor.shape for each, tensor in converter.part(tensors).items()}):
+            found.append(name)
     if len(found) > 1:
         raise ValueError(
             f"The tensors fit the layouts {' and '.join(found)}, which differ in conventions that names and shapes do "
