@@ -227,7 +227,7 @@ def load_autoencoder(name: str, *, subfolder: str | None = None, revision: str |
         raise ValueError(f"{name} is a {kind.__name__}, not an autoencoder; name one, or its pipeline.")
     require_handled(kind, name)
     with _without_false_warning():
-        model = load_pretrained(kind.from_pretrained, name, "an autoencoder", torch_dtype=torch.float32, **location)
+        model = load_pretrained(kind.from_pretrained, name, "an autoencoder", dtype=torch.float32, **location)
     inside = "/".join(filter(None, (location.get("subfolder"), "mean_std.json")))
     adopt_saved_normalization(model, stated, hub_file(name, inside, revision))
     return model.eval()

@@ -73,7 +73,7 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
         ValueError: as `looking_for`; or weights that are missing, or of another size than the config says.
 
     Example:
-        >>> load_pretrained(AutoencoderKL.from_pretrained, "vae", "an autoencoder", torch_dtype=torch.float32)
+        >>> load_pretrained(AutoencoderKL.from_pretrained, "vae", "an autoencoder", dtype=torch.float32)
     """
     with looking_for(name, what) as options:
         try:

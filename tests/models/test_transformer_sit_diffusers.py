@@ -34,7 +34,7 @@ def test_sharded_save_loads(tmp_path):
 def test_bfloat16_keeps_the_time_embedding_in_float32(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
-    loaded = SiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = SiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
     assert loaded.time_embedder.linear_1.weight.dtype == torch.float32
     latents, timestep, labels = inputs(model)

@@ -98,7 +98,7 @@ class DemoArguments(Checked):
     )
     resolution: int = field(default=64, metadata={"help": "Side of the images in pixels.", "range": "(0, inf)"})
     finetuning_steps: int = field(
-        default=300, metadata={"help": "Steps of each fine-tuned copy.", "range": "(0, inf)"}
+        default=500, metadata={"help": "Steps of each fine-tuned copy.", "range": "(0, inf)"}
     )
     transformer_steps: int = field(default=800, metadata={"help": "Steps of each transformer.", "range": "(0, inf)"})
     num_samples: int = field(

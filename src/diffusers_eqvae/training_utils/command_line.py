@@ -33,11 +33,13 @@ class Choice:
         registry: the room.
         names: those chosen.
         flag: the option that chose them.
+        base: class of those that may be chosen, where the room holds others too.
     """
 
     registry: Registry[Any]
     names: tuple[str, ...]
     flag: str
+    base: type = object
 
     def arguments(self) -> dict[str, type]:
         """Name -> `Arguments` of those that have any."""
@@ -45,7 +47,12 @@ class Choice:
         return {name: kind for name, kind in found.items() if kind is not None}
 
     def others(self) -> tuple[str, ...]:
-        return tuple(name for name in self.registry.names() if name not in self.names)
+        return tuple(name for name in self.members() if name not in self.names)
+
+    def members(self) -> dict[str, type]:
+        """All that may be chosen, by name."""
+        members = {name: self.registry[name] for name in self.registry.names()}
+        return {name: member for name, member in members.items() if issubclass(member, self.base)}
 
 
 Choices = Callable[[Mapping[str, Any]], Sequence[Choice]]
@@ -133,7 +140,7 @@ def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choi
                 f"The regularizer {name} is a {REGULARIZERS[name].__mro__[1].__name__}, and this script takes a "
                 f"{product.__name__}; leave it out of --regularizers."
             )
-    return Choice(REGULARIZERS, names, "regularizers")
+    return Choice(REGULARIZERS, names, "regularizers", product)
 
 
 def _chosen(choices: Choices | None, types: Sequence[type], words: Sequence[str]) -> Sequence[Choice]:
@@ -142,7 +149,7 @@ def _chosen(choices: Choices | None, types: Sequence[type], words: Sequence[str]
 
 def _installed(script: str | None, types: Sequence[type], chosen: Sequence[Choice]) -> dict[str, Path]:
     """The presets beside a script that have no key which neither it nor a method it might choose takes."""
-    members = [choice.registry[name] for choice in chosen for name in choice.registry.names()]
+    members = [member for choice in chosen for member in choice.members().values()]
     methods = [kind for kind in (getattr(member, "Arguments", None) for member in members) if kind is not None]
     return {} if script is None else installed_presets(script, _field_names([*types, *methods]))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...options import Checked
-from ...regularizers.base import REGULARIZERS, AutoencoderRegularizer
+from ...regularizers.base import AutoencoderRegularizer
 from ..command_line import Choice, regularizer_choice
 
 
@@ -151,9 +151,7 @@ class RegularizerArguments(Checked):
 
     regularizers: list[str] = field(
         default_factory=lambda: ["equivariance"],
-        metadata={
-            "help": f"Any of {', '.join(REGULARIZERS)}, or none. Several compose on one autoencoder, in this order."
-        },
+        metadata={"help": "Regularizers of the autoencoder, or none; they compose, in this order."},
     )
     features_dir: str | None = field(
         default=None,
