@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 INIT = (ROOT / "src/diffusers_eqvae/__init__.py").read_text("utf-8")
+LAZY = runpy.run_path(str(ROOT / "src/diffusers_eqvae/_lazy.py"))
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.M).group(1)
 
 # The core imports without torchvision, datasets and tensorboard; each extra adds one job (see CONTRIBUTING.md).
@@ -41,10 +43,12 @@ INSTALLED = {"training": "training", "pipelines": "sampling", "model_cards": "mo
 def stub(init: Path) -> str:
     """What a type checker is to read in place of a package's lazy `face(__name__, {module: names})`; empty without."""
     calls = [node for node in ast.walk(ast.parse(init.read_text("utf-8"))) if isinstance(node, ast.Call)]
-    faces = [ast.literal_eval(call.args[1]) for call in calls if getattr(call.func, "id", "") == "face"]
+    faces = [ast.Expression(call.args[1]) for call in calls if getattr(call.func, "id", "") == "face"]
     if not faces:
         return ""
-    lines = [f"from .{module} import {name} as {name}" for module, names in faces[0].items() for name in names]
+    known = {"registered": LAZY["registered"], "__path__": [str(init.parent)]}
+    members = eval(compile(faces[0], str(init), "eval"), known)
+    lines = [f"from .{module} import {name} as {name}" for module, names in members.items() for name in names]
     return "\n".join(["from typing import Any", "", *lines, "", "def __getattr__(name: str) -> Any: ..."]) + "\n"
 
 

@@ -80,7 +80,7 @@ def outside(option) -> list:
 def test_the_search_finds_the_options_of_every_script_and_method():
     names = {place.rpartition(".")[2] for place in NUMBERS}
     assert {"learning_rate", "cpu_threads", "guidance_scale", "p_equivariance", "sigma_std", "max_depth"} <= names
-    assert {"num_samples", "disc_channels", "autoencoder_steps", "intrinsic_dimension_max_points"} <= names
+    assert {"num_samples", "disc_channels", "finetuning_steps", "intrinsic_dimension_max_points"} <= names
     assert len(CLASSES) > 20 and len(NUMBERS) > 80
 
 

@@ -310,7 +310,7 @@ def test_push_gets_the_finished_directory_and_its_failure_is_the_programs(
         with pytest.raises(SystemExit) as ended:
             script.main(words)
         assert ended.value.code == 1
-    assert pushed == [(tmp_path / "run", "me/model", {"hub_images": None})]
+    assert pushed == [(tmp_path / "run", "me/model", {"private": False, "revision": None, "hub_images": None})]
 
 
 def test_the_card_of_a_run_on_a_store_names_autoencoder_data_and_resolution(script, tmp_path, store):
