@@ -182,9 +182,7 @@ def build_transformer(
     _refuse_mismatch(arguments.model, source.config, {key: fitting[key] for key in fitting if key not in free})
     if source.directory is not None:
         warn_without_effect(arguments, ["class_dropout_prob"], f"the saved model {source.directory} has its own")
-        model = load_pretrained(
-            source.cls.from_pretrained, source.directory, "a transformer", dtype=torch.float32
-        )
+        model = load_pretrained(source.cls.from_pretrained, source.directory, "a transformer", dtype=torch.float32)
         require_same_autoencoder(model.config.autoencoder, identity, whose=f"the model {source.directory}")
         model = _with_classes_of(latents, model, source.directory, new=arguments.new_classes)
     else:
