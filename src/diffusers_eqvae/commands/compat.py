@@ -155,7 +155,7 @@ def compatibility(new: Autoencoder, base: Autoencoder, images: Tensor) -> Compat
             ):
                 quality.setdefault(name, []).append(psnr(decode(vae, latent), image).item())
             for seen, latent in zip(latents, coded, strict=True):
-                seen.append(latent.double().cpu().transpose(0, 1).flatten(1).T)
+                seen.append(latent.cpu().double().transpose(0, 1).flatten(1).T)
     x, y = map(torch.cat, latents)
     variance = (y - y.mean(0)).square().sum().item()
     if not variance > 0:
