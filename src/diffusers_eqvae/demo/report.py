@@ -241,11 +241,11 @@ def _draw_curves(output_dir: Path, path: Path) -> None:
 def _stack(paths: Sequence[Path], target: Path) -> None:
     """The images one above the other, equally wide."""
     images = [Image.open(path).convert("RGB") for path in paths]
-    width = max(image.width for image in images)
+    width, gap = max(image.width for image in images), 24
     scaled = [image.resize((width, round(image.height * width / image.width))) for image in images]
-    canvas = Image.new("RGB", (width, sum(image.height for image in scaled)), "white")
+    canvas = Image.new("RGB", (width, sum(image.height + gap for image in scaled)), "white")
     for number, image in enumerate(scaled):
-        canvas.paste(image, (0, sum(each.height for each in scaled[:number])))
+        canvas.paste(image, (0, sum(each.height + gap for each in scaled[:number])))
     canvas.save(target)
 
 
