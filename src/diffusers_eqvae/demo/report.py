@@ -79,10 +79,10 @@ def write_report(output_dir: Path, autoencoder: str, branches: Sequence[Sequence
     _draw_curves(output_dir, output_dir / "curves.png")
     _stack([output_dir / name for name in FIGURES[:2]], output_dir / "report.png")
     rows = [
-        (label, *(f"{figures[branch][name]:.2f}" for branch in BRANCHES), unit, better)
+        (label, *(format(figures[branch][name], ".2f" if unit else ".3f") for branch in BRANCHES), unit, better)
         for name, (label, unit, better) in METRICS.items()
     ]
-    distance = tuple(f"{value:.3g} ± {error:.1g}" for value, error in distances.values())
+    distance = tuple(f"{value:.2f} ± {error:.2f}" for value, error in distances.values())
     rows.append(("samples against training images*", *distance, "", "lower"))
     page = render_template(
         "demo_report.html",
@@ -102,7 +102,7 @@ def verdict(figures: dict[str, dict[str, float]], distances: dict[str, tuple[flo
 
     Example:
         >>> verdict(figures, {"plain": (0.3, 0.01), "eq": (0.31, 0.01)})[-1]
-        'Samples: no difference between the two can be told from so few (0.3 ± 0.01 and 0.31 ± 0.01).'
+        'Samples: no difference between the two can be told from so few (0.30 ± 0.01 and 0.31 ± 0.01).'
     """
     gained = {name: figures["eq"][name] - figures["plain"][name] for name in METRICS}
     said = [
@@ -117,7 +117,7 @@ def verdict(figures: dict[str, dict[str, float]], distances: dict[str, tuple[flo
         else f"Plain reconstruction lost nothing ({price:+.1f} dB)."
     )
     (plain, plain_error), (eq, eq_error) = distances["plain"], distances["eq"]
-    both = f"{plain:.3g} ± {plain_error:.1g} and {eq:.3g} ± {eq_error:.1g}"
+    both = f"{plain:.2f} ± {plain_error:.2f} and {eq:.2f} ± {eq_error:.2f}"
     if abs(plain - eq) <= 2 * (plain_error**2 + eq_error**2) ** 0.5:
         said.append(f"Samples: no difference between the two can be told from so few ({both}).")
     else:
