@@ -133,7 +133,7 @@ def test_in_an_empty_environment_the_wheel_brings_the_command_its_extras_and_its
     status, said = run(tmp_path / "env" / "bin" / "eqvae")
     assert status == 0 and "  train-autoencoder     Fine-tunes any diffusers autoencoder" in said
     status, said = run(tmp_path / "env" / "bin" / "eqvae", "train-autoencoder", "--help")
-    assert status == 0 and "Presets that are installed: autoencoder_taesd_cpu, " in said
+    assert status == 0 and "Presets that are installed: autoencoder_emoji, " in said
     status, said = run(python, "-c", EXTRAS)
     assert status == 0, said
     (tmp_path / "user.py").write_text(USER_FILE)
