@@ -18,6 +18,7 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor
 
 from diffusers_eqvae.conversion import CONVERTERS, from_published, to_published
+from diffusers_eqvae.models.backbone import Backbone
 from tests.golden import lightningdit_reference, sit_reference, vqgan_reference
 from tests.golden.test_lightningdit_golden import PARTS, lightning_weights
 from tests.golden.test_sit_golden import HEADS, SQUARE, published_weights
@@ -160,7 +161,8 @@ CASES = {
 
 
 def test_every_layout_of_a_generator_has_a_case():
-    assert set(CONVERTERS.names()) == set(CASES)
+    generators = {name for name in CONVERTERS if issubclass(CONVERTERS[name].target, Backbone)}
+    assert len(generators) >= 6 and generators <= set(CASES)
 
 
 @torch.no_grad()
