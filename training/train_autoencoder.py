@@ -15,68 +15,44 @@ from torch import Tensor
 from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid
 from diffusers_eqvae.metrics import measure_equivariance
 from diffusers_eqvae.objectives.autoencoder import AutoencoderStep
-from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
-from diffusers_eqvae.training_utils.autoencoder import arguments as cli
 from diffusers_eqvae.training_utils.autoencoder import build
-from diffusers_eqvae.training_utils.autoencoder.save import evaluation_metadata, save_autoencoder, training_metadata
+from diffusers_eqvae.training_utils.autoencoder.arguments import AutoencoderOptions
+from diffusers_eqvae.training_utils.autoencoder.save import save_autoencoder
 from diffusers_eqvae.training_utils.autoencoder.trainable import keeps_latents
-from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
 
 
 def main(argv: list[str] | None = None) -> None:
-    model, losses, optimizer, regularizing, evaluation, data, run_arguments, methods = parse(
-        cli.AutoencoderArguments,
-        cli.AutoencoderLossArguments,
-        cli.AutoencoderOptimizerArguments,
-        cli.RegularizerArguments,
-        cli.AutoencoderEvaluationArguments,
-        DataArguments,
-        RunArguments,
-        argv=argv,
-        description=__doc__,
-        script=__file__,
-        choices=cli.autoencoder_choices,
-    )
-    groups = (model, losses, optimizer, regularizing, evaluation, data, *methods.values())
-    run = TrainingRun(run_arguments, *groups, name="autoencoder")
+    given = AutoencoderOptions.parse(argv, description=__doc__, script=__file__)
+    run = TrainingRun(given.run, *given.settings, name="autoencoder")
 
-    weights = build.build_loss_weights(losses)
-    objective = build.build_objective(
-        model,
-        regularizing,
-        methods,
-        reduction=weights.reduction,
-        normalization=evaluation.normalization,
-        gradient_checkpointing=run_arguments.gradient_checkpointing,
-    )
-    images, held_out = build.load_images(data, evaluation, objective, regularizing)
-    examples = build.training_data(model, data, images, objective)
-    smallest_px = build.smallest_image_px(objective, data.resolution)
-    perceptual = build.build_perceptual(losses, smallest_px=smallest_px)
-    discriminator = build.build_discriminator(losses, smallest_px=smallest_px)
+    objective = build.build_objective(given)
+    images, held_out = build.load_images(given, objective)
+    examples = build.training_data(given, images, objective)
+    smallest_px = build.smallest_image_px(objective, given.data.resolution)
+    perceptual = build.build_perceptual(given.losses, smallest_px=smallest_px)
+    discriminator = build.build_discriminator(given.losses, smallest_px=smallest_px)
 
     # Only wrapped modules are called in the step: DDP and autocast live in the wrapping.
-    wrapped_objective = run.add("objective", objective, **optimizer.options, ema=True)
+    wrapped_objective = run.add("objective", objective, **given.optimizer.options, ema=True)
     for helper in objective.frozen_modules():
         run.add_frozen(helper)
     wrapped_discriminator = None
     if discriminator is not None:
-        wrapped_discriminator = run.add(
-            "discriminator", discriminator, **optimizer.options, learning_rate=losses.disc_learning_rate
-        )
+        rate = given.losses.disc_learning_rate
+        wrapped_discriminator = run.add("discriminator", discriminator, **given.optimizer.options, learning_rate=rate)
     step = AutoencoderStep(
         wrapped_objective,
         objective,
-        weights=weights,
+        weights=build.build_loss_weights(given.losses),
         perceptual=None if perceptual is None else run.add_frozen(perceptual),
         discriminator=wrapped_discriminator,
         average=lambda tensor: run.accelerator.reduce(tensor, reduction="mean"),
     )
 
     for batch in run.steps(run.loader(examples)):
-        if run.due(run_arguments.validation_steps, at_start=True):
+        if run.due(given.run.validation_steps, at_start=True):
             validate(run, held_out)
         draw = objective.draw(batch, run.randomness)
         loss, discriminator_loss, logs = step(batch, draw, run.step)
@@ -85,22 +61,12 @@ def main(argv: list[str] | None = None) -> None:
             run.backward(discriminator_loss, inputs=list(discriminator.parameters()))
         run.log(logs)
 
-    metrics = validate(run, held_out)
+    figures = validate(run, held_out)
+    kept = keeps_latents(objective.model)
 
     def save(directory: Path) -> None:
-        save_autoencoder(
-            directory,
-            run.averaged("objective"),
-            latents_kept=keeps_latents(objective.model),
-            discriminator=discriminator,
-            images=images,
-            evaluation=evaluation,
-            model=model,
-            data=data,
-            training=training_metadata(run, model, losses, regularizing, methods),
-            provenance=run.provenance(),
-            measured=evaluation_metadata(run, metrics, data, evaluation),
-        )
+        trained = {"discriminator": discriminator, "latents_kept": kept}
+        save_autoencoder(directory, run, given, **trained, images=images, figures=figures)
 
     run.finish(save)
     run.push()

@@ -50,6 +50,17 @@ _CALLED = {
 LATENT_SPACE = ("encoder", "codebook", "normalization")
 
 
+def weights_of(vae: Autoencoder, *parts: str) -> list[nn.Parameter]:
+    """The parameters of parts of an autoencoder by their names in `AUTOENCODER_PARTS`.
+
+    Example:
+        >>> any(weight.requires_grad for weight in weights_of(vae, "encoder"))
+        True
+    """
+    prefixes = tuple(prefix for part in parts for prefix in AUTOENCODER_PARTS[part])
+    return [weight for name, weight in vae.named_parameters() if name.startswith(prefixes)]
+
+
 def autoencoder_identity(vae: Autoencoder) -> dict[str, Any]:
     """What an autoencoder is, as a JSON value that travels with whatever was made by it.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..autoencoders import Decoded, Posterior
 from ..data.latent_format import FeatureSettings
 from ..extensions import Registry
+from ..provenance import weights_of
 from ..randomness import StepRandomness
 
 REGULARIZERS: Registry[type[Regularizer]] = Registry("regularizer", "diffusers_eqvae.regularizers")
@@ -283,8 +284,7 @@ def require_reach(name: str, regularizer: AutoencoderRegularizer, model: nn.Modu
         >>> require_reach("noise", NoiseRegularizer(), vae)
     """
     halves = sorted(regularizer.reaches - {"component"})
-    weights = [weight for half in halves for weight in getattr(model, half).parameters()]
-    if not any(weight.requires_grad for weight in weights):
+    if not any(weight.requires_grad for weight in weights_of(model, *halves)):
         raise ValueError(
             f"The regularizer {name} moves nothing of the autoencoder but its {' and '.join(halves)}, and no weight "
             "of that learns here; let it learn, or leave the regularizer out."

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 from ...options import Checked
 from ...regularizers.base import AutoencoderRegularizer
-from ..command_line import Choice, regularizer_choice
+from ..arguments import DataArguments, RunArguments
+from ..command_line import Choice, parse, regularizer_choice
 
 
 @dataclass
@@ -199,3 +200,27 @@ class AutoencoderEvaluationArguments(Checked):
             "range": "(0, inf)",
         },
     )
+
+
+class AutoencoderOptions(NamedTuple):
+    """All that `training/train_autoencoder.py` was told, group by group; of the regularizers by their names."""
+
+    model: AutoencoderArguments
+    losses: AutoencoderLossArguments
+    optimizer: AutoencoderOptimizerArguments
+    regularizing: RegularizerArguments
+    evaluation: AutoencoderEvaluationArguments
+    data: DataArguments
+    run: RunArguments
+    methods: dict[str, Any]
+
+    @classmethod
+    def parse(cls, argv: list[str] | None, *, description: str | None, script: str) -> Self:
+        """From a command line (sys.argv where there is none); see `command_line.parse`."""
+        groups = [kind for name, kind in cls.__annotations__.items() if name != "methods"]
+        return cls(*parse(*groups, argv=argv, description=description, script=script, choices=autoencoder_choices))
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Every group but how the run is run."""
+        return (*self[:6], *self.methods.values())

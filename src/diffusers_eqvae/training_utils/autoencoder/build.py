@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -23,14 +23,9 @@ from ...models.discriminator import PatchDiscriminator
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
 from ...pretrained import looking_for
 from ...regularizers.base import build_regularizers, require_reach
-from ..arguments import DataArguments, warn_without_effect
+from ..arguments import warn_without_effect
 from ..command_line import read_model_config
-from .arguments import (
-    AutoencoderArguments,
-    AutoencoderEvaluationArguments,
-    AutoencoderLossArguments,
-    RegularizerArguments,
-)
+from .arguments import AutoencoderArguments, AutoencoderLossArguments, AutoencoderOptions
 from .trainable import freeze_all_but, keeps_latents, refuse_other_latents
 
 logger = logging.getLogger(__name__)
@@ -98,22 +93,18 @@ def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
     vae.enable_gradient_checkpointing()
 
 
-def load_images(
-    data: DataArguments,
-    evaluation: AutoencoderEvaluationArguments,
-    objective: AutoencoderObjective,
-    regularizing: RegularizerArguments,
-) -> tuple[PixelDataset, Tensor]:
+def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> tuple[PixelDataset, Tensor]:
     """Training images with the stored features that regularizers read, and the validation images (N, 3, S, S).
 
     Raises:
         ValueError: a resolution that the autoencoder's stride does not divide; see `load_image_dataset` for the rest.
     """
+    data, evaluation = given.data, given.evaluation
     validation_px = evaluation.validation_resolution or data.resolution
     for name, value in (("resolution", data.resolution), ("validation_resolution", validation_px)):
         require_fitting(value, downsampling_factor(objective.model), name=f"--{name}")
     source = data.load()
-    store = LatentStore(regularizing.features_dir) if regularizing.features_dir else None
+    store = LatentStore(given.regularizing.features_dir) if given.regularizing.features_dir else None
     if store is not None:
         store.read_features(*(name for each in objective.regularizers.values() for name in each.features))
     images = PixelDataset(
@@ -131,20 +122,20 @@ def load_images(
 
 
 def training_data(
-    arguments: AutoencoderArguments, data: DataArguments, images: PixelDataset, objective: AutoencoderObjective
+    given: AutoencoderOptions, images: PixelDataset, objective: AutoencoderObjective
 ) -> PixelDataset | StoredImages:
     """The images, or the latents of --latents_dir with them.
 
     Raises:
         ValueError: an encoder that is trained; a store of another autoencoder, of other images, or of other crops.
     """
-    if arguments.latents_dir is None:
+    if given.model.latents_dir is None:
         return images
     if not keeps_latents(objective.model):
         raise ValueError(
             "--latents_dir holds latents of an encoder that stays as it is; give --trainable decoder, or leave it out."
         )
-    store = LatentStore(arguments.latents_dir, vae=objective.model)
+    data, store = given.data, LatentStore(given.model.latents_dir, vae=objective.model)
     if (data.resolution, data.center_crop) != (store.settings.resolution, True):
         raise ValueError(
             f"The store {store.path} holds centre crops of {store.settings.resolution} px; add --center_crop "
@@ -153,28 +144,15 @@ def training_data(
     return StoredImages(store, images.source, random_flip=data.random_flip)
 
 
-def build_objective(
-    arguments: AutoencoderArguments,
-    regularizing: RegularizerArguments,
-    methods: Mapping[str, Any],
-    *,
-    reduction: Literal["sum", "mean"],
-    normalization: str | None = None,
-    gradient_checkpointing: bool = False,
-) -> AutoencoderObjective:
-    """The autoencoder to train, inside its objective with the regularizers that were chosen.
-
-    Args:
-        methods: the regularizers' own arguments, by name.
-        reduction: of the KL term.
-        normalization: that of the finished config, as asked for.
-    """
-    vae = build_autoencoder(arguments, gradient_checkpointing=gradient_checkpointing)
+def build_objective(given: AutoencoderOptions) -> AutoencoderObjective:
+    """The autoencoder to train, inside its objective with the regularizers that were chosen."""
+    arguments, regularizing, methods = given.model, given.regularizing, given.methods
+    vae = build_autoencoder(arguments, gradient_checkpointing=given.run.gradient_checkpointing)
     freeze_all_but(vae, arguments.trainable)
     refuse_other_latents(
         vae,
         pretrained=arguments.pretrained_model_name_or_path is not None,
-        asked={"padding_mode": arguments.padding_mode, "normalization": normalization},
+        asked={"padding_mode": arguments.padding_mode, "normalization": given.evaluation.normalization},
     )
     store = LatentStore(regularizing.features_dir) if regularizing.features_dir else None
     held = {} if store is None else store.settings.features
@@ -183,7 +161,9 @@ def build_objective(
         _require_features(store, regularizers, methods)
     for name, regularizer in regularizers.items():
         require_reach(name, regularizer, vae)
-    return AutoencoderObjective(vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=reduction)
+    return AutoencoderObjective(
+        vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=given.losses.reduction
+    )
 
 
 def _require_features(store: LatentStore, regularizers: Mapping[str, Any], methods: Mapping[str, Any]) -> None:

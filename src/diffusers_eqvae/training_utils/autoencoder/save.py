@@ -16,20 +16,13 @@ from ...data.image_datasets import PixelDataset
 from ...images import CAPTIONS, evenly_spaced
 from ...latents import LatentNormalization, LatentStatistics
 from ...model_card import METADATA_FILE, RunMetadata
-from ...objectives.autoencoder import AutoencoderObjective
 from ...regularizers.base import REGULARIZERS
 from ...stated_normalization import scale_complaint
 from ...tokens import has_codebook
-from ..arguments import DataArguments
 from ..console import progress_bar
 from ..run import TrainingRun
 from ..tracking import drawn_images, figures_at
-from .arguments import (
-    AutoencoderArguments,
-    AutoencoderEvaluationArguments,
-    AutoencoderLossArguments,
-    RegularizerArguments,
-)
+from .arguments import AutoencoderEvaluationArguments, AutoencoderOptions
 from .trainable import WHOLE
 
 logger = logging.getLogger(__name__)
@@ -45,21 +38,16 @@ MEASURED = {
 }
 
 
-def training_metadata(
-    run: TrainingRun,
-    model: AutoencoderArguments,
-    losses: AutoencoderLossArguments,
-    regularizing: RegularizerArguments,
-    methods: Mapping[str, Any],
-) -> dict[str, Any]:
+def training_metadata(run: TrainingRun, given: AutoencoderOptions) -> dict[str, Any]:
     """The settings of the run that its card shows."""
+    model, losses, methods = given.model, given.losses, given.methods
     weights = {
         losses.reconstruction_loss: 1.0,
         f"lpips-{losses.perceptual_net}": losses.perceptual_weight,
         "kl": losses.kl_weight,
         f"discriminator ({losses.disc_loss})": losses.disc_weight,
     }
-    chosen = [name for name in regularizing.regularizers if name != "none"]
+    chosen = [name for name in given.regularizing.regularizers if name != "none"]
     return {
         **run.settings(),
         **({} if model.trainable == [WHOLE] else {"trainable": " ".join(model.trainable)}),
@@ -68,12 +56,7 @@ def training_metadata(
     }
 
 
-def evaluation_metadata(
-    run: TrainingRun,
-    figures: Mapping[str, float],
-    data: DataArguments,
-    evaluation: AutoencoderEvaluationArguments,
-) -> dict[str, Any]:
+def evaluation_metadata(run: TrainingRun, figures: Mapping[str, float], given: AutoencoderOptions) -> dict[str, Any]:
     """The last validation, beside the figures that were measured before the first step where any were, and drawn.
 
     Images of a local folder are private: a card shows them only where its owner says so.
@@ -84,7 +67,7 @@ def evaluation_metadata(
         for key, how in MEASURED.items()
         if key in figures
     ]
-    private = evaluation.validation_data_dir is not None or data.is_local
+    private = given.evaluation.validation_data_dir is not None or given.data.is_local
     shown: dict[str, Any] = {"caption": ", ".join(CAPTIONS), "private": private}
     return {"metrics": metrics, "images": drawn_images(run.output_dir, run.step, "comparison", **shown)}
 
@@ -132,32 +115,26 @@ def settle_normalization(
 
 def save_autoencoder(
     directory: Path,
-    objective: AutoencoderObjective,
+    run: TrainingRun,
+    given: AutoencoderOptions,
     *,
     latents_kept: bool,
     discriminator: nn.Module | None,
     images: PixelDataset,
-    evaluation: AutoencoderEvaluationArguments,
-    model: AutoencoderArguments,
-    data: DataArguments,
-    training: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    measured: Mapping[str, Any],
+    figures: Mapping[str, float],
 ) -> None:
     """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_metadata.json.
 
     Args:
-        objective: its model and its components are written.
-        latents_kept: whether its encoder was left as it was.
+        run: the averages of its objective's model and components are written.
+        latents_kept: whether the encoder was left as it was.
         images: training images, on which mean and std of the latents are measured.
-        evaluation: how many of them, and whether the config takes the result.
-        training: from `training_metadata`.
-        provenance: from `TrainingRun.provenance`.
-        measured: from `evaluation_metadata`.
+        figures: of the last validation.
     """
+    objective, base, data = run.averaged("objective"), given.model.pretrained_model_name_or_path, given.data
+    training, provenance = training_metadata(run, given), run.provenance()
     vae = objective.model
-    pretrained = bool(model.pretrained_model_name_or_path)
-    num_samples = settle_normalization(vae, images, evaluation, pretrained=pretrained, latents_kept=latents_kept)
+    num_samples = settle_normalization(vae, images, given.evaluation, pretrained=bool(base), latents_kept=latents_kept)
     # mean_std.json is always the map in the config, so that whoever reads either normalises alike.
     normalization = LatentNormalization.from_vae(vae)
     vae.save_pretrained(directory)
@@ -170,7 +147,7 @@ def save_autoencoder(
     RunMetadata(
         model={
             "class": type(vae).__name__,
-            "base_model": model.pretrained_model_name_or_path,
+            "base_model": base,
             "padding_mode": vae.config.get("padding_mode"),
             "latent_space_changed": not latents_kept,
             "compatibility": "drop-in" if latents_kept else None,
@@ -184,8 +161,8 @@ def save_autoencoder(
                 "unread": normalization.unread(),
             },
         },
-        training=dict(training),
+        training=training,
         data={"dataset": data.name, "resolution_px": data.resolution, "report": images.source.report.to_json()},
-        evaluation=dict(measured),
-        provenance=dict(provenance),
+        evaluation=evaluation_metadata(run, figures, given),
+        provenance=provenance,
     ).save(directory / METADATA_FILE)

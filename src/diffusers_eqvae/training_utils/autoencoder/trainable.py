@@ -11,7 +11,7 @@ import torch
 from ...autoencoders import Autoencoder, downsampling_factor, encode
 from ...classes import listed
 from ...objectives.base import reached_by
-from ...provenance import AUTOENCODER_PARTS
+from ...provenance import AUTOENCODER_PARTS, weights_of
 from ...randomness import preserved_global_state
 from ...tokens import decode_with_terms
 
@@ -73,8 +73,7 @@ def _freeze_unread(vae: Autoencoder) -> list[str]:
 
 def learns(vae: Autoencoder, *parts: str) -> bool:
     """Whether any weight of these parts ("encoder", "codebook", "decoder") is trained."""
-    prefixes = tuple(prefix for part in parts for prefix in AUTOENCODER_PARTS[part])
-    return any(weight.requires_grad for name, weight in vae.named_parameters() if name.startswith(prefixes))
+    return any(weight.requires_grad for weight in weights_of(vae, *parts))
 
 
 def keeps_latents(vae: Autoencoder) -> bool:
