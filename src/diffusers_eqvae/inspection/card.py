@@ -24,9 +24,9 @@ from .health import PUBLISHED, TABLE, Inspection
 COLUMNS = (
     "image",
     "reconstruction",
-    "image rotated 90°,\nand back: D(E(tau x))",
-    "latent rotated 90°,\nand back: D(tau E(x))",
-    "latent rotated 180°,\nand back",
+    "image rotated 90°,\ndecoded, and back",
+    "latent rotated 90°,\ndecoded, and back",
+    "latent rotated 180°,\ndecoded, and back",
     "... a detail of it",
     "... its error, x 4",
     "latent x 0.5,\ndecoded",
