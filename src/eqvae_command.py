@@ -24,8 +24,6 @@ HOME = Path(__file__).resolve().parent / PACKAGE
 SCRIPTS = {"training": HOME.parents[1] / "training", "sampling": HOME.parents[1] / "pipelines"}
 ROOMS = SCRIPTS | {"commands": HOME / "commands"}
 USAGE = "usage: eqvae COMMAND [arguments] (eqvae COMMAND --help explains one)"
-# What a package is called that is imported by another name.
-DISTRIBUTIONS = {"skimage": "scikit-image"}
 
 
 class Command(NamedTuple):
@@ -153,8 +151,7 @@ def launch_where_wanted(script: ModuleType, words: list[str]) -> None:
 
 def what_installs(module: str) -> str:
     """The requirement that brings a module: the package with an extra, where one has it."""
-    name = module.partition(".")[0]
-    name = DISTRIBUTIONS.get(name, name).replace("_", "-")
+    name = module.partition(".")[0].replace("_", "-")
     try:
         requirements = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:

