@@ -191,7 +191,7 @@ def test_each_product_takes_its_own_regularizers(tmp_path):
     (tmp_path / "shrinking.py").write_text(REGULARIZER)
     options = ["--latents_dir", tmp_path, "--output_dir", tmp_path / "run", "--regularizers", "shrink"]
     told = run("training/train_transformer.py", *options, "--extension", tmp_path / "shrinking.py", expect=2)
-    assert "shrink is a AutoencoderRegularizer, and this script takes a GeneratorRegularizer" in told
+    assert "The regularizer shrink does not fit here; --regularizers takes contrastive_flow" in told
 
 
 def test_a_preset_never_runs_code(tmp_path):

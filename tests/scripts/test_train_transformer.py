@@ -258,7 +258,7 @@ def test_refuses_a_store_without_labels(script, tmp_path, tiny_autoencoder_kl):
             {"config_overrides": "objective=denoising"},
             "trains models that predict epsilon; this one predicts flow_pred",
         ),
-        ({"objective": "autoencoder"}, "trains autoencoders"),
+        ({"objective": "autoencoder"}, "autoencoder does not fit here; --objective takes denoising, flow_matching"),
         ({"model": "SiT-Q/2"}, "Unknown model 'SiT-Q/2'"),
         ({"model": "SiT-S/2", "objective": "denoise"}, "no objective 'denoise'; there are autoencoder, denoising"),
         ({"model": "SiT-S/8"}, "multiple of `patch_size`"),

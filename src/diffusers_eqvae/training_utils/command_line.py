@@ -33,13 +33,24 @@ class Choice:
         registry: the room.
         names: those chosen.
         flag: the option that chose them.
-        base: class of those that may be chosen, where the room holds others too.
+        fits: which of the room's members may be chosen here.
+
+    Raises:
+        ValueError: a name that the room does not hold, or whose member does not fit.
     """
 
     registry: Registry[Any]
     names: tuple[str, ...]
     flag: str
-    base: type = object
+    fits: Callable[[Any], bool] = bool
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if not self.fits(self.registry[name]):
+                raise ValueError(
+                    f"The {self.registry.kind} {name} does not fit here; --{self.flag} takes "
+                    f"{', '.join(self.members())}."
+                )
 
     def arguments(self) -> dict[str, type]:
         """Name -> `Arguments` of those that have any."""
@@ -52,7 +63,7 @@ class Choice:
     def members(self) -> dict[str, type]:
         """All that may be chosen, by name."""
         members = {name: self.registry[name] for name in self.registry.names()}
-        return {name: member for name, member in members.items() if issubclass(member, self.base)}
+        return {name: member for name, member in members.items() if self.fits(member)}
 
 
 Choices = Callable[[Mapping[str, Any]], Sequence[Choice]]
@@ -134,13 +145,7 @@ def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choi
     names = tuple(name for name in given if name != "none")
     if len(set(names)) != len(names) or (names and "none" in given):
         raise ValueError(f"--regularizers takes each name at most once, or none alone; got {' '.join(given)}.")
-    for name in names:
-        if not issubclass(REGULARIZERS[name], product):
-            raise ValueError(
-                f"The regularizer {name} is a {REGULARIZERS[name].__mro__[1].__name__}, and this script takes a "
-                f"{product.__name__}; leave it out of --regularizers."
-            )
-    return Choice(REGULARIZERS, names, "regularizers", product)
+    return Choice(REGULARIZERS, names, "regularizers", lambda member: issubclass(member, product))
 
 
 def _chosen(choices: Choices | None, types: Sequence[type], words: Sequence[str]) -> Sequence[Choice]:

@@ -76,7 +76,7 @@ class TransformerArguments(Checked):
         metadata={"help": "Constructor arguments of the model over its preset's: KEY=VALUE ..., e.g. qk_norm=true."},
     )
     objective: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(OBJECTIVES)}; unset, the one that the model was made for."}
+        default=None, metadata={"help": "What is minimised; unset, what the model was made for."}
     )
     regularizers: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Regularizers of the generator, or none; they compose."}
@@ -97,11 +97,8 @@ class OptimizerArguments(Checked):
 def transformer_choices(given: Mapping[str, Any]) -> list[Choice]:
     """Whose options the script takes besides its own: the objective's and the regularizers'."""
     source = ModelSource.find(given["model"], given["config_overrides"], objective=given["objective"])
-    objective = source.objective
-    if OBJECTIVES[objective].reads == "pixels":
-        raise ValueError(f"The objective {objective} trains autoencoders; choose another for a generator.")
     return [
-        Choice(OBJECTIVES, (objective,), "objective"),
+        Choice(OBJECTIVES, (source.objective,), "objective", lambda member: member.reads != "pixels"),
         regularizer_choice(given["regularizers"], GeneratorRegularizer),
     ]
 
