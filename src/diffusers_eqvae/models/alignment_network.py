@@ -16,8 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..autoencoders import Autoencoder, latent_channels
-from ..files import read_json
-from ..pretrained import hub_file, looking_for
+from ..pretrained import looking_for
 from .component import ComponentMixin
 from .feature_teacher import FeatureTeacher
 
@@ -129,7 +128,7 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
         """
         beside = "/".join(filter(None, (subfolder, ALIGNMENT_FOLDER)))
         for folder in dict.fromkeys(("", beside, ALIGNMENT_FOLDER)):
-            if _class_name(str(name), folder, revision) == cls.__name__:
+            if cls.lies_in(name, folder, revision):
                 with looking_for(name, "an alignment network") as options:
                     return cls.from_pretrained(name, subfolder=folder or None, revision=revision, **options)
         return None
@@ -195,9 +194,3 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
             rows, rows.shape[-1:], self.norm_weight.float(), self.norm_bias.float(), self.config.norm_eps
         )
         return rows.movedim(-1, 1)
-
-
-def _class_name(name: str, folder: str, revision: str | None) -> str | None:
-    """Which class the config in a folder of a directory or Hub repository names; None without a config."""
-    path = hub_file(name, "/".join(filter(None, (folder, AlignmentNetwork.config_name))), revision)
-    return read_json(path).get("_class_name") if path else None

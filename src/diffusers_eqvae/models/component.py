@@ -29,6 +29,12 @@ class ComponentMixin(ModelMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    def lies_in(cls, name: str | os.PathLike[str], folder: str, revision: str | None = None) -> bool:
+        """Whether a folder of a directory or Hub repository ("" is its root) holds a config of this class."""
+        path = hub_file(str(name), "/".join(filter(None, (folder, cls.config_name))), revision)
+        return path is not None and read_json(path).get("_class_name") == cls.__name__
+
+    @classmethod
     def saved_beside(cls, model: Any, folder: str, **config: Any) -> Self | None:
         """The component that an earlier run saved in `folder` where `model` was loaded from; None where none is.
 
@@ -43,8 +49,7 @@ class ComponentMixin(ModelMixin):
         """
         name, location = model.config.get("_name_or_path"), dict(getattr(model, "location", {}))
         inside = "/".join(filter(None, (location.pop("subfolder", None), folder)))
-        path = hub_file(name, f"{inside}/{cls.config_name}", location.get("revision")) if name else None
-        if path is None or read_json(path).get("_class_name") != cls.__name__:
+        if not name or not cls.lies_in(name, inside, location.get("revision")):
             return None
         with looking_for(name, f"the {folder} beside it") as options:
             found = cls.from_pretrained(name, subfolder=inside, **location, **options)
