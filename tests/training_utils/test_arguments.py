@@ -196,6 +196,16 @@ def test_resolved_arguments_are_a_preset_that_repeats_the_run(tmp_path):
     assert again == (run, data, extra)
 
 
+def test_what_a_run_read_is_found_from_any_folder(tmp_path, monkeypatch):
+    """A local path is noted as an absolute one; the name of a repository stays, and so does what is not read."""
+    (tmp_path / "work" / "photographs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    local = resolved(RunArguments(output_dir="photographs"), DataArguments(train_data_dir="photographs"))
+    assert local["train_data_dir"] == str(tmp_path / "work" / "photographs")
+    assert local["output_dir"] == "photographs"
+    assert resolved(DataArguments(dataset_name="owner/name"))["dataset_name"] == "owner/name"
+
+
 def test_every_flag_is_documented():
     from dataclasses import fields
 

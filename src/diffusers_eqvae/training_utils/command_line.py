@@ -15,7 +15,7 @@ import yaml
 
 from ..extensions import Registry, load_extensions
 from ..files import read_json, write_text
-from ..options import options_of
+from ..options import options_of, reading_options
 from ..regularizers.base import REGULARIZERS, Regularizer
 from .option_parser import OptionParser, nearest
 from .presets import find_preset, installed_presets, located, read_preset
@@ -264,10 +264,15 @@ def _require_known(config: Mapping[str, Any], model_class: type, where: str) -> 
 
 
 def resolved(*arguments: Any) -> dict[str, Any]:
-    """All fields of several argument dataclasses as one flat mapping, in their order."""
+    """All fields of several argument dataclasses as one flat mapping, in their order.
+
+    Local paths that are read are absolute ones in it, so that what it repeats does not hang on the working directory.
+    """
     merged: dict[str, Any] = {}
     for group in arguments:
-        merged.update(asdict(group))
+        values = asdict(group)
+        reads = {name: values[name] for name in reading_options(group)}
+        merged |= values | located(reads, Path.cwd(), [type(group)])
     return merged
 
 
