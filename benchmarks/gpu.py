@@ -46,9 +46,9 @@ from diffusers_eqvae.training_utils.launch import compile_in_place
 from diffusers_eqvae.training_utils.optimization import (
     ExponentialAverage,
     OptimizedModule,
-    build_optimizer,
     step_all,
 )
+from diffusers_eqvae.training_utils.optimizers import build_optimizer
 
 # Dense bfloat16 operations a second, as NVIDIA states them.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -78,7 +78,7 @@ def sizes(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def optimized(name: str, module: torch.nn.Module, *, average: bool) -> OptimizedModule:
-    optimizer = build_optimizer("adamw", list(module.parameters()), lr=1e-4, weight_decay=0.0)
+    optimizer = build_optimizer("adamw", module, lr=1e-4, weight_decay=0.0)
     return OptimizedModule(
         name, module, module, optimizer, 1e-4, ExponentialAverage(module, 0.9999) if average else None
     )

@@ -28,7 +28,8 @@ from harness import Step, median_seconds, save_result
 from torch import nn
 
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
-from diffusers_eqvae.training_utils.optimization import ExponentialAverage, OptimizedModule, build_optimizer
+from diffusers_eqvae.training_utils.optimization import ExponentialAverage, OptimizedModule
+from diffusers_eqvae.training_utils.optimizers import build_optimizer
 
 NUM_CLASSES = 1000
 ROWS = ("forward", "forward_backward", "training_step", "trainer_step")
@@ -89,7 +90,7 @@ def build_variants(arguments: argparse.Namespace, sample_size: int) -> dict[str,
 
 
 def our_update(module: nn.Module) -> Step:
-    optimizer = build_optimizer("adamw", list(module.parameters()), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = build_optimizer("adamw", module, lr=LEARNING_RATE, weight_decay=0.0)
     entry = OptimizedModule(
         "transformer", module, module, optimizer, LEARNING_RATE, ExponentialAverage(module, EMA_DECAY)
     )

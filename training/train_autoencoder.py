@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     wrapped_discriminator = None
     if discriminator is not None:
         rate = given.losses.disc_learning_rate
-        wrapped_discriminator = run.add("discriminator", discriminator, **given.optimizer.options, learning_rate=rate)
+        wrapped_discriminator = run.add(
+            "discriminator", discriminator, **given.optimizer.discriminator_options, learning_rate=rate
+        )
     step = AutoencoderStep(
         wrapped_objective,
         objective,

@@ -13,7 +13,7 @@ The finished directory loads with `import diffusers_eqvae` and `DiffusionPipelin
 from pathlib import Path
 
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
+from diffusers_eqvae.training_utils.arguments import DataArguments, OptimizerArguments, RunArguments
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
 from diffusers_eqvae.training_utils.run import TrainingRun
@@ -31,7 +31,7 @@ from diffusers_eqvae.training_utils.transformer.save import sample_grid, save_pi
 def main(argv: list[str] | None = None) -> None:
     model, optimizer, sampling, evaluation_arguments, data, run_arguments, methods = parse(
         cli.TransformerArguments,
-        cli.OptimizerArguments,
+        OptimizerArguments,
         cli.SamplingArguments,
         cli.GenerationEvaluationArguments,
         DataArguments,
@@ -50,14 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     check_sampling(objective.model, sampling)
     for helper in (latents.vae, *objective.frozen_modules()):
         run.add_frozen(helper)
-    wrapped = run.add(
-        "objective",
-        objective,
-        optimizer="adamw",
-        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-        weight_decay=optimizer.adam_weight_decay,
-        ema=True,
-    )
+    wrapped = run.add("objective", objective, **optimizer.options, ema=True)
     averaged = run.averaged("objective")
     pipeline = build_pipeline(averaged, latents, sampling)
     evaluation = GenerationEvaluation(evaluation_arguments, sampling, run, pipeline, latents)

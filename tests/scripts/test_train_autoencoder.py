@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from diffusers_eqvae.hub import prepare_push
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 
-from ..invariants.trajectories import ROOT, as_flags, last_checkpoint, run_script
+from ..invariants.trajectories import ROOT, as_flags, assert_equal, last_checkpoint, run_script
 
 SCRIPT = ROOT / "training" / "train_autoencoder.py"
 
@@ -147,6 +148,24 @@ def test_the_optimizer_and_the_discriminators_rate_are_chosen(folder, tiny_autoe
         assert tuple(group["betas"]) == (0.8, 0.9) and (group["eps"], group["weight_decay"]) == (1e-6, 0.5)
         assert group["lr"] == rates[name] and group["decoupled_weight_decay"]
         assert state["optimizer"]["state"]
+
+
+def test_muon_trains_the_matrices_and_adamw_kernels_and_discriminator(folder, tiny_autoencoder_kl):
+    options = {"optimizer": "muon", "disc_weight": 0.5, "disc_channels": 8, "disc_num_layers": 1}
+    options |= {"max_train_steps": 2, "checkpointing_steps": 1, "validation_steps": 0, "ema_decay": 0.5}
+    arguments = flags(folder, tiny_autoencoder_kl, **options)
+    run_script(SCRIPT, arguments)
+    whole = {name: last_checkpoint(folder / "run", name) for name in ("objective", "discriminator")}
+    matrices, rest = whole["objective"]["optimizer"]["param_groups"]
+    assert len(matrices["params"]) == 2 * 4 and "momentum" in matrices  # queries, keys, values, output; two attentions
+    assert len(rest["params"]) == len(list(tiny_autoencoder_kl.parameters())) - 8 and "betas" in rest
+    (group,) = whole["discriminator"]["optimizer"]["param_groups"]
+    assert "betas" in group
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000002")
+    run_script(SCRIPT, [*arguments, "--resume_from_checkpoint", "latest"])
+    assert_equal(whole, {name: last_checkpoint(folder / "run", name) for name in whole})
+    metadata = RunMetadata.load(folder / "run" / "run_metadata.json")
+    assert metadata.training["optimizer"] == "muon"
 
 
 def test_bf16_run_moves_every_float32_weight(folder, tiny_autoencoder_kl):

@@ -26,7 +26,7 @@ from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.randomness import StepRandomness
-from diffusers_eqvae.training_utils.arguments import DataArguments, RunArguments
+from diffusers_eqvae.training_utils.arguments import DataArguments, OptimizerArguments, RunArguments
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.transformer import arguments as cli
 from diffusers_eqvae.training_utils.transformer.model_source import ModelSource
@@ -38,7 +38,7 @@ SCRIPT = ROOT / "training" / "train_transformer.py"
 SIZES = {"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 TINY = {"_class_name": "SiTTransformer2DModel", **SIZES}
 PRESETS = sorted(path for path in (ROOT / "training" / "configs").glob("*it_*.yaml") if "eqvae" not in path.name)
-GROUPS = (cli.TransformerArguments, cli.OptimizerArguments, cli.SamplingArguments, DataArguments, RunArguments)
+GROUPS = (cli.TransformerArguments, OptimizerArguments, cli.SamplingArguments, DataArguments, RunArguments)
 
 
 @pytest.fixture

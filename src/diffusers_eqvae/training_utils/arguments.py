@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.image_datasets import ImageSource, load_image_dataset
 from ..options import Checked
+from .optimizers import OPTIMIZERS, OptimizerName
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,47 @@ class RunArguments(Checked):
                 validate_repo_id(self.hub_model_id or Path(self.output_dir).name)
             except ValueError as error:
                 raise ValueError(f"--hub_model_id must be a repository's name, owner/name. {error}") from error
+
+
+@dataclass
+class OptimizerArguments(Checked):
+    """How weights are optimized."""
+
+    optimizer: OptimizerName = field(
+        default="adamw",
+        metadata={
+            "help": "adamw, adam; adamw_8bit: bitsandbytes', moments in 8 bits; adafactor: factored second moments "
+            "alone, learning rate relative to the size of the weights; muon: of matrices inside blocks, and adamw of "
+            "the rest."
+        },
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "First beta of Adam's forms.", "range": "[0, 1)"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Second beta of Adam's forms.", "range": "[0, 1)"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Added to their denominator.", "range": "(0, inf)"})
+    adam_weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled weight decay, of all but adam.", "range": "[0, inf)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        OPTIMIZERS[self.optimizer].find()  # refused at once where this machine lacks it
+        if self.adam_weight_decay and self.optimizer == "adam":
+            raise ValueError(
+                f"--adam_weight_decay {self.adam_weight_decay:g} is decoupled from the gradient, which adam's is not; "
+                "give --optimizer adamw, or leave it out."
+            )
+        if self.optimizer == "adafactor":
+            warn_without_effect(self, ["adam_beta1", "adam_beta2", "adam_epsilon"], "adafactor has none of them")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As `TrainingRun.add` takes them."""
+        return {
+            "optimizer": self.optimizer,
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eps": self.adam_epsilon,
+            "weight_decay": self.adam_weight_decay,
+        }
 
 
 @dataclass

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ..randomness import reseed_global
 from .optimization import OptimizedModule
+from .optimizers import FLOAT32_BYTES, state_bytes
 
 DRY_RUN_STEPS = 4  # what a step saves may depend on its random draw, so the largest of a few counts
-FLOAT32_BYTES = 4
-ADAM_BYTES = 8  # two float32 moments per weight
 
 
 class SavedActivations:
@@ -54,13 +53,13 @@ def first_example(batch: Any) -> Any:
 
 
 def weight_bytes(entry: OptimizedModule) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer moments and EMA of one optimized module."""
+    """Bytes of weights, gradients, optimizer state and EMA of one optimized module."""
     every = sum(tensor.numel() for tensor in entry.module.state_dict().values()) * FLOAT32_BYTES
     trainable = sum(parameter.numel() for parameter in entry.parameters)
     return {
         "weights": every,
         "gradients": trainable * FLOAT32_BYTES,
-        "optimizer": trainable * ADAM_BYTES,
+        "optimizer": state_bytes(entry.optimizer_name, entry.module),
         "ema": trainable * FLOAT32_BYTES if entry.ema is not None else 0,
     }
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
 
 def learning_rate_factor(schedule: str, step: int, *, warmup_steps: int, total_steps: int) -> float:
     """What the learning rate is multiplied by in step `step` (0-based): a pure function, so nothing to checkpoint.
@@ -33,17 +31,6 @@ def learning_rate_factor(schedule: str, step: int, *, warmup_steps: int, total_s
     if schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
     return 1.0
-
-
-def build_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    """Adam or AdamW in its fused form (one kernel, and it can skip a step without asking the host)."""
-    if name not in OPTIMIZERS:
-        raise ValueError(f"The optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}.")
-    try:
-        return OPTIMIZERS[name](parameters, fused=True, **options)
-    except RuntimeError as reason:
-        logger.warning("No fused %s on this device (%s); the plain one reads one flag per step back.", name, reason)
-        return OPTIMIZERS[name](parameters, **options)
 
 
 class ExponentialAverage:
@@ -113,6 +100,7 @@ class OptimizedModule:
         optimizer: over its trainable parameters.
         learning_rate: peak value.
         ema: moving average of its weights, or None.
+        optimizer_name: that of the optimizer in the table of optimizers.
     """
 
     name: str
@@ -121,6 +109,7 @@ class OptimizedModule:
     optimizer: torch.optim.Optimizer
     learning_rate: float
     ema: ExponentialAverage | None
+    optimizer_name: str = "adamw"
     parameters: list[nn.Parameter] = field(init=False)
     frozen: frozenset[str] = field(init=False)
 
@@ -188,8 +177,14 @@ class OptimizedModule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Weights, moments, step counts and EMA of a checkpoint; betas and weight decay stay this run's."""
         self._load_learned_state(self.module, state["module"])
-        groups = zip(self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
-        options = [{**mine, "params": saved["params"]} for mine, saved in groups]
+        own, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
+        if len(own) != len(saved) or any(then.keys() - now.keys() for now, then in zip(own, saved, strict=True)):
+            raise ValueError(
+                f"The checkpoint's state of {self.name} is that of another optimizer than {self.optimizer_name}, "
+                "which cannot go on from it. Resume with the --optimizer it was written with "
+                "(resolved_arguments.yaml), or start from the finished weights in another output_dir."
+            )
+        options = [{**now, "params": then["params"]} for now, then in zip(own, saved, strict=True)]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": options})
         if self.ema is not None:
             if "ema" not in state:

@@ -47,13 +47,13 @@ from .nonfinite import NonfiniteGuard, require_finite, too_many_in_a_row
 from .optimization import (
     ExponentialAverage,
     OptimizedModule,
-    build_optimizer,
     check_master_weights,
     evaluating,
     learning_rate_factor,
     step_all,
     warn_of_slow_average,
 )
+from .optimizers import build_optimizer
 from .tracking import METRICS_FILE, Meter, Tracking
 
 logger = logging.getLogger(__name__)
@@ -134,18 +134,18 @@ class TrainingRun:
             name: key in checkpoints and logs.
             module: float32; only parameters with requires_grad are optimized.
             learning_rate: peak value; None takes --learning_rate.
-            optimizer: "adamw" or "adam"; `options` are its betas, eps and weight_decay (0 unless given).
+            optimizer: its name, see `build_optimizer`; `options` are its betas, eps and weight_decay (0 unless given).
             ema: keep a moving average, if --use_ema allows; read it through `averaged(name)`.
         """
         if name in self.modules:
             raise ValueError(f"The run already has a module called {name!r}.")
-        parameters = check_master_weights(name, module)
+        check_master_weights(name, module)
         self._ancestry.identify(name, module_identity(module))
         module.to(self.device)
         average = ExponentialAverage(module, self.arguments.ema_decay) if ema and self.arguments.use_ema else None
         rate = self.arguments.learning_rate if learning_rate is None else learning_rate
-        built = build_optimizer(optimizer, parameters, lr=rate, **{"weight_decay": 0.0, **options})
-        entry = OptimizedModule(name, module, module, built, rate, average)
+        built = build_optimizer(optimizer, module, lr=rate, **{"weight_decay": 0.0, **options})
+        entry = OptimizedModule(name, module, module, built, rate, average, optimizer_name=optimizer)
         if self._checkpoint is not None:
             entry.load_state_dict(read_module(self._checkpoint, name))
         if self.arguments.compile:
@@ -333,6 +333,7 @@ class TrainingRun:
         return {
             "optimizer_steps": self.step,
             "global_batch_size": self.global_batch_size,
+            "optimizer": next((entry.optimizer_name for entry in self.modules.values()), None),
             "learning_rate": self.arguments.learning_rate,
             "mixed_precision": self.accelerator.mixed_precision,
             "ema_decay": self.arguments.ema_decay if self.arguments.use_ema else None,

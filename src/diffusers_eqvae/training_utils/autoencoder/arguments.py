@@ -6,8 +6,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 from ...options import Checked
 from ...regularizers.base import AutoencoderRegularizer
-from ..arguments import DataArguments, RunArguments
+from ..arguments import DataArguments, OptimizerArguments, RunArguments
 from ..command_line import Choice, parse, regularizer_choice
+from ..optimizers import OptimizerName
+
+SHARED = OptimizerArguments.__dataclass_fields__
 
 
 @dataclass
@@ -116,34 +119,17 @@ class AutoencoderLossArguments(Checked):
 
 
 @dataclass
-class AutoencoderOptimizerArguments(Checked):
+class AutoencoderOptimizerArguments(OptimizerArguments):
     """How autoencoder and discriminator are optimized; the defaults are those of VQGAN and LDM."""
 
-    optimizer: Literal["adam", "adamw"] = field(default="adam", metadata={"help": "Of both."})
-    adam_beta1: float = field(default=0.5, metadata={"help": "First beta.", "range": "[0, 1)"})
-    adam_beta2: float = field(default=0.9, metadata={"help": "Second beta.", "range": "[0, 1)"})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "Added to the denominator.", "range": "(0, inf)"})
-    adam_weight_decay: float = field(
-        default=0.0, metadata={"help": "Decoupled weight decay, of adamw alone.", "range": "[0, inf)"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.adam_weight_decay and self.optimizer != "adamw":
-            raise ValueError(
-                f"--adam_weight_decay {self.adam_weight_decay:g} is decoupled from the gradient, which adam's is not; "
-                "give --optimizer adamw, or leave it out."
-            )
+    optimizer: OptimizerName = field(default="adam", metadata=SHARED["optimizer"].metadata)
+    adam_beta1: float = field(default=0.5, metadata=SHARED["adam_beta1"].metadata)
+    adam_beta2: float = field(default=0.9, metadata=SHARED["adam_beta2"].metadata)
 
     @property
-    def options(self) -> dict[str, Any]:
-        """As `TrainingRun.add` takes them."""
-        return {
-            "optimizer": self.optimizer,
-            "betas": (self.adam_beta1, self.adam_beta2),
-            "eps": self.adam_epsilon,
-            "weight_decay": self.adam_weight_decay,
-        }
+    def discriminator_options(self) -> dict[str, Any]:
+        """The same, but for muon: a discriminator is convolutions alone, which are AdamW's there."""
+        return self.options | ({"optimizer": "adamw"} if self.optimizer == "muon" else {})
 
 
 @dataclass

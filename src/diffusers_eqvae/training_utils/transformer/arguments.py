@@ -83,17 +83,6 @@ class TransformerArguments(Checked):
     )
 
 
-@dataclass
-class OptimizerArguments(Checked):
-    """AdamW."""
-
-    adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW.", "range": "[0, 1)"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "Second beta of AdamW.", "range": "[0, 1)"})
-    adam_weight_decay: float = field(
-        default=0.0, metadata={"help": "Decoupled weight decay of AdamW.", "range": "[0, inf)"}
-    )
-
-
 def transformer_choices(given: Mapping[str, Any]) -> list[Choice]:
     """Whose options the script takes besides its own: the objective's and the regularizers'."""
     source = ModelSource.find(given["model"], given["config_overrides"], objective=given["objective"])
