@@ -21,7 +21,6 @@ LAYERS = (
     (
         "_lazy",
         "_registration",
-        "autoencoder_classes",
         "autoencoders",
         "classes",
         "diffusion",

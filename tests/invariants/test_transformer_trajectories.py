@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+from diffusers_eqvae.training_utils.launch import STOPPED
 
 from .tiny_latents import write_store
 from .trajectories import assert_equal, last_checkpoint, run_script
@@ -107,6 +109,35 @@ def test_killed_between_checkpoints_and_resumed(tmp_path, store):
     steps = json.loads(newest.read_text())["step"] + 3
     resumed = train(store, killed, max_train_steps=steps, resume_from_checkpoint="latest")
     assert_equal(resumed, train(store, tmp_path / "whole", max_train_steps=steps))
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_that_is_told_to_stop_says_so_by_its_status_and_goes_on(tmp_path, store):
+    """Started by RANK and WORLD_SIZE, as SLURM's srun does it."""
+    job, options = tmp_path / "job", {"max_train_steps": 60, "logging_steps": 2}
+
+    def start() -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        common["ACCELERATE_USE_CPU"] = str(torch.accelerator.is_available())
+        command = [sys.executable, "-m", "eqvae_command", "train-transformer"]
+        command += flags(store, job, resume_from_checkpoint="latest", **options)
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return [subprocess.Popen(command, env={**os.environ, **common, **rank}) for rank in ranks]
+
+    processes = start()
+    deadline = time.monotonic() + 120
+    while not (job / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.005)
+    processes[1].send_signal(signal.SIGUSR1)  # one that hears it is enough
+    assert [process.wait(timeout=120) for process in processes] == [STOPPED, STOPPED]
+    assert not (job / "model_index.json").exists()
+    assert [process.wait(timeout=120) for process in start()] == [0, 0] and (job / "model_index.json").is_file()
+    whole = train(store, tmp_path / "whole", train_batch_size=8, **options)
+    assert_close(last_checkpoint(job, "objective"), whole, 1e-5)
 
 
 # A head of its own on the hidden states, off in every other step: then its weights take no part, on no rank.

@@ -1,6 +1,7 @@
 """TrainingRun: what happens between the lines of a training script."""
 
 import json
+import math
 import os
 import signal
 import types
@@ -226,17 +227,50 @@ def test_images_become_a_grid(make_run, make_model, numbers):
     assert (run.output_dir / "done").exists() and list((run.output_dir / "logs").rglob("events*"))
 
 
-def test_sigterm_saves_at_the_step_boundary_and_exits_cleanly(make_run, make_model, numbers):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_step_boundary_and_exits_cleanly(make_run, make_model, numbers, number, caplog):
+    caplog.set_level("INFO")
     run = make_run(max_train_steps=50)
     wrapped = run.add("model", make_model())
     with pytest.raises(SystemExit) as stopped:
         for batch in run.steps(run.loader(numbers())):
             run.backward(wrapped(batch["x"]).square().mean())
             if run.step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-    assert stopped.value.code == 0
+                os.kill(os.getpid(), number)
+    assert stopped.value.code == 75
     assert (run.output_dir / "checkpoints" / "step-00000005" / "complete.json").is_file()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert f"Stopped by {signal.Signals(number).name} after step 5;" in caplog.text
+
+
+def test_a_run_whose_hours_are_over_stops_as_by_a_signal_and_goes_on(make_run, make_model, numbers, monkeypatch):
+    """Hours count from the start of the program, and each start takes at least a step."""
+    clock = [0.0]
+    monkeypatch.setattr("diffusers_eqvae.training_utils.launch.time.monotonic", lambda: clock[0])
+
+    def start(**options):
+        run, clock_per_step = make_run(max_train_steps=5, **options), 3600 * 0.25
+        wrapped = run.add("model", model := make_model())
+        for batch in run.steps(run.loader(numbers())):
+            run.backward(wrapped(batch["x"]).square().mean())
+            clock[0] += clock_per_step
+        return run, model
+
+    stops = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            start(max_hours=0.5, resume_from_checkpoint="latest")
+        stops.append(stopped.value.code)
+    resumed, parts = start(max_hours=0.5, resume_from_checkpoint="latest")
+    assert stops == [75, 75] and resumed.step == 5
+    whole = start(output_dir=str(resumed.output_dir) + "-whole")[1]
+    assert all(map(torch.equal, parts.parameters(), whole.parameters()))
+
+
+@pytest.mark.parametrize("hours", [0, -1, math.inf, math.nan])
+def test_hours_are_a_time_that_passes(make_run, hours):
+    with pytest.raises(ValueError, match=r"max_hours must be (positive|finite)"):
+        make_run(max_hours=hours)
 
 
 def test_dry_run_writes_nothing_and_says_what_is_needed(make_run, make_model, numbers, capsys):

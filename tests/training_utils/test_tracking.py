@@ -81,7 +81,24 @@ def test_wandb_is_closed_where_a_run_gives_up(wandb, make_run, make_model, numbe
     assert wandb.finished == 1
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_all_are_those_that_are_installed(wandb, make_run, make_model, numbers):
+    run = make_run(report_to="all", tracker_project_name="mine", max_train_steps=3)
+    train(run, make_model(), numbers())
+    assert wandb.options["project"] == "mine" and [step for step, values in wandb.logged if "loss" in values] == [
+        1,
+        2,
+        3,
+    ]
+    assert [tracker.name for tracker in run.accelerator.trackers] == ["wandb"]
+
+
+def test_all_needs_one(make_run, monkeypatch):
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.MLFLOW])
+    with pytest.raises(ValueError, match="--report_to all needs a package: pip install tensorboard"):
+        make_run(report_to="all")
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_tracker_that_is_not_installed_is_refused_at_the_start(name, dry_run, make_run, monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "_available_trackers", [])

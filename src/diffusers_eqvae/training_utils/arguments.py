@@ -141,8 +141,22 @@ class RunArguments(Checked):
     break_lock: bool = field(
         default=False, metadata={"help": "Take output_dir from another program, which must not run any more."}
     )
-    report_to: Literal["tensorboard", "wandb", "none"] = field(
-        default="tensorboard", metadata={"help": "Where curves and images go besides metrics.jsonl and validation/."}
+    max_hours: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many hours as by SIGTERM or SIGUSR1: with a checkpoint and status 75, on which a "
+            "job script starts the same command again. Leave time for a step, a validation and the checkpoint.",
+            "range": "(0, inf)",
+        },
+    )
+    report_to: Literal["tensorboard", "wandb", "trackio", "all", "none"] = field(
+        default="tensorboard",
+        metadata={
+            "help": "Where curves and images go besides metrics.jsonl and validation/; all: those that are installed."
+        },
+    )
+    tracker_project_name: str | None = field(
+        default=None, metadata={"help": "Project in the tracker; unset, autoencoder or transformer."}
     )
     logging_steps: int = field(
         default=10,

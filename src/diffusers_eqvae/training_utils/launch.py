@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,14 +113,12 @@ def build_accelerator(arguments: RunArguments) -> Accelerator:
             "over pixels exceed: the run would end in NaN. Use --mixed_precision bf16 (CPUs, and NVIDIA cards from "
             "Ampere on: A100, RTX 30), or no on older cards (V100, T4, RTX 20)."
         )
-    tracker = arguments.report_to
-    if tracker != "none" and LoggerType(tracker) not in get_available_trackers():  # accelerate goes on without it
-        raise ValueError(f"--report_to {tracker} needs a package: pip install {tracker}. Or use --report_to none.")
+    trackers = find_trackers(arguments.report_to)
     return Accelerator(
         cpu=runs_on_cpu(),
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=precision,
-        log_with=None if arguments.dry_run or tracker == "none" else tracker,
+        log_with=None if arguments.dry_run or not trackers else trackers,
         project_dir=None if arguments.dry_run else Path(arguments.output_dir) / "logs",
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False),
@@ -127,6 +126,23 @@ def build_accelerator(arguments: RunArguments) -> Accelerator:
         ],
         step_scheduler_with_optimizer=False,
     )
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def find_trackers(report_to: str) -> list[str]:
+    """The names of the trackers that --report_to means.
+
+    Raises:
+        ValueError: one that is not installed (accelerate would go on without it), or "all" where none is.
+    """
+    installed = [name for name in TRACKERS if LoggerType(name) in get_available_trackers()]
+    wanted = {"none": [], "all": installed or ["all"]}.get(report_to, [report_to])
+    if missing := [name for name in wanted if name not in installed]:
+        package = TRACKERS[0] if report_to == "all" else missing[0]
+        raise ValueError(f"--report_to {report_to} needs a package: pip install {package}. Or use --report_to none.")
+    return wanted
 
 
 def compile_in_place(module: nn.Module) -> None:
@@ -144,11 +160,23 @@ def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
         return accelerator.prepare_model(module)
 
 
-class StopSignal:
-    """Remembers that a signal came while `listening`; the loop acts on it at a step boundary."""
+# What a run ends with that is to be started again: EX_TEMPFAIL of sysexits.h.
+STOPPED = 75
 
-    def __init__(self) -> None:
-        self.received = False
+
+class StopSignal:
+    """Remembers a signal that came while `listening`, and when `max_hours` are over; the loop acts between steps."""
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self._received, self._max_hours, self._begun = "", max_hours, time.monotonic()
+
+    def agreed(self, accelerator: Accelerator) -> str | None:
+        """Why all processes are to stop; None as long as none is. Every process must call it."""
+        over = self._max_hours is not None and time.monotonic() - self._begun >= 3600 * self._max_hours
+        own = self._received or (f"--max_hours {self._max_hours:g}" if over else "")
+        flag = torch.tensor(float(bool(own)), device=accelerator.device)
+        anyone = accelerator.num_processes > 1 and accelerator.reduce(flag, reduction="sum").item() > 0
+        return own or ("another process" if anyone else None)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -165,4 +193,4 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self._received = signal.Signals(number).name

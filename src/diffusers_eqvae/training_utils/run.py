@@ -42,7 +42,7 @@ from .arguments import RunArguments
 from .checkpoints import Ancestry, find_checkpoint, publish, read_module, write_checkpoint
 from .console import start_logging
 from .dry_run import dry_run
-from .launch import StopSignal, build_accelerator, claim, compile_in_place, wrap
+from .launch import STOPPED, StopSignal, build_accelerator, claim, compile_in_place, wrap
 from .nonfinite import NonfiniteGuard, require_finite, too_many_in_a_row
 from .optimization import (
     ExponentialAverage,
@@ -112,7 +112,7 @@ class TrainingRun:
         self.frozen: list[nn.Module] = []
         self._meter, self._guard = Meter(), NonfiniteGuard(self.device, **self._ancestry.skipped)
         self._tracking: Tracking | None = None
-        self._stop, self._saved_step, self._micro, self._factor = StopSignal(), self.step, 0, 1.0
+        self._stop, self._saved_step, self._micro, self._factor = StopSignal(arguments.max_hours), self.step, 0, 1.0
 
     # ------------------------------------------------------------------ what is trained
 
@@ -212,10 +212,11 @@ class TrainingRun:
         """Yields micro-batches on the device until max_train_steps; does the bookkeeping between them.
 
         Before each micro-batch all random generators are set for (seed, rank, step, micro-batch). After the last one
-        of a step: clipping, NaN guard, optimizers, EMA, logs, checkpoint. SIGTERM (or SIGUSR1, which schedulers send
-        before a time limit) writes a checkpoint at the next step boundary and ends the program with status 0; several
-        ranks agree on that at the next multiple of logging_steps. After max_nonfinite_steps steps in a row with NaN or
-        infinite gradients it raises ValueError, and weights that are not finite are never saved over finite ones.
+        of a step: clipping, NaN guard, optimizers, EMA, logs, checkpoint. SIGTERM, SIGUSR1 (which schedulers send
+        before a time limit) and the end of max_hours write a checkpoint at the next step boundary and end the program
+        with status 75 (`launch.STOPPED`); several ranks agree on that at the next multiple of logging_steps. After
+        max_nonfinite_steps steps in a row with NaN or infinite gradients it raises ValueError, and weights that are
+        not finite are never saved over finite ones.
         """
         if self.max_train_steps is None:
             raise ValueError("The run's length is unknown: pass --max_train_steps, or build the loader by run.loader.")
@@ -227,8 +228,8 @@ class TrainingRun:
         self._tracking = Tracking(
             self.output_dir,
             self.accelerator,
-            report_to=self.arguments.report_to,
             name=self.name,
+            project=self.arguments.tracker_project_name or self.name,
             arguments=self._resolved,
             step=self.step,
             total_steps=self.max_train_steps,
@@ -413,14 +414,12 @@ class TrainingRun:
         if self.arguments.checkpointing_steps and self.step % self.arguments.checkpointing_steps == 0:
             self.save_checkpoint()
         # Ranks must agree to stop; asking every step would make each wait for the slowest.
-        if self.accelerator.num_processes > 1 and logging_due:
-            flag = torch.tensor(float(self._stop.received), device=self.device)
-            self._stop.received = bool(self.accelerator.reduce(flag, reduction="sum").item())
-        if self._stop.received and (self.accelerator.num_processes == 1 or logging_due):
+        ask = logging_due or self.accelerator.num_processes == 1
+        if ask and (reason := self._stop.agreed(self.accelerator)):
             self.save_checkpoint()
             self._close()
-            logger.info("Stopped by a signal after step %d; continue with --resume_from_checkpoint latest.", self.step)
-            sys.exit(0)
+            logger.info("Stopped by %s after step %d; --resume_from_checkpoint latest goes on.", reason, self.step)
+            sys.exit(STOPPED)
 
     def _report(self) -> None:
         values = self._meter.read(self.accelerator)

@@ -1,7 +1,8 @@
-"""What a run tells the world: metrics.jsonl always, tensorboard or wandb on request, images, a progress bar."""
+"""What a run tells the world: metrics.jsonl always, trackers on request, images, a progress bar."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -73,8 +74,8 @@ class Tracking:
     Args:
         output_dir: of the run.
         accelerator: its trackers are started here.
-        report_to: "tensorboard", "wandb" or "none".
-        name: of the project in the tracker.
+        name: of what is trained, on the progress bar.
+        project: in the trackers.
         arguments: resolved arguments, recorded by the tracker.
         step: where the run starts; later lines of an interrupted run's metrics.jsonl are dropped.
         total_steps: length of the progress bar.
@@ -85,8 +86,8 @@ class Tracking:
         output_dir: Path,
         accelerator: Accelerator,
         *,
-        report_to: str,
         name: str,
+        project: str,
         arguments: Mapping[str, Any],
         step: int,
         total_steps: int,
@@ -99,12 +100,13 @@ class Tracking:
         if not self._is_main:
             return
         self._written_before = _drop_lines_after(output_dir / METRICS_FILE, step)
-        if report_to != "none":
+        if accelerator.log_with:
             simple = {key: value for key, value in arguments.items() if isinstance(value, (bool, int, float, str))}
             logs = output_dir / "logs"
             logs.mkdir(exist_ok=True)
-            own = {"wandb": {"dir": str(logs), "name": output_dir.resolve().name}}
-            accelerator.init_trackers(name, config=simple, init_kwargs=own)
+            run = output_dir.resolve().name
+            own = {"wandb": {"dir": str(logs), "name": run}, "trackio": {"name": run}}
+            accelerator.init_trackers(project, config=simple, init_kwargs=own)
 
     def advance(self) -> None:
         self._bar.update(1)
@@ -163,6 +165,8 @@ class Tracking:
                 tracker.log_images({name: array}, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({name: list(array)}, step=step)
+            elif tracker.name == "trackio":
+                tracker.log({name: importlib.import_module("trackio").Image(path)}, step=step)
         return path
 
     def close(self) -> None:
