@@ -21,6 +21,7 @@ LAYERS = (
     (
         "_lazy",
         "_registration",
+        "autoencoder_classes",
         "autoencoders",
         "classes",
         "diffusion",

@@ -111,13 +111,13 @@ def test_evaluating_leaves_the_mode_as_it_was(tiny_autoencoder_kl, training):
 
 
 def test_a_size_fits_where_the_stride_divides_it(tiny_autoencoder_kl):
-    require_fitting(16, 4)
-    require_fitting(16, 4, smallest=16)
+    require_fitting(16, tiny_autoencoder_kl)
+    require_fitting(16, tiny_autoencoder_kl, smallest=16)
     for size in (18, 0, -4, 2):
         with pytest.raises(ValueError, match=f"resolution must be a multiple of .* stride 4; got {size}"):
-            require_fitting(size, 4)
+            require_fitting(size, tiny_autoencoder_kl)
     with pytest.raises(ValueError, match="stride 4 and at least 16; got 12"):
-        require_fitting(12, 4, smallest=16)
+        require_fitting(12, tiny_autoencoder_kl, smallest=16)
     with pytest.raises(ValueError, match=r"The width of images must be a multiple of .* stride 4; got 18"):
         encode(tiny_autoencoder_kl, torch.zeros(1, 3, 16, 18))
 

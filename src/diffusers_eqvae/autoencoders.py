@@ -1,15 +1,15 @@
 """What every diffusers autoencoder has in common: pixels -> posterior -> raw latents -> pixels.
 
 `AutoencoderKL` gives a Gaussian posterior, `AutoencoderTiny` and `AutoencoderDC` a deterministic one; the rest of the
-package speaks to all through the functions here and never asks which it holds. `_FAMILIES` is the one table of what is
-handled; every other class is refused by name where it is loaded.
+package speaks to all through the functions here and never asks which it holds. What differs between their classes is
+in the table of `autoencoder_classes`.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,10 @@ from diffusers import ConfigMixin
 from torch import Tensor, nn
 
 from . import _registration
+from .autoencoder_classes import class_of
+from .autoencoder_classes import require_handled as require_handled
+from .autoencoder_classes import stock_class as stock_class
+from .autoencoder_classes import uncompiled as uncompiled
 from .files import read_json
 from .latents import latent_channels as latent_channels
 from .pretrained import hub_file, load_pretrained, looking_for
@@ -32,108 +36,6 @@ Autoencoder: TypeAlias = Any
 
 # The encoder's variance is exp(logvar) with logvar kept in this range (latent-diffusion's DiagonalGaussian).
 LOGVAR_RANGE = (-30.0, 20.0)
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How a class of autoencoders gives its latents and says their size.
-
-    Args:
-        output: what its `encode` gives: "latent_dist", a Gaussian, or the name of deterministic latents.
-        stride: pixels per latent position along one side, of its config.
-        magnitude: config entry of the largest value that its decoder tells apart; None = all do.
-    """
-
-    output: str
-    stride: Callable[[Any], int]
-    magnitude: str | None = None
-
-    @property
-    def deterministic(self) -> bool:
-        return self.output != "latent_dist"
-
-
-def _halved_by(widths: str) -> Callable[[Any], int]:
-    """The stride of an encoder that halves the image after every entry of `widths` but the last."""
-    return lambda config: 2 ** (len(config[widths]) - 1)
-
-
-_FAMILIES = {
-    "AutoencoderKL": _Family("latent_dist", _halved_by("block_out_channels")),
-    "AsymmetricAutoencoderKL": _Family("latent_dist", _halved_by("down_block_out_channels")),
-    "AutoencoderKLHunyuanImage": _Family("latent_dist", lambda config: int(config["spatial_compression_ratio"])),
-    "AutoencoderTiny": _Family("latents", _halved_by("encoder_block_out_channels"), "latent_magnitude"),
-    "AutoencoderDC": _Family("latent", _halved_by("encoder_block_out_channels")),
-    "VQModel": _Family("latents", _halved_by("block_out_channels")),
-}
-# Why others are refused; a class that is in neither table is refused as unknown.
-_REFUSED = {
-    "AutoencoderKLFlux2": "normalises its latents by batch statistics of its own, which would stay the old ones",
-    "AutoencoderRAE": "encodes by a frozen vision model, which cannot be trained as an encoder",
-    "ConsistencyDecoderVAE": "decodes by a diffusion process, which gives no gradient and another image each time",
-    "AutoencoderKLKVAE": "has a config of its own kind (z_channels, no normalisation)",
-    **dict.fromkeys(
-        (
-            *("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"),
-            *("AutoencoderKLHunyuanVideo15", "AutoencoderKLHunyuanImageRefiner", "AutoencoderKLKVAEVideo"),
-            *("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3"),
-            *("AutoencoderKLMochi", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"),
-            *("AutoencoderKLTemporalDecoder", "AutoencoderVidTok", "Kandinsky6SRVAE"),
-        ),
-        "takes videos (B, C, T, H, W), not images",
-    ),
-    **dict.fromkeys(
-        (
-            *("AutoencoderKLKVAEAudio", "AutoencoderKLLTX2Audio", "AutoencoderKLMiniMaxH3Audio", "AutoencoderOobleck"),
-            *("AutoencoderSAME", "Cosmos3AVAEAudioTokenizer", "LongCatAudioDiTVae", "MMAudioVAE"),
-        ),
-        "takes sound, not images",
-    ),
-}
-
-
-def uncompiled(module: Any) -> Any:
-    """What `torch.compile` wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
-
-
-def stock_class(kind: type) -> str:
-    """Name of the class of diffusers that an autoencoder's class is, derives from or says that it `works_as`.
-
-    Example:
-        >>> stock_class(AutoencoderKLEQ)
-        'AutoencoderKL'
-    """
-    derived = (each.__name__ for each in kind.__mro__ if each.__module__.startswith("diffusers."))
-    return getattr(kind, "works_as", None) or next(derived, kind.__name__)
-
-
-def require_handled(autoencoder: Autoencoder | type, whose: str = "The autoencoder") -> None:
-    """Refuses an autoencoder whose class would be trained, normalised or decoded wrongly.
-
-    A class of ours or of yours counts as the class of diffusers that it derives from; one that derives from none says
-    by an attribute, `works_as = "AutoencoderTiny"`, whose encode, decode and config it has. A class that diffusers
-    adds is refused until it is in the table here.
-
-    Raises:
-        ValueError: in one sentence, why the class is refused, and which are handled.
-
-    Example:
-        >>> require_handled(vae)
-    """
-    kind = autoencoder if isinstance(autoencoder, type) else type(uncompiled(autoencoder))
-    name = stock_class(kind)
-    if name not in _FAMILIES:
-        reason = _REFUSED.get(name, "is not known here, and might be handled wrongly")
-        handled = ", ".join(_FAMILIES)
-        raise ValueError(
-            f"{whose} is of the class {kind.__name__}, which {reason}; use {handled}, or a subclass of one."
-        )
-
-
-def _family(vae: Autoencoder) -> _Family:
-    require_handled(vae)
-    return _FAMILIES[stock_class(type(uncompiled(vae)))]
 
 
 @dataclass(frozen=True)
@@ -317,16 +219,10 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
         >>> encode(vae, torch.zeros(1, 3, 256, 256)).mode().shape
         torch.Size([1, 4, 32, 32])
     """
-    for side, size in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
-        require_fitting(size, downsampling_factor(vae), name=f"The {side} of images")
-    family, output = _family(vae), vae.encode(pixels)
-    found = getattr(output, family.output, None)
-    if found is None:
-        raise ValueError(
-            f"This autoencoder's encode must give {family.output}; {type(vae).__name__} gives "
-            f"{type(output).__name__} with {', '.join(vars(output)) or 'nothing'}."
-        )
-    return Posterior(found) if family.deterministic else Posterior(found.mean, found.logvar)
+    row = class_of(vae)
+    for name, size in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
+        require_fitting(size, vae, name=f"The {name} of images")
+    return Posterior(*row.encode(vae, pixels))
 
 
 def decode(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
@@ -335,7 +231,7 @@ def decode(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
     Example:
         >>> decode(vae, normalization.denormalize(latents))
     """
-    return vae.decode(raw_latents).sample
+    return class_of(vae).decode(vae, raw_latents)
 
 
 def decode_upcast(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
@@ -356,63 +252,94 @@ def decode_upcast(vae: Autoencoder, raw_latents: Tensor) -> Tensor:
 
 def is_deterministic(vae: Autoencoder) -> bool:
     """True where the encoder gives latents and no variance (AutoencoderTiny, AutoencoderDC, VQModel)."""
-    return _family(vae).deterministic
+    return class_of(vae).deterministic
 
 
 def latent_range(vae: Autoencoder) -> tuple[float, float] | None:
     """Between which raw latents the decoder tells apart; None = all (AutoencoderTiny: -3 to 3)."""
-    family = _family(vae)
-    magnitude = None if family.magnitude is None else float(vae.config[family.magnitude])
+    entry = class_of(vae).magnitude
+    magnitude = None if entry is None else float(vae.config[entry])
     return None if magnitude is None else (-magnitude, magnitude)
 
 
 def downsampling_factor(vae: Autoencoder) -> int:
     """f of an 'f8' autoencoder: pixels per latent position along one side."""
-    return _family(vae).stride(vae.config)
+    return int(class_of(vae).stride(vae.config))
 
 
-def require_fitting(size: int, stride: int, *, name: str = "resolution", smallest: int | None = None) -> None:
-    """Refuses a side in pixels that is not a positive multiple of the autoencoder's stride, or below `smallest`.
+def require_fitting(size: int, vae: Autoencoder, *, name: str = "resolution", smallest: int | None = None) -> None:
+    """Refuses a side in pixels that is not a positive multiple of the autoencoder's stride, or not the only one it
+    takes.
+
+    Args:
+        smallest: least side, where images are encoded at smaller sizes too.
 
     Example:
-        >>> require_fitting(data.resolution, downsampling_factor(vae))
+        >>> require_fitting(data.resolution, vae)
     """
-    smallest = stride if smallest is None else smallest
-    if size % stride or size < smallest:
-        least = f" and at least {smallest}" if smallest > stride else ""
-        raise ValueError(f"{name} must be a multiple of the autoencoder's stride {stride}{least}; got {size}.")
+    stride, only = downsampling_factor(vae), class_of(vae).side(vae.config)
+    least = max(stride, smallest or 0)
+    if only is not None and (size != only or least > stride):
+        smaller = ", and this encodes smaller ones too" if least > stride else ""
+        raise ValueError(
+            f"{name} must be {only}: {type(uncompiled(vae)).__name__} takes images of one size and would resample "
+            f"others{smaller}; got {size}."
+        )
+    if size % stride or size < least:
+        beside = f" and at least {least}" if least > stride else ""
+        raise ValueError(f"{name} must be a multiple of the autoencoder's stride {stride}{beside}; got {size}.")
 
 
-def last_encoder_layer(vae: Autoencoder) -> nn.Conv2d:
-    """The convolution that produces the moments, where alignment gradients are compared (ReaLS, VA-VAE)."""
-    return _last_convolution(vae.encoder)
+def smallest_images(vae: Autoencoder) -> Tensor:
+    """Black images (1, C, S, S) of which latents have two positions a side, or the only size it takes."""
+    side = class_of(vae).side(vae.config) or 2 * downsampling_factor(vae)
+    channels = next((vae.config[key] for key in ("in_channels", "input_channels") if key in vae.config), 3)
+    return torch.zeros(1, channels, side, side)
+
+
+def last_encoder_layer(vae: Autoencoder) -> Any:
+    """The convolution that produces the moments, where alignment gradients are compared (ReaLS, VA-VAE).
+
+    Raises:
+        ValueError: an encoder that does not end in one (AutoencoderRAE's, a vision model).
+    """
+    layer = class_of(vae).last_layer(vae.encoder)
+    if layer is None:
+        raise ValueError(
+            f"The encoder of {type(uncompiled(vae)).__name__} does not end in a convolution, so there are neither "
+            "features before it nor gradients at it; use a fixed weight, and the latents themselves as features."
+        )
+    return layer
 
 
 @contextmanager
 def encoder_features(vae: Autoencoder) -> Iterator[list[Tensor]]:
     """Fills a list with what the encoder's last convolution reads, (B, F, h, w), at every encoding in the block.
 
+    Where the encoder does not end in one (AutoencoderRAE) the list stays empty.
+
     Example:
         >>> with encoder_features(vae) as seen:
         ...     posterior = encode(vae, pixels)
     """
     seen: list[Tensor] = []
-    handle = last_encoder_layer(vae).register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    layer = class_of(vae).last_layer(vae.encoder)
+    if layer is None:
+        yield seen
+        return
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].squeeze(2) if inputs[0].ndim == 5 else inputs[0])  # one frame
+
+    handle = layer.register_forward_pre_hook(keep)
     try:
         yield seen
     finally:
         handle.remove()
 
 
-def last_decoder_layer(vae: Autoencoder) -> nn.Conv2d:
-    """The convolution that produces the pixels, where the adversarial weight is measured (VQGAN eq. 7)."""
-    return _last_convolution(vae.decoder)
-
-
-def _last_convolution(module: nn.Module) -> nn.Conv2d:
-    conv_out = getattr(module, "conv_out", None)
-    conv_out = getattr(conv_out, "base_layer", conv_out)  # under an adapter of peft
-    if isinstance(conv_out, nn.Conv2d):
-        return conv_out
-    named = module.named_modules()
-    return [child for name, child in named if isinstance(child, nn.Conv2d) and "lora_" not in name][-1]
+def last_decoder_layer(vae: Autoencoder) -> nn.Module:
+    """The layer that produces the pixels, where the adversarial weight is measured (VQGAN eq. 7)."""
+    layer = class_of(vae).last_layer(vae.decoder)
+    assert layer is not None, "every decoder of the table ends in a layer with weights"
+    return layer

@@ -4,6 +4,9 @@ This is the only place of the package where latents are shifted or scaled. diffu
 
     latents = (raw - mean) * scaling_factor / std      where latents_mean and latents_std are given (SDXL)
     latents = (raw - shift_factor) * scaling_factor    elsewhere (SD: shift 0; SD3)
+
+Some autoencoders keep it elsewhere than in their config (FLUX.2, RAE), perhaps with values that differ by position;
+`autoencoder_classes` says where.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .autoencoder_classes import class_of, uncompiled
 from .files import read_json, write_json
 
 ENTRIES = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
@@ -32,7 +36,7 @@ TOLERANCE = 0.01  # in standard deviations: what does not matter
 
 def latent_channels(vae: Any) -> int:
     """C of latents (B, C, h, w) of an autoencoder; for a VQ model the width of its codebook."""
-    return int(getattr(vae.config, "vq_embed_dim", None) or vae.config.latent_channels)
+    return int(class_of(vae).channels(vae.config))
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class LatentNormalization:
         std: likewise, positive; given exactly when `mean` is.
         scaling_factor: positive; 1.0 when mean and std are what normalises.
         shift_factor: 0.0 when mean and std are given.
+        tile: (p, q) where mean and std also differ by position, and repeat every p rows and q columns: C * p * q
+            values, those of a channel side by side and row by row (the packed channels of FLUX.2).
 
     Raises:
         ValueError: mean without std or the reverse, different lengths, a std or scaling_factor that is not positive,
@@ -60,6 +66,7 @@ class LatentNormalization:
     std: tuple[float, ...] | None = None
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
+    tile: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
@@ -70,7 +77,14 @@ class LatentNormalization:
                 f"got {self.scaling_factor} and {self.shift_factor}."
             )
         if self.mean is None or self.std is None:
+            if self.tile != (1, 1):
+                raise ValueError(f"latents_tile={self.tile} says where latents_mean repeats, and there is none.")
             return
+        if len(self.mean) % math.prod(self.tile):
+            raise ValueError(
+                f"latents_mean needs {math.prod(self.tile)} values per channel, for the places of "
+                f"latents_tile={self.tile}; got {len(self.mean)} in all."
+            )
         if not len(self.mean) == len(self.std) >= 1:
             raise ValueError(
                 "latents_mean and latents_std need one value per channel, or one in all; "
@@ -95,8 +109,8 @@ class LatentNormalization:
 
     @classmethod
     def from_vae(cls, vae: Any) -> LatentNormalization:
-        """What a diffusers autoencoder's config says."""
-        return cls.from_config(vae.config)
+        """What a diffusers autoencoder's config says, or its state where that is what normalises (FLUX.2, RAE)."""
+        return cls.from_config(class_of(vae).stated(vae))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentNormalization:
@@ -110,7 +124,8 @@ class LatentNormalization:
             if values[key] is not None and np.ndim(stated[key]):
                 raise ValueError(f"{key} must be one number; got {stated[key]} of shape {np.shape(stated[key])}.")
         scaling_factor, shift_factor = values["scaling_factor"] or (1.0,), values["shift_factor"] or (0.0,)
-        return cls(values["latents_mean"], values["latents_std"], scaling_factor[0], shift_factor[0])
+        tile = tuple(config.get("latents_tile") or (1, 1))
+        return cls(values["latents_mean"], values["latents_std"], scaling_factor[0], shift_factor[0], tile)
 
     @classmethod
     def from_statistics(cls, statistics: LatentStatistics, *, scalar: bool = False) -> LatentNormalization:
@@ -128,16 +143,23 @@ class LatentNormalization:
         std = tuple(value / self.scaling_factor for value in self.std or (1.0,))
         return self.mean or (self.shift_factor,), std
 
-    def unread(self) -> str | None:
-        """Which pipelines of diffusers do not read what this is made of, in a sentence without its end, or None."""
+    def unread(self, vae: Any) -> str | None:
+        """Which pipelines of diffusers do not read this from an autoencoder that it was written to, in a sentence
+        without its end, or None."""
+        if class_of(vae).pipelines_read_it:
+            return None
         if self.mean is not None:
             return MEAN_AND_STD_UNREAD
         shift = abs(self.shift_factor * self.scaling_factor)
         return f"{SHIFT_UNREAD}; it is {shift:.3g} standard deviations" if shift > TOLERANCE else None
 
     def to_config(self) -> dict[str, Any]:
-        """latents_mean, latents_std, scaling_factor, shift_factor as a diffusers autoencoder's config spells them."""
-        return {
+        """latents_mean, latents_std, scaling_factor, shift_factor as a diffusers autoencoder's config spells them.
+
+        latents_tile, of which diffusers knows nothing, is there where values differ by position.
+        """
+        by_place = {} if self.tile == (1, 1) else {"latents_tile": list(self.tile)}
+        return by_place | {
             "latents_mean": None if self.mean is None else list(self.mean),
             "latents_std": None if self.std is None else list(self.std),
             "scaling_factor": self.scaling_factor,
@@ -147,23 +169,30 @@ class LatentNormalization:
     def apply_to(self, vae: Any) -> None:
         """Writes this normalisation into the autoencoder's config, from where save_pretrained and from_vae take it.
 
-        A single mean and std is spelled out for every channel, which is what diffusers' pipelines expect.
+        It goes where the class keeps it, and its pipelines in diffusers read it: into the running mean and variance
+        of FLUX.2's batch norm, into the buffers of an RAE. A single mean and std is spelled out for every channel,
+        which is what diffusers' pipelines expect.
 
         Raises:
-            ValueError: as many means as neither 1 nor the autoencoder's latent channels.
+            ValueError: as many means as neither 1 nor the autoencoder's latent channels, or values by position.
         """
+        if self.tile != (1, 1):
+            raise ValueError(
+                f"A normalisation that differs by position (latents_tile={self.tile}) is read, and not written; "
+                "measure one per channel."
+            )
         config, channels = self.to_config(), latent_channels(vae)
         if self.mean is not None and self.std is not None:
             self._check_channels(channels)
             config["latents_mean"] = repeated(self.mean, channels)
             config["latents_std"] = repeated(self.std, channels)
-        vae.register_to_config(**config)
+        class_of(vae).state(uncompiled(vae), config)
 
     def save_json(self, path: str | os.PathLike[str], *, num_samples: int | None = None) -> None:
         """Writes mean_std.json, atomically: the map (raw - mean) / std that this normalisation is.
 
         Keys: "mean" and "std", the scalars over all channels (ReaLS' format); "latents_mean" and "latents_std", the
-        lists per channel; "num_samples", how many images they were measured on.
+        lists per channel; "num_samples", how many images they were measured on; "latents_tile", where it repeats.
         """
         mean, std = self.mean_and_std
         scalar_mean, scalar_std = over_channels(mean, std)
@@ -174,6 +203,8 @@ class LatentNormalization:
             "latents_std": list(std),
             "num_samples": num_samples,
         }
+        if self.tile != (1, 1):
+            content["latents_tile"] = list(self.tile)
         write_json(path, content)
 
     @classmethod
@@ -187,7 +218,8 @@ class LatentNormalization:
         for mean, std in (("latents_mean", "latents_std"), ("mean", "std")):
             if mean in content and std in content:
                 try:
-                    return cls(mean=_values(mean, content[mean]), std=_values(std, content[std]))
+                    tile = tuple(content.get("latents_tile") or (1, 1)) if mean == "latents_mean" else (1, 1)
+                    return cls(mean=_values(mean, content[mean]), std=_values(std, content[std]), tile=tile)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
         raise ValueError(f'{path} must hold {{"mean": ..., "std": ...}} or "latents_mean" and "latents_std" lists.')
@@ -199,12 +231,23 @@ class LatentNormalization:
         self._check_channels(latents.shape[1])
         scale = tuple(self.scaling_factor / value for value in self.std)
         device, dtype = latents.device, _math_dtype(latents)
-        return _per_channel(self.mean, device, dtype), _per_channel(scale, device, dtype)
+        shift_and_scale = [_per_channel(values, self.tile, device, dtype) for values in (self.mean, scale)]
+        if self.tile != (1, 1):
+            height, width = latents.shape[-2:]
+            rows, columns = self.tile
+            if height % rows or width % columns:
+                raise ValueError(
+                    f"This normalisation repeats every {rows} x {columns} positions, which must divide the "
+                    f"latents' height and width; got {height} x {width}."
+                )
+            shift_and_scale = [each.repeat(1, 1, height // rows, width // columns) for each in shift_and_scale]
+        return shift_and_scale[0], shift_and_scale[1]
 
     def _check_channels(self, channels: int) -> None:
-        if self.mean is not None and len(self.mean) not in (1, channels):
+        own = 0 if self.mean is None else len(self.mean) // math.prod(self.tile)
+        if own not in (0, 1, channels):
             raise ValueError(
-                f"This normalisation is for latents of {len(self.mean)} channels; got {channels}. "
+                f"This normalisation is for latents of {own} channels; got {channels}. "
                 "It belongs to another autoencoder: measure it again on this one."
             )
 
@@ -317,10 +360,10 @@ class LatentStatistics:
 
 
 @lru_cache(maxsize=32)
-def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1, C, 1, 1); kept, since a copy to the device would wait for it at every step."""
+def _per_channel(values: tuple[float, ...], tile: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1, C, p, q); kept, since a copy to the device would wait for it at every step."""
     with torch.inference_mode(False):  # a tensor born in inference mode could not serve a later training step
-        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, *tile)
 
 
 def _math_dtype(latents: Tensor) -> torch.dtype:

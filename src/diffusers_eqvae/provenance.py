@@ -21,6 +21,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
+from .autoencoder_classes import class_of
 from .autoencoders import (
     Autoencoder,
     downsampling_factor,
@@ -68,7 +69,8 @@ def autoencoder_identity(vae: Autoencoder) -> dict[str, Any]:
     apart, where that is bounded.
     `encoder` (with quant_conv), `codebook` (of a VQ model, else None) and `decoder` (with post_quant_conv) are each
     hashed as float32, bfloat16 and float16, the padding of their convolutions included; `normalization` is one hash of
-    the config's four entries. Every hash is the first 16 hexadecimal digits of a SHA-256.
+    the config's four entries, or those three of weights that normalise (FLUX.2, RAE). Every hash is the first 16
+    hexadecimal digits of a SHA-256.
 
     Example:
         >>> autoencoder_identity(vae)
@@ -130,8 +132,10 @@ def require_same_autoencoder(
 
 def _agree(part: str, expected: Any, given: Autoencoder | Mapping[str, Any]) -> bool:
     """Stops at the first precision that agrees, so that the usual comparison reads the weights once."""
-    if part == "normalization":
-        return expected == (given.get(part) if isinstance(given, Mapping) else _normalization_hash(given))
+    if part == "normalization" and not isinstance(given, Mapping):
+        given = {part: _normalization_hash(given)}
+    if isinstance(expected, str):
+        return expected == given.get(part)
     if isinstance(given, Mapping):
         found = given.get(part)
         return found == expected or any((found or {}).get(key) == value for key, value in (expected or {}).items())
@@ -163,9 +167,17 @@ def _part_hash(vae: Autoencoder, part: str, precision: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _normalization_hash(vae: Autoencoder) -> str:
-    config = json.dumps(LatentNormalization.from_vae(vae).to_config(), sort_keys=True)
-    return hashlib.sha256(config.encode()).hexdigest()[:16]
+def _normalization_hash(vae: Autoencoder) -> str | dict[str, str]:
+    """Of the config's entries; of weights that normalise (FLUX.2, RAE) rounded to each precision, as of any others."""
+    row = class_of(vae)
+    if not row.buffers:
+        return _json_hash(LatentNormalization.from_vae(vae).to_config())
+    stated = {name: row.stated(vae, dtype) for name, dtype in _PRECISIONS.items()}
+    return {name: _json_hash(LatentNormalization.from_config(each).to_config()) for name, each in stated.items()}
+
+
+def _json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # How many images' bytes always enter the identity of a data set.

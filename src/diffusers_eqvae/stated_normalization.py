@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,12 @@ def scale_complaint(normalization: LatentNormalization, statistics: LatentStatis
 
 def _std_after(normalization: LatentNormalization, statistics: LatentStatistics) -> float:
     """Of latents over all channels."""
-    channels = len(statistics.mean)
-    mean, std = (repeated(values, channels) for values in normalization.mean_and_std)
-    shifted = [(value - shift) / scale for value, shift, scale in zip(statistics.mean, mean, std, strict=True)]
-    return over_channels(shifted, [value / scale for value, scale in zip(statistics.std, std, strict=True)])[1]
+    places = math.prod(normalization.tile)
+    mean, std = (repeated(values, len(statistics.mean)) for values in normalization.mean_and_std)
+    # Latents are measured per channel, so at every place of a tile alike.
+    measured, measured_std = (np.repeat(values, places) for values in (statistics.mean, statistics.std))
+    shifted = [(value - shift) / scale for value, shift, scale in zip(measured, mean, std, strict=True)]
+    return over_channels(shifted, [value / scale for value, scale in zip(measured_std, std, strict=True)])[1]
 
 
 def _agree(one: LatentNormalization, other: LatentNormalization) -> bool:
@@ -96,7 +99,7 @@ def _agree(one: LatentNormalization, other: LatentNormalization) -> bool:
         pairs = [tuple(repeated(values, channels) for values in each) for each in (first, second)]
         summed = [tuple((value,) for value in over_channels(*each)) for each in (first, second)]
         return _near(*pairs) or (one.mean is not None and other.mean is not None and _near(*summed))
-    return len(lengths) == 1 and _near(first, second)
+    return len(lengths) == 1 and one.tile == other.tile and _near(first, second)
 
 
 def _near(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> bool:

@@ -284,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
     device = require_device(arguments.device)
     new, base = (load_autoencoder(name).to(device) for name in (arguments.new, arguments.base))
     require_comparable(new, base)
-    require_fitting(arguments.resolution, downsampling_factor(new))
+    require_fitting(arguments.resolution, new)
     images = load_images(arguments.data_dir, resolution=arguments.resolution, num_images=arguments.num_images)
     found = compatibility(new, base, images.to(device))
     fit = found.affine

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..autoencoders import downsampling_factor, load_autoencoder, require_fitting
+from ..autoencoders import load_autoencoder, require_fitting
 from ..data.image_datasets import PixelDataset, load_image_dataset
 from ..directories import OutputDirectory
 from ..latents import LatentNormalization
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     vae = load_autoencoder(arguments.vae).to(device, memory_format=torch.channels_last)  # as the scripts do
     if has_codebook(vae):
         raise ValueError(f"{arguments.vae} has a codebook, and its tokens need no normalisation; name one without.")
-    require_fitting(arguments.resolution, downsampling_factor(vae))
+    require_fitting(arguments.resolution, vae)
     images = PixelDataset(load_image_dataset(train_data_dir=arguments.data_dir), resolution=arguments.resolution)
     statistics = measure_normalization(vae, images, arguments.num_images)
     came = LatentNormalization.from_vae(vae)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     normalization.apply_to(vae)
     print(json.dumps(normalization.to_config(), indent=2))
     print(f"measured on {statistics.num_samples} images of {arguments.resolution} px")
-    for note in (scale_complaint(came, statistics), normalization.unread()):
+    for note in (scale_complaint(came, statistics), normalization.unread(vae)):
         if note:
             print(f"- {note.rstrip('.')}.")
     if output:

@@ -59,7 +59,7 @@ def store_settings(
         (8, 32, 32)
     """
     factor, deterministic = downsampling_factor(vae), is_deterministic(vae)
-    require_fitting(resolution, factor)
+    require_fitting(resolution, vae)
     side = resolution // factor
     source.expect(resolution)
     identity = autoencoder_identity(vae)

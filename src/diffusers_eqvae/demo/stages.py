@@ -206,9 +206,9 @@ def plan(arguments: DemoArguments) -> list[list[Stage]]:
 
 def transformer_config(arguments: DemoArguments) -> dict[str, Any]:
     """The small SiT for the autoencoder's latents; refuses a resolution that the autoencoder cannot take."""
-    stride = downsampling_factor(load_autoencoder(arguments.autoencoder))
-    require_fitting(arguments.resolution, stride)
-    side = arguments.resolution // stride
+    vae = load_autoencoder(arguments.autoencoder)
+    require_fitting(arguments.resolution, vae)
+    side = arguments.resolution // downsampling_factor(vae)
     patch = next(size for size in range(max(1, side // TOKENS_A_SIDE), 0, -1) if side % size == 0)
     return TRANSFORMER | {"patch_size": patch}
 

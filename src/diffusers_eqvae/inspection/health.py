@@ -95,7 +95,7 @@ def inspect_autoencoder(
         ['reconstruction', 'equivariance', 'diffusability', 'channels']
     """
     factor = downsampling_factor(vae)
-    require_fitting(images.shape[-1], factor, smallest=4 * factor)  # encoded at half and a quarter of it too
+    require_fitting(images.shape[-1], vae, smallest=4 * factor)  # encoded at half and a quarter of it too
     start = time.perf_counter()
     names = [name for name in RECONSTRUCTION_METRICS if name not in ("lpips", "rfid")]
     metrics = build_metrics(names, offers=OFFERS) + ([] if perceptual is None else [PerceptualDistance(perceptual)])

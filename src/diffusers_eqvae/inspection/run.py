@@ -135,8 +135,7 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         for name, inside in locations
     ]
     for vae in vaes:
-        factor = downsampling_factor(vae)
-        require_fitting(resolution, factor, smallest=4 * factor)  # encoded at half and a quarter of it too
+        require_fitting(resolution, vae, smallest=4 * downsampling_factor(vae))  # at half and a quarter too
     images = images.to(device)
     inspections = [
         inspect_autoencoder(vae, images, name=name, perceptual=perceptual)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.grad import conv2d_weight
 
 from ..autoencoders import (
@@ -162,15 +163,16 @@ class AutoencoderLossWeights:
 
 
 class LastLayer:
-    """The gradient at a convolution's weight, found from what goes in and what comes out, trained or not."""
+    """The gradient at a layer's weight, found from what goes in and what comes out, trained or not."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
         self.calls: list[tuple[Tensor, Tensor]] = []
+        self._replaying = False
         layer.register_forward_hook(self._keep)
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
+        if output.requires_grad and not self._replaying:
             self.calls.append((inputs[0].detach(), output))
 
     def weight_gradient(self, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> Tensor:
@@ -183,23 +185,31 @@ class LastLayer:
                 "An adaptive weight compares gradients at the last layer, which none reaches here: the term does not "
                 "depend on it, or the forward is compiled. Use a fixed weight (adaptive off), or do not compile."
             )
-        layer, total = self.layer, torch.zeros_like(self.layer.weight)
+        total = torch.zeros_like(self.layer.weight)
         for (taken, output), gradient in zip(self.calls, found, strict=True):
-            if gradient is None:
-                continue
-            padding: Any = layer.padding
-            if layer.padding_mode != "zeros":
-                taken, padding = F.pad(taken, layer._reversed_padding_repeated_twice, layer.padding_mode), 0
-            total += conv2d_weight(
-                taken.to(output.dtype),
-                layer.weight.shape,  # type: ignore[arg-type]
-                gradient.to(output.dtype),
-                stride=layer.stride,
-                padding=padding,
-                dilation=layer.dilation,
-                groups=layer.groups,
-            )
+            if gradient is not None:
+                at_weight = self._of_convolution if isinstance(self.layer, nn.Conv2d) else self._of_any
+                total += at_weight(taken.to(output.dtype), gradient.to(output.dtype))
         return total
+
+    def _of_convolution(self, taken: Tensor, gradient: Tensor) -> Tensor:
+        """Without a second forward."""
+        layer, padding = self.layer, self.layer.padding
+        if layer.padding_mode != "zeros":
+            taken, padding = F.pad(taken, layer._reversed_padding_repeated_twice, layer.padding_mode), 0
+        geometry = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
+        return conv2d_weight(taken, layer.weight.shape, gradient, padding=padding, **geometry)
+
+    def _of_any(self, taken: Tensor, gradient: Tensor) -> Tensor:
+        named = self.layer.named_parameters(recurse=False)
+        weights = {name: value.detach().to(taken.dtype).requires_grad_() for name, value in named}
+        self._replaying = True
+        try:
+            with torch.enable_grad():
+                output = functional_call(self.layer, weights, (taken,))
+        finally:
+            self._replaying = False
+        return torch.autograd.grad(output, weights["weight"], gradient)[0]
 
 
 class AutoencoderStep:
@@ -241,7 +251,8 @@ class AutoencoderStep:
         self.discriminator = discriminator if weights.discriminator else None
         self.average = average
         self.usage = CodebookUsage(len(codebook(inner.model))) if has_codebook(inner.model) else None
-        self.encoder_end = LastLayer(last_encoder_layer(inner.model))
+        adaptive = any(regularizer.adaptive for regularizer in regularizers.values())
+        self.encoder_end = LastLayer(last_encoder_layer(inner.model)) if adaptive else None
         self.decoder_end = LastLayer(last_decoder_layer(inner.model))
 
     def __call__(
@@ -252,8 +263,8 @@ class AutoencoderStep:
 
         Back-propagate the second with respect to the discriminator's parameters only (`inputs=`).
         """
-        self.encoder_end.calls.clear()
-        self.decoder_end.calls.clear()
+        for end in filter(None, (self.encoder_end, self.decoder_end)):
+            end.calls.clear()
         output = self.objective(batch, draw)
         reconstructions = [reconstruction for reconstruction, _, _ in output["decodings"]]
         # Everything above the reconstructions is differentiated with respect to these leaves, once.
@@ -339,11 +350,12 @@ class AutoencoderStep:
         if name not in self.inner.regularizers:
             return 1.0
         regularizer: Any = self.inner.regularizers[name]
-        if not regularizer.adaptive or not term.requires_grad or not self.encoder_end.calls:
+        end = self.encoder_end
+        if end is None or not (regularizer.adaptive and term.requires_grad and end.calls):
             per_element = regularizer.mean_over_elements and self.weights.reduction == "sum"
             return regularizer.weight * (reconstructions[0][0].numel() if per_element else 1)
-        nll = self.average(self.encoder_end.weight_gradient(reconstructions, nll_gradients))
-        own = self.average(self.encoder_end.weight_gradient(term))
+        nll = self.average(end.weight_gradient(reconstructions, nll_gradients))
+        own = self.average(end.weight_gradient(term))
         return regularizer.weight * adaptive_weight(nll, own, max_weight=MAX_PENALTY_RATIO)
 
 

@@ -102,7 +102,7 @@ def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> t
     data, evaluation = given.data, given.evaluation
     validation_px = evaluation.validation_resolution or data.resolution
     for name, value in (("resolution", data.resolution), ("validation_resolution", validation_px)):
-        require_fitting(value, downsampling_factor(objective.model), name=f"--{name}")
+        require_fitting(value, objective.model, name=f"--{name}")
     source = data.load()
     store = LatentStore(given.regularizing.features_dir) if given.regularizing.features_dir else None
     if store is not None:
@@ -282,4 +282,5 @@ def smallest_image_px(objective: AutoencoderObjective, resolution: int) -> int:
             f"A regularizer that scales latents needs at least 2 positions a side, and --resolution {resolution} "
             f"gives 1 at stride {factor}; use --resolution {2 * factor} or more, or leave scaling out."
         )
+    require_fitting(resolution, objective.model, name="--resolution", smallest=2 * factor)
     return max(int(side * scale), 1) * factor

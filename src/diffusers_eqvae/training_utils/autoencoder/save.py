@@ -108,7 +108,7 @@ def settle_normalization(
         return None
     normalization = LatentNormalization.from_statistics(statistics, scalar=chosen == "scalar")
     normalization.apply_to(vae)
-    if note := normalization.unread():
+    if note := normalization.unread(vae):
         logger.warning("%s; for those use --normalization config%s.", note, "" if chosen == "scalar" else " or scalar")
     return statistics.num_samples
 
@@ -158,7 +158,7 @@ def save_autoencoder(
                 "scaling_factor": normalization.scaling_factor,
                 "shift_factor": normalization.shift_factor,
                 "num_samples": num_samples,
-                "unread": normalization.unread(),
+                "unread": normalization.unread(vae),
             },
         },
         training=training,

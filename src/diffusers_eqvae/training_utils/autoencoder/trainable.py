@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ...autoencoders import Autoencoder, downsampling_factor, encode
+from ...autoencoder_classes import class_of
+from ...autoencoders import Autoencoder, encode, smallest_images
 from ...classes import listed
 from ...objectives.base import reached_by
 from ...provenance import AUTOENCODER_PARTS, weights_of
@@ -32,11 +33,17 @@ def freeze_all_but(vae: Autoencoder, words: Sequence[str]) -> None:
         ValueError: a name that the autoencoder does not have (the nearest are named), or one without weights.
     """
     prefixes = tuple(prefix for word in words for prefix in _prefixes(vae, word))
+    parts = class_of(vae).frozen
+    frozen = tuple(prefix for part in parts for prefix in AUTOENCODER_PARTS[part])
     for name, weight in vae.named_parameters():
-        weight.requires_grad_(f"{name}.".startswith(prefixes))
+        weight.requires_grad_(f"{name}.".startswith(prefixes) and not name.startswith(frozen))
     for module in vae.children():
         if not any(weight.requires_grad for weight in module.parameters()):
             module.eval()  # nothing in it moves, statistics of norms neither
+    if parts:
+        logger.warning("Frozen, since %s keeps what it came with: %s.", type(vae).__name__, listed(parts))
+    if not any(weight.requires_grad for weight in vae.parameters()):
+        raise ValueError(f"--trainable {' '.join(words)} leaves nothing to train of this {type(vae).__name__}.")
     if unread := _freeze_unread(vae):
         logger.warning("Frozen, since neither encoding nor decoding an image reads them: %s.", listed(unread))
 
@@ -60,9 +67,8 @@ def _prefixes(vae: Autoencoder, word: str) -> tuple[str, ...]:
 
 def _freeze_unread(vae: Autoencoder) -> list[str]:
     """Freezes trainable weights that no gradient can reach, which data parallelism would wait for: their names."""
-    side = 2 * downsampling_factor(vae)
     with torch.enable_grad(), preserved_global_state():
-        posterior = encode(vae, torch.zeros(1, vae.config.get("in_channels", 3), side, side))
+        posterior = encode(vae, smallest_images(vae))
         decoded = decode_with_terms(vae, posterior.sample(torch.zeros_like(posterior.mean)))
     used = reached_by([posterior.moments, decoded.pixels, *decoded.terms.values()])
     unread = [(name, each) for name, each in vae.named_parameters() if each.requires_grad and id(each) not in used]

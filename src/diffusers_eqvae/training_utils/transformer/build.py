@@ -92,7 +92,7 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
         raise ValueError("Training from images needs --vae, the autoencoder that encodes them.")
     vae = load_autoencoder(arguments.vae)
     factor = downsampling_factor(vae)
-    require_fitting(data.resolution, factor, name="--resolution")
+    require_fitting(data.resolution, vae, name="--resolution")
     source = data.load()
     remedy = "name their column by --label_column, or give each class its own folder"
     classes = source.classes or _one_class(arguments, f"The images of {data.name} have", remedy, len(source))
