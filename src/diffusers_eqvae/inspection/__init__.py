@@ -4,5 +4,9 @@ from .._lazy import face
 
 __getattr__, __dir__, __all__ = face(
     __name__,
-    {"health": ["Finding", "Inspection", "inspect_autoencoder"], "run": ["run_inspection"]},
+    {
+        "health": ["Finding", "Inspection", "inspect_autoencoder"],
+        "latent_edits": ["EditedLatents", "LatentEdit", "edit_latents"],
+        "run": ["run_inspection"],
+    },
 )

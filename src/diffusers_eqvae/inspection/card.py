@@ -38,6 +38,7 @@ LEVEL_COLOURS = {"good": "#15803d", "mixed": "#b45309", "poor": "#b91c1c"}
 DETAIL_SHARE = 3  # a detail is a third of the side
 ERROR_GAIN = 4.0
 SHOWN_IMAGES = 2
+NAME_LENGTH = 15  # letters that have room at full size
 
 
 class Tile(NamedTuple):
@@ -134,6 +135,8 @@ def draw_table(axes: Any, rows: Sequence[tuple[str, ...]], head: tuple[str, ...]
     table = axes.table(rows, colLabels=head, colWidths=widths, loc="center", cellLoc="left")
     table.auto_set_font_size(False)
     table.set_fontsize(8.5)
+    for column, (text, width) in enumerate(zip(head, widths, strict=True)):
+        table[0, column].set_fontsize(min(8.5, 8.5 * 80 * width / max(1, len(text))))
     table.scale(1, min(1.7, 16 / len(rows)))
     axes.set_axis_off()
 
@@ -172,7 +175,8 @@ def _draw_findings(figure: Any, inspections: list[Inspection]) -> None:
     line = 1 / (5 * len(inspections) + 0.4)
     for index, inspection in enumerate(inspections):
         top = 1 - (5 * index + 0.7) * line
-        figure.text(0.012, top, inspection.name, fontsize=14, weight="bold", color=COLOURS[index], va="center")
+        size = min(14, 14 * NAME_LENGTH / len(inspection.name))
+        figure.text(0.012, top, inspection.name, fontsize=size, weight="bold", color=COLOURS[index], va="center")
         for row, finding in enumerate(inspection.findings):
             y = top - row * line
             colour = LEVEL_COLOURS.get(finding.level or "", "#222")

@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = face(
         "features": ["LatentFeatures", "Standardization", "latent_features", "to_size"],
         "heads": ["LinearDepthHead", "LinearSegmentationHead"],
         "transfer": ["NearestTransfer", "label_targets", "position_labels", "position_values"],
-        "visualize": ["perception_image"],
+        "visualize": ["perception_columns", "perception_image"],
     },
 )

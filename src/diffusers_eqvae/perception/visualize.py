@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def draw_depth(depth: Tensor, limits: tuple[float, float]) -> Tensor:
 
 
 @torch.no_grad()
-def perception_image(
+def perception_columns(
     vae: Autoencoder,
     latents: Tensor,
     *,
@@ -74,11 +75,12 @@ def perception_image(
     num_clusters: int = 6,
     seed: int = 0,
     pixels: Tensor | None = None,
-) -> Image.Image:
-    """What a generator's latents show before they are decoded, one row per sample: sample, PCA, clusters, ...
+) -> dict[str, Tensor]:
+    """What a generator's latents show before they are decoded: name of each view -> pixels (B, 3, H, W) in [-1, 1].
 
-    Components and clusters are common to all rows, so the same colour is the same thing. Classes and depths (near is
-    white) follow where heads are given, which read the features of an alignment network.
+    Views are sample, PCA and clusters. Components and clusters are common to all samples, so the same colour is the
+    same thing. Classes and depths (near is white) follow where heads are given, which read the features of an
+    alignment network.
 
     Args:
         vae: the autoencoder of the latents, `pipe.vae`.
@@ -89,8 +91,8 @@ def perception_image(
         pixels: the samples (B, 3, H, W) in [-1, 1] where they are decoded already (`pipe.decode_latents(latents)`).
 
     Example:
-        >>> latents = pipe([207, 360], output_type="latent").images
-        >>> perception_image(pipe.vae, latents, alignment_network=pipe.alignment_network).save("perception.png")
+        >>> list(perception_columns(pipe.vae, latents))
+        ['sample', 'PCA', 'clusters']
     """
     for head in (segmentation_head, depth_head):
         if head is not None:
@@ -109,4 +111,15 @@ def perception_image(
         limits = (float(depth.min()), max(float(depth.max()), float(depth.min()) + 1e-6))
         columns["depth"] = draw_depth(depth, limits)
     fitted = [c if c.shape[-2:] == size else F.interpolate(c, size, mode="nearest-exact") for c in columns.values()]
-    return grid([list(row) for row in zip(*fitted, strict=True)], tuple(columns))
+    return dict(zip(columns, fitted, strict=True))
+
+
+def perception_image(vae: Autoencoder, latents: Tensor, **options: Any) -> Image.Image:
+    """The views of `perception_columns`, which `options` go to, side by side: one row per sample.
+
+    Example:
+        >>> latents = pipe([207, 360], output_type="latent").images
+        >>> perception_image(pipe.vae, latents, alignment_network=pipe.alignment_network).save("perception.png")
+    """
+    columns = perception_columns(vae, latents, **options)
+    return grid([list(row) for row in zip(*columns.values(), strict=True)], tuple(columns))

@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = face(
         "pipeline_class_conditional": ["ClassConditionalPipeline", "ClassConditionalPipelineOutput"],
         "pipeline_maskgit": ["MaskGITPipeline"],
         "sampling": ["load_guide", "load_pipeline", "sample_generators", "sample_labels"],
+        "sweep": ["guidance_sweep"],
     },
 )
