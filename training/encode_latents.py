@@ -31,7 +31,7 @@ from diffusers_eqvae.data.image_features import feature_networks
 from diffusers_eqvae.data.latent_format import MANIFEST, StoreSettings
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.data.latent_writer import LatentStoreWriter
-from diffusers_eqvae.files import read_json
+from diffusers_eqvae.files import read_json, share
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
 from diffusers_eqvae.options import Checked, inputs_of
@@ -250,6 +250,7 @@ def finish(
     vae.save_pretrained(writer.path / "vae")
     if network := AlignmentNetwork.beside(vae):
         network.save_pretrained(writer.path / "vae" / ALIGNMENT_FOLDER)
+    share(writer.path / "vae")
     report = source.report.to_json()
     identity = autoencoder_identity(vae)
     manifest = writer.finish(autoencoder=identity, id2label=source.id2label, report=report, content=content)

@@ -28,7 +28,8 @@ def face(
             value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
             setattr(sys.modules[package], name, value)
             return value
-        if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
+        may_be_module = name.isidentifier() and not name.startswith("_")
+        if may_be_module and importlib.util.find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         sentence = f" {hint}" if name[:1].isupper() else ""
         raise AttributeError(f"module {package!r} has no attribute {name!r}.{sentence}", name=name)

@@ -292,6 +292,7 @@ def is_leftover(path: Path) -> bool:
 def _require_creatable(path: Path) -> None:
     remedy = "Name another place."
     try:
+        str(path).encode()  # what is not UTF-8 stands in no log, record or card
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import warnings
 import zipfile
 import zlib
@@ -42,10 +43,11 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sibling = temporary_sibling(path)
-    os.close(os.open(sibling, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = _create(sibling)
     try:
         with disk_trouble_explained(path, remedy="What was whole before still is; start again afterwards."):
             yield sibling
+            sibling.chmod(mode)  # whatever wrote it: safetensors puts another file in its place
             if durable:
                 flush_to_disk(sibling)
         os.replace(sibling, path)
@@ -54,6 +56,30 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterat
         raise
     if durable:
         flush_to_disk(path.parent)
+
+
+def _create(path: Path) -> int:
+    """A new empty file; its mode is what this user's new files have."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def share(directory: Path) -> None:
+    """Gives the files below the mode of this user's new files: safetensors lets their owner alone read its own.
+
+    Example:
+        >>> vae.save_pretrained("runs/x/vae")
+        >>> share(Path("runs/x/vae"))
+    """
+    probe = temporary_sibling(directory / "probe")
+    mode = _create(probe)
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def temporary_sibling(path: Path) -> Path:

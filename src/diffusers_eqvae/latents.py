@@ -71,9 +71,9 @@ class LatentNormalization:
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"latents_mean and latents_std must be given together; got {self.mean} and {self.std}.")
-        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0.0 and math.isfinite(self.shift_factor)):
+        if not (_is_finite(self.shift_factor) and _is_scale(self.scaling_factor)):
             raise ValueError(
-                "scaling_factor must be positive and shift_factor finite; "
+                "scaling_factor must be positive and shift_factor finite, as float32 holds them; "
                 f"got {self.scaling_factor} and {self.shift_factor}."
             )
         if self.mean is None or self.std is None:
@@ -90,8 +90,11 @@ class LatentNormalization:
                 "latents_mean and latents_std need one value per channel, or one in all; "
                 f"got {len(self.mean)} and {len(self.std)} values."
             )
-        if not (all(map(math.isfinite, (*self.mean, *self.std))) and min(self.std) > 0.0):
-            raise ValueError(f"latents_mean must be finite and latents_std positive; got {self.mean} and {self.std}.")
+        if not (all(map(_is_finite, self.mean)) and all(map(_is_scale, self.std))):
+            raise ValueError(
+                "latents_mean must be finite and latents_std positive, as float32 holds them; "
+                f"got {self.mean} and {self.std}."
+            )
         if self.shift_factor != 0.0:
             raise ValueError(
                 f"latents_mean and shift_factor={self.shift_factor} both shift the latents; set shift_factor to 0."
@@ -109,8 +112,14 @@ class LatentNormalization:
 
     @classmethod
     def from_vae(cls, vae: Any) -> LatentNormalization:
-        """What a diffusers autoencoder's config says, or its state where that is what normalises (FLUX.2, RAE)."""
-        return cls.from_config(class_of(vae).stated(vae))
+        """What a diffusers autoencoder's config says, or its state where that is what normalises (FLUX.2, RAE).
+
+        Raises:
+            ValueError: it says it of another number of channels.
+        """
+        normalization = cls.from_config(class_of(vae).stated(vae))
+        normalization._check_channels(latent_channels(vae))
+        return normalization
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentNormalization:
@@ -368,6 +377,17 @@ def _per_channel(values: tuple[float, ...], tile: tuple[int, int], device: torch
 
 def _math_dtype(latents: Tensor) -> torch.dtype:
     return torch.promote_types(latents.dtype, torch.float32)
+
+
+_LIMITS = torch.finfo(torch.float32)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= _LIMITS.max
+
+
+def _is_scale(value: float) -> bool:
+    return _LIMITS.tiny <= value <= _LIMITS.max
 
 
 def over_channels(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:

@@ -131,7 +131,7 @@ class Option:
         if self.choices:
             return None if value in self.choices else f"be one of {', '.join(map(str, self.choices))}"
         if not self.is_number:
-            return "not hold a null byte" if isinstance(value, str) and "\0" in value else None
+            return "be UTF-8 text without a null byte" if isinstance(value, str) and not _is_text(value) else None
         whole = self.type is int
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             return "be a whole number" if whole else "be a number"
@@ -194,6 +194,11 @@ class Range:
         if self.low == 0:
             return "be positive" if self.low_open else "not be negative"
         return f"be {'above' if self.low_open else 'at least'} {self.low:g}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether files that are JSON or YAML can hold it: a name in another encoding comes with lone surrogates."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _bound(text: str) -> float:

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,13 @@ def looking_for(name: str | os.PathLike[str], what: str) -> Iterator[dict[str, A
     if Path(name).exists():
         try:
             yield {}
-        except (TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{name} cannot be loaded as {what}: {_one_line(error)}.") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a file of another shape makes a loader raise almost anything
+            if isinstance(error, ValueError | OSError) and str(name) in str(error):
+                raise
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{name} cannot be loaded as {what}: {_one_line(error)}.") from error
         return
     _require_repository_name(str(name))
     why = hub_silence()
@@ -57,7 +61,9 @@ def looking_for(name: str | os.PathLike[str], what: str) -> Iterator[dict[str, A
             yield {} if why is None else {"local_files_only": True}
     except (OSError, HFValidationError) as error:
         detail = f"the Hub cannot be asked ({why}), nor is it in its cache" if why else _one_line(error)
-        raise OSError(f"{name} is not {what}: there is no such directory here, and {detail}.") from error
+        raise OSError(
+            f"{name} is not {what}: there is no such directory here{_neighbour(name)}, and {detail}."
+        ) from error
 
 
 def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: str, **location: Any) -> T:
@@ -77,7 +83,7 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
     """
     with looking_for(name, what) as options:
         try:
-            return _require_whole(load(name, **location, **options), name)
+            return _whole(load, name, **location, **options)
         except ValueError as error:
             if "ignore_mismatched_sizes" not in str(error):  # which is diffusers' advice, and would draw new weights
                 raise
@@ -98,13 +104,19 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
                     "one; rename those that you mean to the same name without the variant."
                 ) from error
             logger.warning("%s has weights of the variant %s only (%s); they are loaded.", name, variants[0], files)
-            return _require_whole(load(name, variant=variants[0], **location, **options), name)
+            return _whole(load, name, variant=variants[0], **location, **options)
 
 
-def _require_whole(loaded: T, name: str | os.PathLike[str]) -> T:
-    """Refuses a model, or a pipeline with one, some of whose weights were in no file: diffusers leaves them empty."""
-    parts = getattr(loaded, "components", {"": loaded})
-    for part in parts.values():
+def _whole(load: Callable[..., T], name: str | os.PathLike[str], **options: Any) -> T:
+    """A model, or a pipeline, whose files hold its weights and no others: diffusers leaves empty, or drops them."""
+    with _dropped_weights() as dropped:
+        loaded = load(name, **options)
+    if dropped:
+        raise ValueError(
+            f"{name} holds weights that its config has no place for ({', '.join(dropped)}); use both files of one "
+            "model, or take out of the file what is not its own."
+        )
+    for part in getattr(loaded, "components", {"": loaded}).values():
         weights = part.named_parameters() if hasattr(part, "named_parameters") else ()
         if empty := [weight for weight, tensor in weights if tensor.is_meta]:
             more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
@@ -113,6 +125,26 @@ def _require_whole(loaded: T, name: str | os.PathLike[str]) -> T:
                 "whole, or of another version; save or download it again."
             )
     return loaded
+
+
+@contextmanager
+def _dropped_weights() -> Iterator[list[str]]:
+    """What diffusers says, in a warning only, of weights in a file that it has not used."""
+    logger, said = logging.getLogger("diffusers.models.modeling_utils"), list[str]()
+
+    def note(record: logging.LogRecord) -> bool:
+        _, found, names = record.getMessage().partition(" were not used when initializing ")
+        said.extend([f"{' '.join(names.split())[:200]} ..."] if found else [])
+        return not found
+
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(note)
+    try:
+        yield said
+    finally:
+        logger.removeFilter(note)
+        logger.setLevel(level)
 
 
 def _weight_files(name: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> list[str]:
@@ -157,11 +189,15 @@ def _require_repository_name(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        path = Path(name)
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "."
-        raise FileNotFoundError(f"There is no directory {name}{hint}") from error
+        raise FileNotFoundError(f"There is no directory {name}{_neighbour(name)}.") from error
+
+
+def _neighbour(name: str | os.PathLike[str]) -> str:
+    """What lies where `name` would, spelled alike."""
+    path = Path(name)
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def _one_line(error: Exception) -> str:

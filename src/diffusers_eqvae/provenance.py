@@ -124,9 +124,11 @@ def require_same_autoencoder(
         _CALLED[part] for part in parts if expected and part in expected and not _agree(part, expected[part], given)
     ]
     if differing:
+        remedy = f"use the autoencoder that {whose} came with"
+        if differing == [_CALLED["normalization"]]:
+            remedy += " as its files state it: what is encoded for it keeps that normalisation (normalization config)"
         raise ValueError(
-            f"This autoencoder does not belong to {whose}: its {' and '.join(differing)} differ; "
-            f"use the autoencoder that {whose} came with."
+            f"This autoencoder does not belong to {whose}: its {' and '.join(differing)} differ; {remedy}."
         )
 
 

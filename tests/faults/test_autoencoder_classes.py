@@ -315,3 +315,28 @@ def test_several_variants_and_none_without_one_are_named(tmp_path):
         tiny("AutoencoderKL").save_pretrained(tmp_path, variant=variant)
     with pytest.raises(OSError, match=r"variants ema, fp16 \(.*model\.ema\.safetensors.*; rename those that you mean"):
         load_autoencoder(str(tmp_path))
+
+
+def changed(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"_class_name": "os.system"}, "needs the class os.system, which neither"),
+        ({"norm_num_groups": 0}, "cannot be loaded as an autoencoder: "),
+        ({"act_fn": "none"}, "cannot be loaded as an autoencoder: "),
+        ({"down_block_types": ["Nothing"]}, "cannot be loaded as an autoencoder: "),
+        ({"layers_per_block": 0}, r"holds weights that its config has no place for \(AutoencoderKL: .*use both files"),
+        ({"layers_per_block": -3}, r"holds weights that its config has no place for .*use both files of one model"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_config_that_does_not_fit_the_weights_is_one_sentence(changes, said, tmp_path):
+    tiny("AutoencoderKL").save_pretrained(tmp_path)
+    changed(tmp_path, **changes)
+    with pytest.raises(ValueError, match=said) as refused:
+        load_autoencoder(str(tmp_path))
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)

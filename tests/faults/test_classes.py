@@ -226,3 +226,11 @@ def test_images_without_labels_train_a_model_of_one_class(tmp_path, script, tiny
     with pytest.raises(ValueError, match=r"no labels; name their column by --label_column, .* --num_classes 1"):
         script.main(test_train_transformer.flags(tmp_path, **options))
     script.main(test_train_transformer.flags(tmp_path, **options, num_classes=1))
+
+
+def test_a_class_that_training_had_no_images_of_is_warned_of_once(tiny_sit, tiny_autoencoder_kl, caplog):
+    table = ClassTable(tuple("abcdefghij"), (0, 3, 0, *[1] * 7))
+    pipeline = pipeline_of(tiny_sit, tiny_autoencoder_kl, table)
+    assert pipeline.resolve_class_labels([1, "d"]) == [1, 3] and not caplog.text
+    assert pipeline.resolve_class_labels(["a", 2, 1]) == pipeline.resolve_class_labels([0, 2, 1])
+    assert caplog.text.count("Training had no images of class 0, 2: what is sampled of it was not learnt") == 1

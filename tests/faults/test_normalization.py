@@ -251,3 +251,20 @@ def test_what_a_finished_autoencoder_says(came, chosen, pretrained, kind, tiny_a
         assert len(config.latents_mean) == 4 and config.scaling_factor == 1.0
         assert "Stable Diffusion 1.5, Stable Diffusion 3, FLUX and Sana do not read latents_mean" in caplog.text
         assert "use --normalization config or scalar" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"latents_mean": [0.0, 0.0], "latents_std": [1.0, 1.0]}, "for latents of 2 channels; got 4"),
+        ({"scaling_factor": 1e300}, "scaling_factor must be positive .*as float32 holds"),
+        ({"scaling_factor": 1e-300}, "scaling_factor must be positive .*as float32 holds"),
+        ({"shift_factor": 1e300}, "shift_factor finite, as float32 holds"),
+        ({"latents_mean": [1e39] * 4, "latents_std": [1.0] * 4}, "latents_mean must be finite .*as float32 holds"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1e-50] * 4}, "latents_std positive, as float32 holds"),
+    ],
+    ids=["of another autoencoder", "factor", "small factor", "shift", "mean", "std"],
+)
+def test_numbers_that_no_latents_can_have_are_refused_where_they_are_read(config, words, saved):
+    with pytest.raises(ValueError, match=words):
+        load_autoencoder(saved({"scaling_factor": 1.0, **config}))

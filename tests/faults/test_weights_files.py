@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_eqvae.directories import OutputDirectory
+from diffusers_eqvae.files import atomic_path
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.metrics.feature_networks import load_feature_network
 from diffusers_eqvae.models.feature_teacher import FeatureTeacher
 from diffusers_eqvae.perception.heads import LinearDepthHead
+from diffusers_eqvae.training_utils.checkpoints import publish
 
 
 class Hostile:
@@ -92,3 +96,24 @@ def test_a_teacher_of_which_weights_are_missing_is_refused(tmp_path):
     save_file({"layernorm.weight": torch.ones(16)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"must hold all weights of a dinov2; it lacks \d+ tensors"):
         FeatureTeacher.from_pretrained(tmp_path)
+
+
+def as_another_user_sees(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_what_is_saved_may_be_read_by_whom_new_files_may(umask, tmp_path, tiny_autoencoder_kl):
+    """safetensors makes a file that its owner alone reads, which a colleague with a store or a model runs into."""
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "shard.safetensors") as sibling:
+            save_file({"a": torch.zeros(1)}, sibling)
+        output = OutputDirectory(tmp_path / "run", kind="run")
+        output.claim()
+        publish(output, tiny_autoencoder_kl.save_pretrained)
+        output.release()
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "shard.safetensors", tmp_path / "run" / "diffusion_pytorch_model.safetensors"):
+        assert as_another_user_sees(path) == 0o666 & ~umask

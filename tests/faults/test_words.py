@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 import eqvae_command
 from diffusers_eqvae import pretrained
 from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.directories import OutputDirectory
 from diffusers_eqvae.errors import explain, run_program
 from diffusers_eqvae.files import npz_keys, open_npz_array, read_json, read_npz
 from diffusers_eqvae.latents import LatentNormalization
@@ -135,8 +136,12 @@ PRESETS = [
     pytest.param(b"seed: [1\n", "is not YAML", id="bracket"),
     pytest.param(b"seed:\t1\n\tx", "is not YAML", id="tabs"),
     pytest.param("name: M\u00fcnchen".encode("latin-1"), "is not YAML", id="latin_1"),
+    pytest.param(b"seed: {a: 1}\n", "'seed' in the preset .* must be a scalar or a list of scalars", id="mapping"),
+    pytest.param(b"seed: [[1, 2]]\n", "'seed' in the preset .* must be a scalar or a list of scalars", id="nested"),
     pytest.param(
-        b'train_data_dir: "a\\0b"\noutput_dir: x\n', "train_data_dir must not hold a null byte", id="null_byte"
+        b'train_data_dir: "a\\0b"\noutput_dir: x\n',
+        "train_data_dir must be UTF-8 text without a null byte",
+        id="null_byte",
     ),
 ]
 
@@ -333,6 +338,25 @@ def test_a_name_that_no_repository_can_have_is_found_before_training(name):
     RunArguments(output_dir="runs/x", hub_model_id="owner/name", push_to_hub=True)
 
 
+@pytest.mark.parametrize(
+    "given", [{"hub_model_id": "me/run"}, {"hub_private": True}, {"hub_revision": "a"}, {"hub_images": "none"}]
+)
+def test_options_of_a_push_that_will_not_be_are_named(given, caplog):
+    RunArguments(output_dir="runs/x", **given)
+    assert f"Without effect, since nothing is pushed without --push_to_hub: --{next(iter(given))}." in caplog.text
+    caplog.clear()
+    RunArguments(output_dir="runs/x", push_to_hub=True, **given)
+    assert not caplog.text
+
+
+def test_a_name_that_is_not_utf8_is_refused_at_the_start(tmp_path):
+    name = os.fsdecode(b"run-\xff\xfe")
+    with pytest.raises(ValueError, match="--output_dir must be UTF-8 text without a null byte"):
+        parse(RunArguments, argv=["--output_dir", name])
+    with pytest.raises(ValueError, match="cannot be written: 'utf-8' codec can't encode"):
+        OutputDirectory(tmp_path / name, kind="run")
+
+
 # ------------------------------------------------------------------------------------------- the Hub
 
 
@@ -372,10 +396,12 @@ def test_what_can_only_be_a_directory_is_not_looked_for_on_the_hub(name, monkeyp
         load_autoencoder(name)
 
 
-def test_a_mistyped_directory_is_answered_with_its_neighbour(tmp_path):
+@pytest.mark.parametrize("name", ["{}/eq-vea", "eq-vea"], ids=["a path", "what could be a repository"])
+def test_a_mistyped_directory_is_answered_with_its_neighbour(name, tmp_path, monkeypatch):
     (tmp_path / "eq-vae").mkdir()
-    with pytest.raises(OSError, match=r"did you mean .*eq-vae\?"):
-        load_autoencoder(str(tmp_path / "eq-vea"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"no (such )?directory .*\(did you mean .*eq-vae\?\)"):
+        load_autoencoder(name.format(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------- the log

@@ -17,7 +17,7 @@ import yaml
 from ..autoencoders import stock_class
 from ..conversion import CONVERTERS, Converter, from_published, read_published, save_published, to_published
 from ..conversion._files import SUFFIXES
-from ..files import read_json
+from ..files import read_json, share
 from ..stated_normalization import adopt_saved_normalization
 from ..training_utils.console import start_logging
 from . import command_parser
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     tensors = read_published(arguments.source, weights=arguments.weights)
     model = from_published(tensors, layout=arguments.layout, **_options(arguments.config))
     model.save_pretrained(destination)
+    share(destination)
     print(f"{type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters in {destination}")
     return 0
 

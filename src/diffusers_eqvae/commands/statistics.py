@@ -20,6 +20,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from ..autoencoders import load_autoencoder, require_fitting
 from ..data.image_datasets import PixelDataset, load_image_dataset
 from ..directories import OutputDirectory
+from ..files import share
 from ..latents import LatentNormalization
 from ..options import Checked, inputs_of
 from ..stated_normalization import scale_complaint
@@ -89,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
     if output:
         output.claim("config.json", SAFETENSORS_WEIGHTS_NAME, "mean_std.json")
         vae.save_pretrained(output.path)
+        share(output.path)
         normalization.save_json(output.path / "mean_std.json", num_samples=statistics.num_samples)
         output.release()
         print(f"written to {output.path}")

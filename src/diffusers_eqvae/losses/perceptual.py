@@ -235,7 +235,7 @@ def _locate(net: str, part: str, given: str | os.PathLike[str] | None) -> Path:
 def _download(url: str, path: Path, digest: str, part: str) -> None:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    remedy = f"download {url} to {path}, or pass a local copy as {part}_weights."
+    remedy = f"download {url} to {path}, or name a local copy ({part}_weights; of options, lpips_{part}_weights)."
     if HF_HUB_OFFLINE:
         raise FileNotFoundError(f"LPIPS needs {path.name}, which is not cached, and HF_HUB_OFFLINE is set: {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)

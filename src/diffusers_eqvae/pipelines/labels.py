@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..classes import is_integer, parse_id2label
+from ..classes import is_integer, listed, parse_id2label
 
 __all__ = ["parse_id2label", "resolve_class_labels"]
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_class_labels(
@@ -38,6 +41,14 @@ def resolve_class_labels(
     if wrong := [class_id for class_id in ids if not 0 <= class_id < num_classes]:
         raise ValueError(f"Class ids must lie in 0..{num_classes - 1} for this transformer; got {wrong[0]}.")
     return ids
+
+
+def warn_of_untrained(ids: Iterable[int], *, trained: Iterable[int], said: set[int]) -> None:
+    """Names the classes that training had no images of, but those that were `said` before."""
+    if untrained := sorted(set(ids) - set(trained) - said):
+        said.update(untrained)
+        which = listed(list(map(str, untrained)))
+        logger.warning("Training had no images of class %s: what is sampled of it was not learnt.", which)
 
 
 def _flatten(class_labels: Any) -> list[Any]:

@@ -28,7 +28,7 @@ from ..models.autoencoder_kl_eq import AutoencoderKLEQ
 from ..provenance import require_same_autoencoder
 from ..schedulers.capabilities import integrates_velocity, noise_levels, takes_variance
 from .guide import check_guide
-from .labels import resolve_class_labels
+from .labels import resolve_class_labels, warn_of_untrained
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Whether what an objective trains is sampled by integrating a velocity; of others the scheduler alone decides.
@@ -107,6 +107,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.preview_decoder: ModelMixin | None = None
         self.guide: ModelMixin | None = None
         self._checked_parts: tuple[Any, ...] = (None,) * 5
+        self._warned_of: set[int] = set()
         self._called_with = (0, 1.0)  # steps and guidance scale
         self.check_parts()
 
@@ -144,7 +145,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def resolve_class_labels(self, class_labels: Any) -> list[int]:
         """Flat class ids of ids, names or nested lists of them; see `labels.resolve_class_labels`."""
-        return resolve_class_labels(class_labels, self.transformer.config.num_classes, id2label=self.id2label)
+        ids = resolve_class_labels(class_labels, self.transformer.config.num_classes, id2label=self.id2label)
+        warn_of_untrained(ids, trained=self.class_ids, said=self._warned_of)
+        return ids
 
     def check_parts(self) -> None:
         """Refuses parts that do not belong together; runs once per set of parts, so components may be replaced.

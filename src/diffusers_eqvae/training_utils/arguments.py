@@ -194,6 +194,9 @@ class RunArguments(Checked):
         super().__post_init__()
         if self.lr_scheduler == "constant_with_warmup" and not self.lr_warmup_steps:
             raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps; use constant for none.")
+        if not self.push_to_hub:
+            own = [name for name in vars(self) if name.startswith("hub_")]
+            warn_without_effect(self, own, "nothing is pushed without --push_to_hub")
         if self.push_to_hub or self.hub_model_id is not None:
             try:  # now, not after the training
                 validate_repo_id(self.hub_model_id or Path(self.output_dir).name)

@@ -21,6 +21,7 @@ from ..files import (
     read_json,
     replace_directory,
     require_format_version,
+    share,
     temporary_sibling,
     write_json,
 )
@@ -358,6 +359,7 @@ def publish(output: OutputDirectory, save: Callable[[Path], None], *, keep: Iter
     try:
         with disk_trouble_explained(output.path, remedy="The checkpoints are whole: resume afterwards."):
             save(aside)
+        share(aside)
         entries = sorted(aside.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
         names = [path.name for path in entries]
         output.add(*names)

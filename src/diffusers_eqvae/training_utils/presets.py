@@ -66,8 +66,9 @@ def read_preset(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         if key == "extension":
             raise ValueError(f"The preset {path} names an extension; code is loaded from the command line only.")
-        if isinstance(value, dict):
-            raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list, not a mapping.")
+        nested = any(isinstance(each, list | dict) for each in value) if isinstance(value, list) else False
+        if isinstance(value, dict) or nested:
+            raise ValueError(f"The value of {key!r} in the preset {path} must be a scalar or a list of scalars.")
     return content
 
 
