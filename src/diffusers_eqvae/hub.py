@@ -33,7 +33,7 @@ CARD = "README.md"
 STATISTICS = "mean_std.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Of the run and of each component's folder these and the weights are uploaded, and nothing else.
-UPLOADED = ("model_index.json", "config.json", "scheduler_config.json", STATISTICS)
+UPLOADED = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json", STATISTICS)
 UPLOADED_OF_RUN = (METADATA_FILE, "metrics.jsonl", CARD)
 TEXT_SUFFIXES = (".json", ".jsonl", ".md")
 # Where diffusers notes the path that a model or a pipeline was loaded from.

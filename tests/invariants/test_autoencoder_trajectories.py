@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -67,6 +68,8 @@ def flags(material, output_dir, **options) -> list[str]:
         "num_normalization_images": 4,
         "cache_dir": material / "cache",
     }
+    if "pretrained_model_name_or_path" in options:
+        defaults.pop("model_config")
     return as_flags({**defaults, **options})
 
 
@@ -101,8 +104,12 @@ def test_two_ranks_are_one_with_twice_the_batch(tmp_path, material):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_a_few_blocks_as_one_does(tmp_path, material):
-    options = {"trainable": ["decoder.up_blocks.1", "encoder.conv_in"], "adaptive_disc_weight": False}
+@pytest.mark.parametrize("trainable", [["decoder.up_blocks.1", "encoder.conv_in"], ["lora"]])
+def test_two_ranks_train_a_part_as_one_does(tmp_path, material, trainable):
+    torch.manual_seed(0)
+    AutoencoderKL(**MODEL).save_pretrained(tmp_path / "base")
+    options = {"trainable": trainable, "adaptive_disc_weight": False}
+    options["pretrained_model_name_or_path"] = tmp_path / "base"
     one = train(material, tmp_path / "one", train_batch_size=4, **options)
     finished = torchrun(SCRIPT, flags(material, tmp_path / "two", **options), processes=2)
     assert finished.returncode == 0, finished.stderr[-2000:]
@@ -127,8 +134,6 @@ def test_validation_does_not_disturb_the_run(tmp_path, material):
 
 
 def test_finished_directory_is_stock_and_averaged(tmp_path, material):
-    from diffusers import AutoencoderKL
-
     state = train(material, tmp_path / "run")["objective"]["ema"]
     directory = tmp_path / "run"
     vae = AutoencoderKL.from_config(json.loads((directory / "config.json").read_text()))

@@ -87,7 +87,7 @@ def test_other_classes_read_all_their_weights(name, caplog):
     ("word", "message"),
     [
         ("decoder.up_block.1", "the nearest are decoder.up_blocks.1"),
-        ("everything", r"the nearest are encoder, decoder, quant_conv, post_quant_conv. It takes full, encoder"),
+        ("everything", r"the nearest are encoder, decoder, quant_conv, post_quant_conv. It takes full, lora, encoder"),
         ("decoder.conv_act", "names a part of this AutoencoderKL without weights"),
     ],
 )

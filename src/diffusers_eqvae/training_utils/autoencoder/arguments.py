@@ -8,6 +8,7 @@ from ...options import Checked
 from ...regularizers.base import AutoencoderRegularizer
 from ..arguments import DataArguments, OptimizerArguments, RunArguments
 from ..command_line import Choice, parse, regularizer_choice
+from ..lora import LoraArguments
 from ..optimizers import OptimizerName
 
 SHARED = OptimizerArguments.__dataclass_fields__
@@ -47,7 +48,8 @@ class AutoencoderArguments(Checked):
         default_factory=lambda: ["full"],
         metadata={
             "help": "full; decoder (latents, stores and generators stay valid); encoder; or names of the module tree, "
-            "e.g. decoder.up_blocks.3 decoder.conv_out. All else is frozen."
+            "e.g. decoder.up_blocks.3 decoder.conv_out. All else is frozen. lora, alone or with some of these: "
+            "adapters on the layers there."
         },
     )
     latents_dir: str | None = field(
@@ -194,6 +196,7 @@ class AutoencoderOptions(NamedTuple):
     model: AutoencoderArguments
     losses: AutoencoderLossArguments
     optimizer: AutoencoderOptimizerArguments
+    lora: LoraArguments
     regularizing: RegularizerArguments
     evaluation: AutoencoderEvaluationArguments
     data: DataArguments
@@ -209,4 +212,4 @@ class AutoencoderOptions(NamedTuple):
     @property
     def settings(self) -> tuple[Any, ...]:
         """Every group but how the run is run."""
-        return (*self[:6], *self.methods.values())
+        return (*self[:7], *self.methods.values())

@@ -25,6 +25,7 @@ from ...pretrained import looking_for
 from ...regularizers.base import build_regularizers, require_reach
 from ..arguments import warn_without_effect
 from ..command_line import read_model_config
+from ..lora import LORA
 from .arguments import AutoencoderArguments, AutoencoderLossArguments, AutoencoderOptions
 from .trainable import freeze_all_but, keeps_latents, refuse_other_latents
 
@@ -148,7 +149,14 @@ def build_objective(given: AutoencoderOptions) -> AutoencoderObjective:
     """The autoencoder to train, inside its objective with the regularizers that were chosen."""
     arguments, regularizing, methods = given.model, given.regularizing, given.methods
     vae = build_autoencoder(arguments, gradient_checkpointing=given.run.gradient_checkpointing)
-    freeze_all_but(vae, arguments.trainable)
+    if LORA not in arguments.trainable:
+        warn_without_effect(given.lora, vars(given.lora), f"--trainable is {' '.join(arguments.trainable)}")
+    elif arguments.pretrained_model_name_or_path is None:
+        raise ValueError(
+            "--trainable lora changes what an autoencoder has learned, and one from --model_config has learned "
+            "nothing; give --pretrained_model_name_or_path, or leave lora out."
+        )
+    freeze_all_but(vae, arguments.trainable, given.lora)
     refuse_other_latents(
         vae,
         pretrained=arguments.pretrained_model_name_or_path is not None,

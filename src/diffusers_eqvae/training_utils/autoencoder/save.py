@@ -20,6 +20,7 @@ from ...regularizers.base import REGULARIZERS
 from ...stated_normalization import scale_complaint
 from ...tokens import has_codebook
 from ..console import progress_bar
+from ..lora import LORA, fused, save_adapter
 from ..run import TrainingRun
 from ..tracking import drawn_images, figures_at
 from .arguments import AutoencoderEvaluationArguments, AutoencoderOptions
@@ -51,6 +52,7 @@ def training_metadata(run: TrainingRun, given: AutoencoderOptions) -> dict[str, 
     return {
         **run.settings(),
         **({} if model.trainable == [WHOLE] else {"trainable": " ".join(model.trainable)}),
+        **({"lora": {"rank": given.lora.lora_rank, "alpha": given.lora.alpha}} if LORA in model.trainable else {}),
         "losses": {name: weight for name, weight in weights.items() if weight},
         "regularizers": {name: vars(methods[name]) if name in methods else {} for name in chosen},
     }
@@ -125,6 +127,8 @@ def save_autoencoder(
 ) -> None:
     """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_metadata.json.
 
+    Adapters are fused into it, and written beside it.
+
     Args:
         run: the averages of its objective's model and components are written.
         latents_kept: whether the encoder was left as it was.
@@ -133,7 +137,10 @@ def save_autoencoder(
     """
     objective, base, data = run.averaged("objective"), given.model.pretrained_model_name_or_path, given.data
     training, provenance = training_metadata(run, given), run.provenance()
-    vae = objective.model
+    vae: Any = objective.model
+    if LORA in given.model.trainable:
+        save_adapter(vae, directory / LORA, base=base)
+        vae = fused(vae)
     num_samples = settle_normalization(vae, images, given.evaluation, pretrained=bool(base), latents_kept=latents_kept)
     # mean_std.json is always the map in the config, so that whoever reads either normalises alike.
     normalization = LatentNormalization.from_vae(vae)

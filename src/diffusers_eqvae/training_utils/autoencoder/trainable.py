@@ -15,6 +15,7 @@ from ...objectives.base import reached_by
 from ...provenance import AUTOENCODER_PARTS, weights_of
 from ...randomness import preserved_global_state
 from ...tokens import decode_with_terms
+from ..lora import LORA, LoraArguments, add_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -22,21 +23,27 @@ WHOLE = "full"
 NEAREST = 3
 
 
-def freeze_all_but(vae: Autoencoder, words: Sequence[str]) -> None:
+def freeze_all_but(vae: Autoencoder, words: Sequence[str], lora: LoraArguments | None = None) -> None:
     """Leaves those weights trainable that `words` mean; what neither encoding nor decoding reads is frozen and named.
 
     Args:
         words: full; encoder (with quant_conv), codebook or decoder (with post_quant_conv); or names of the module
-            tree, such as decoder.up_blocks.3, each with all below it.
+            tree, such as decoder.up_blocks.3, each with all below it. With lora, alone or beside them, adapters on
+            the layers there learn in their place.
+        lora: of those adapters.
 
     Raises:
         ValueError: a name that the autoencoder does not have (the nearest are named), or one without weights.
     """
-    prefixes = tuple(prefix for word in words for prefix in _prefixes(vae, word))
+    named = [word for word in words if word != LORA] or [WHOLE]
+    prefixes = tuple(prefix for word in named for prefix in _prefixes(vae, word))
     parts = class_of(vae).frozen
     frozen = tuple(prefix for part in parts for prefix in AUTOENCODER_PARTS[part])
-    for name, weight in vae.named_parameters():
-        weight.requires_grad_(f"{name}.".startswith(prefixes) and not name.startswith(frozen))
+    if LORA in words:
+        add_adapters(vae, lora or LoraArguments(), prefixes=prefixes, frozen=frozen)
+    else:
+        for name, weight in vae.named_parameters():
+            weight.requires_grad_(f"{name}.".startswith(prefixes) and not name.startswith(frozen))
     for module in vae.children():
         if not any(weight.requires_grad for weight in module.parameters()):
             module.eval()  # nothing in it moves, statistics of norms neither
@@ -58,7 +65,7 @@ def _prefixes(vae: Autoencoder, word: str) -> tuple[str, ...]:
         likest = difflib.get_close_matches(word, modules, n=NEAREST, cutoff=0.5) or list(vae._modules)
         raise ValueError(
             f"--trainable {word} is not a part of this {type(vae).__name__}; the nearest are {', '.join(likest)}. It "
-            f"takes {WHOLE}, {', '.join(AUTOENCODER_PARTS)}, or names of the module tree."
+            f"takes {WHOLE}, {LORA}, {', '.join(AUTOENCODER_PARTS)}, or names of the module tree."
         )
     if not any(name.startswith(prefixes) for name, _ in vae.named_parameters()):
         raise ValueError(f"--trainable {word} names a part of this {type(vae).__name__} without weights.")
