@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import eqvae_command
 from diffusers_eqvae.demo.emoji import is_held_out, write_emoji
-from diffusers_eqvae.demo.report import METRICS, verdict
+from diffusers_eqvae.demo.report import METRICS, app_command, verdict
 from diffusers_eqvae.demo.stages import DemoArguments, Stage, plan, run_branches
 
 WRITES = """
@@ -163,3 +164,15 @@ def test_the_verdict_follows_the_figures(plain, eq, said):
     assert rotated == "A latent rotated by 90° decodes 3.0 dB closer to the image rotated by 90° with EQ."
     assert halved == "A latent at half the size decodes 1.0 dB further from the image at half the size with EQ."
     assert price == "The price: 0.2 dB of plain reconstruction." and said in samples
+
+
+def test_the_report_names_the_app_with_words_that_it_takes(tmp_path):
+    from diffusers_eqvae.sampling.app import AppArguments
+    from diffusers_eqvae.training_utils.command_line import parse
+
+    _, _, *words = shlex.split(app_command(tmp_path / "a demo"))
+    (arguments,) = parse(AppArguments, argv=words)
+    assert arguments.names == {
+        each: str(tmp_path / "a demo" / each) for each in ("autoencoder_plain", "autoencoder_eq")
+    }
+    assert arguments.pipeline == str(tmp_path / "a demo" / "sit_eq")

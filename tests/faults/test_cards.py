@@ -140,6 +140,7 @@ def test_reports_escape_what_they_show(case, tmp_path, tiny_autoencoder_kl):
         figures=dict.fromkeys(("comparison.png", "samples.png", "curves.png"), text),
         commands=[(text, 1.0, text)],
         seconds=1.0,
+        app=text,
         attribution=text,
     )
     for each in (page, report):

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..autoencoders import decode, downsampling_factor, encode, evaluating, load_autoencoder
+from ..classes import parse_id2label
 from ..data.image_datasets import PixelDataset, load_image_dataset
 from ..equivariance import Tau, rotation, scaling
 from ..files import write_json, write_text
@@ -28,6 +29,7 @@ from ..templates import render_template
 from .emoji import ATTRIBUTION, SHOWN
 from .stage import Stage
 
+SAMPLE_ROWS = 5
 BRANCHES = {"plain": "without EQ", "eq": "with EQ"}
 FILES = ["metrics.json", "report.html", "report.png"]
 FIGURES = ["comparison.png", "samples.png", "curves.png"]
@@ -92,9 +94,22 @@ def write_report(output_dir: Path, autoencoder: str, branches: Sequence[Sequence
         figures={name: _embedded(output_dir / name) for name in FIGURES},
         commands=[(stage.name, stage.record["seconds"], "eqvae " + shlex.join(stage.command)) for stage in stages],
         seconds=seconds,
+        app=app_command(output_dir),
         attribution=ATTRIBUTION if _shows_emoji(output_dir) else "",
     )
     write_text(output_dir / "report.html", page)
+
+
+def app_command(output_dir: Path) -> str:
+    """What opens both branches in the browser.
+
+    Example:
+        >>> app_command(Path("runs/demo")).split()[:4]
+        ['eqvae', 'app', '--pipeline', 'runs/demo/sit_eq']
+    """
+    parts = {"pipeline": "sit_eq", "vae": "autoencoder_plain", "other_vae": "autoencoder_eq"}
+    words = [word for flag, name in parts.items() for word in (f"--{flag}", str(output_dir / name))]
+    return shlex.join(["eqvae", "app", *words])
 
 
 def verdict(figures: dict[str, dict[str, float]], distances: dict[str, tuple[float, float]]) -> list[str]:
@@ -208,15 +223,22 @@ def _draw_columns(columns: list[Column], path: Path) -> None:
 
 
 def _draw_samples(output_dir: Path, path: Path) -> None:
-    """The first samples of both branches, a column for each class."""
-    figure = pyplot().figure(figsize=(13, 5.6), layout="constrained")
-    for axes, (branch, title) in zip(figure.subplots(1, 2), BRANCHES.items(), strict=True):
+    """The first samples of both branches, a column for each class, named below."""
+    drawn = {}
+    for branch in BRANCHES:
         with np.load(output_dir / f"samples_{branch}" / "samples.npz") as archive:
-            images, labels = archive["arr_0"], archive["arr_1"]
-        classes = len(np.unique(labels))  # balanced: the labels take turns
-        axes.imshow(image_grid(list(images[: classes * 5]), classes), interpolation="lanczos")
-        axes.set_title(f"drawn by a small SiT on the latents {title}", fontsize=12, color=COLOURS[branch])
-        axes.set_axis_off()
+            drawn[branch] = archive["arr_0"], archive["arr_1"]
+    columns = max(len(np.unique(labels)) for _, labels in drawn.values())  # balanced: the labels take turns
+    figure = pyplot().figure(figsize=(13, 6.5 * SAMPLE_ROWS / columns + 0.9), layout="constrained")
+    for axes, (branch, (images, labels)) in zip(figure.subplots(1, 2), drawn.items(), strict=True):
+        axes.imshow(image_grid(list(images[: columns * SAMPLE_ROWS]), columns, gap_px=2), interpolation="lanczos")
+        axes.set_title(f"drawn by a small SiT on the latents {BRANCHES[branch]}", fontsize=12, color=COLOURS[branch])
+        names = _class_names(output_dir / f"sit_{branch}")
+        places = [(column + 0.5) * (images.shape[2] + 2) for column in range(columns)]
+        axes.set_xticks(places, [names.get(int(label), str(label)) for label in labels[:columns]], fontsize=10)
+        axes.set_yticks([])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=100)
     pyplot().close(figure)
 
@@ -257,6 +279,11 @@ def _embedded(path: Path) -> str:
 def _figures(run: Path) -> dict[str, float]:
     measured = RunMetadata.load(run / METADATA_FILE).evaluation["metrics"]
     return {entry["name"]: entry["value"] for entry in measured if entry["name"] in METRICS}
+
+
+def _class_names(pipeline: Path) -> dict[int, str]:
+    named = json.loads((pipeline / "transformer" / "config.json").read_text()).get("id2label")
+    return {class_id: names[0] for class_id, names in parse_id2label(named).items()}
 
 
 def _resolved(output_dir: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..options import Checked, inputs_of
 from ..training_utils.command_line import parse
 from ..training_utils.launch import claim
 from .emoji import write_emoji
-from .report import BRANCHES, FILES, write_comparison, write_report
+from .report import BRANCHES, FILES, app_command, write_comparison, write_report
 from .stage import Stage, end_with_stages
 
 DESCRIPTION = """Shows on a CPU, in minutes, what EQ-VAE does, and writes report.html.
@@ -138,8 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(output_dir, arguments.autoencoder, branches)
     tqdm.write(
         f"\nOpen {output_dir / 'report.html'} (or report.png); the numbers are in {output_dir / 'metrics.json'}, the "
-        f"pipeline in {output_dir / 'sit_eq'}. To play with them: eqvae app --pipeline {output_dir / 'sit_eq'} "
-        f"--vae {output_dir / 'autoencoder_plain'} --other_vae {output_dir / 'autoencoder_eq'}"
+        f"pipeline in {output_dir / 'sit_eq'}. To play with them: {app_command(output_dir)}"
     )
     return 0
 
