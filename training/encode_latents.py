@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.autoencoders import channels_last, load_autoencoder
 from diffusers_eqvae.data.encoding import (
     check_disk,
     describe_features,
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     total = sum(len(settings.examples(shard)) for shard in shards)
     if runs_on_cpu():
         torch.set_num_threads(arguments.cpu_threads)  # torchrun and plain python start with different numbers
-    vae.to(state.device, memory_format=torch.channels_last)
+    channels_last(vae).to(state.device)
     networks.to(state.device)
     shown = bool(total and state.is_main_process)
     with progress_bar(total=total, unit="img", desc="encoding (this process)", disable=not shown) as bar:

@@ -160,7 +160,7 @@ class _SelfNormalized(AutoencoderClass):
                 f"{type(vae).__name__} decodes latents of {cells} x {cells} positions alone, and would resample "
                 f"others; got {' x '.join(map(str, raw_latents.shape[-2:]))}: leave scaling out."
             )
-        latents = vae._normalize_latents(raw_latents) * vae.config["scaling_factor"]
+        latents = vae._normalize_latents(raw_latents.contiguous()) * vae.config["scaling_factor"]
         return 2 * super().decode(vae, latents) - 1
 
     def stated(self, vae: Any, dtype: torch.dtype | None = None) -> Mapping[str, Any]:

@@ -290,6 +290,20 @@ def require_fitting(size: int, vae: Autoencoder, *, name: str = "resolution", sm
         raise ValueError(f"{name} must be a multiple of the autoencoder's stride {stride}{beside}; got {size}.")
 
 
+def takes_any_size(vae: Autoencoder) -> bool:
+    """Whether images may have any multiple of the stride, and latents be scaled (all but AutoencoderRAE)."""
+    return class_of(vae).side(vae.config) is None
+
+
+def channels_last(vae: Autoencoder) -> Autoencoder:
+    """The autoencoder in the memory format of the fastest convolutions; one over frames has none, and stays.
+
+    Example:
+        >>> vae = channels_last(load_autoencoder("stabilityai/sd-vae-ft-mse"))
+    """
+    return vae if any(each.ndim == 5 for each in vae.parameters()) else vae.to(memory_format=torch.channels_last)
+
+
 def smallest_images(vae: Autoencoder) -> Tensor:
     """Black images (1, C, S, S) of which latents have two positions a side, or the only size it takes."""
     side = class_of(vae).side(vae.config) or 2 * downsampling_factor(vae)

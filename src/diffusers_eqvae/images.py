@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor, nn
 
-from .autoencoders import decode, encode, evaluating
+from .autoencoders import decode, encode, evaluating, takes_any_size
 from .equivariance import rotation, scaling
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
 def comparison_rows(vae: nn.Module, pixels: Tensor) -> list[list[Tensor]]:
     """For each image of pixels (B, 3, H, W): the five images named in `CAPTIONS`, all (3, H, W).
 
+    Grey stands for a downscaled latent where the autoencoder takes none (AutoencoderRAE).
+
     Example:
         >>> grid(comparison_rows(vae, pixels), CAPTIONS).save("comparison.png")
     """
@@ -77,7 +79,9 @@ def comparison_rows(vae: nn.Module, pixels: Tensor) -> list[list[Tensor]]:
             pixels,
             decode(vae, raw_latents),
             decode(vae, rotation(latent_size, 1).apply_to_latents(raw_latents)),
-            decode(vae, scaling(latent_size, 0.5).apply_to_latents(raw_latents)),
+            decode(vae, scaling(latent_size, 0.5).apply_to_latents(raw_latents))
+            if takes_any_size(vae)
+            else torch.zeros_like(pixels),
             latent_pca(raw_latents)[0],
         ]
     fitted = [c if c.shape[-2:] == size else F.interpolate(c.float(), size, mode="nearest-exact") for c in columns]

@@ -21,7 +21,9 @@ from diffusers_eqvae.autoencoders import (
     latent_channels,
     load_autoencoder,
     require_handled,
+    takes_any_size,
 )
+from diffusers_eqvae.equivariance import rotation, scaling
 from diffusers_eqvae.latents import LatentNormalization, LatentStatistics
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
@@ -175,6 +177,10 @@ def test_a_class_that_is_handled_goes_all_the_way(name, tmp_path):
         again = load_autoencoder(str(tmp_path / "again"))
         assert LatentNormalization.from_vae(again) == normalization
         torch.testing.assert_close(encode(again, pixels).mean, posterior.mean, rtol=1e-4, atol=1e-5)
+        for tau in (rotation(posterior.mean.shape[-2:], 1), scaling(posterior.mean.shape[-2:], 0.5)):
+            if takes_any_size(vae) or tau.quarter_turns:
+                moved = decode(vae, tau.apply_to_latents(posterior.mode()))
+                assert moved.shape == tau.apply_to_pixels(pixels, stride).shape
     assert decoded.shape == pixels.shape
     identity = autoencoder_identity(vae)
     assert identity["class"] == name and identity["latent_channels"] == channels

@@ -14,10 +14,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.hub import prepare_push
+from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
 
+from ..faults.test_autoencoder_classes import tiny
 from ..invariants.trajectories import ROOT, as_flags, assert_equal, last_checkpoint, run_script
 
 SCRIPT = ROOT / "training" / "train_autoencoder.py"
@@ -84,6 +88,36 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
     ):
         assert text in card, text
     assert str(folder) not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("AutoencoderKLFlux2", {}),
+        ("AutoencoderKLQwenImage", {}),
+        ("AutoencoderRAE", {"tau_scale": "none", "p_low_resolution": 0}),
+    ],
+)
+def test_classes_with_ways_of_their_own_are_trained_and_encoded(folder, name, options):
+    vae = tiny(name)
+    common = {"resolution": 16, "validation_steps": 1, "output_dir": folder / "run"}
+    run_script(SCRIPT, flags(folder, vae, **common, **options))
+    trained = type(vae).from_pretrained(folder / "run")
+    before = dict(vae.named_parameters())
+    moved = {key for key, weight in trained.named_parameters() if not torch.equal(weight, before[key])}
+    assert {key.split(".")[0] for key in moved} >= ({"decoder"} if "RAE" in name else {"encoder", "decoder"})
+    figures = {metric["name"] for metric in RunMetadata.load(folder / "run/run_metadata.json").evaluation["metrics"]}
+    assert "equivariance_rotation" in figures and ("equivariance_scale" in figures) == ("RAE" not in name)
+    words = {"vae": folder / "run", "train_data_dir": folder / "images", "resolution": 16, "dtype": "fp32"}
+    words |= {"output_dir": folder / "latents", "batch_size": 2, "normalization": "config"}
+    run_script(SCRIPT.with_name("encode_latents.py"), as_flags(words))
+    store, stored = LatentStore(folder / "latents"), load_autoencoder(str(folder / "latents/vae"))
+    normalization = LatentNormalization.from_vae(stored)
+    assert normalization == LatentNormalization.from_vae(load_autoencoder(str(folder / "run")))
+    measured = LatentNormalization.from_statistics(store.statistics())
+    if "RAE" not in name:  # which keeps its latents, and so what normalises them
+        for values, others in zip(normalization.mean_and_std, measured.mean_and_std, strict=True):
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(others), rtol=0.3, atol=0.1)
 
 
 def test_deterministic_autoencoder_and_no_regularizer(folder, tiny_autoencoder_tiny):

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..autoencoders import load_autoencoder, require_fitting
+from ..autoencoders import channels_last, load_autoencoder, require_fitting
 from ..data.image_datasets import PixelDataset, load_image_dataset
 from ..directories import OutputDirectory
 from ..files import share
@@ -73,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.output_dir, kind="copy of an autoencoder", inputs=inputs_of(arguments)
     )
     device = require_device(arguments.device)
-    vae = load_autoencoder(arguments.vae).to(device, memory_format=torch.channels_last)  # as the scripts do
+    vae = channels_last(load_autoencoder(arguments.vae)).to(device)  # as the scripts do
     if has_codebook(vae):
         raise ValueError(f"{arguments.vae} has a codebook, and its tokens need no normalisation; name one without.")
     require_fitting(arguments.resolution, vae)

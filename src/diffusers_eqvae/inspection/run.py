@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..autoencoders import downsampling_factor, load_autoencoder, require_fitting
+from ..autoencoders import channels_last, downsampling_factor, load_autoencoder, require_fitting
 from ..data.image_datasets import load_image_dataset
 from ..directories import OutputDirectory, require_replaceable
 from ..images import adm_center_crop, evenly_spaced, to_pixels, to_uint8
@@ -130,10 +130,7 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
             backbone_weights=arguments.lpips_backbone_weights,
             linear_weights=arguments.lpips_linear_weights,
         ).to(device)
-    vaes = [
-        load_autoencoder(name, subfolder=inside).to(device, memory_format=torch.channels_last)
-        for name, inside in locations
-    ]
+    vaes = [channels_last(load_autoencoder(name, subfolder=inside)).to(device) for name, inside in locations]
     for vae in vaes:
         require_fitting(resolution, vae, smallest=4 * downsampling_factor(vae))  # at half and a quarter too
     images = images.to(device)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..autoencoders import decode, downsampling_factor, encode, evaluating
+from ..autoencoders import decode, downsampling_factor, encode, evaluating, takes_any_size
 from ..equivariance import ROTATIONS, SCALES, Tau, equivariance_error, rotation, scaling
 from .artefacts import reconstruction_artefacts
 from .reconstruction import psnr
@@ -51,6 +51,8 @@ def measure_equivariance(vae: nn.Module, batches: Iterable[Tensor]) -> dict[str,
 def equivariance_per_image(vae: nn.Module, pixels: Tensor, raw_latents: Tensor) -> dict[str, Tensor]:
     """What `measure_equivariance` compares with a transform, per image: name -> (B,).
 
+    Of an autoencoder that takes images of one size alone, only what is turned.
+
     Args:
         pixels: (B, 3, H, W) in [-1, 1].
         raw_latents: E(x), their posterior mean.
@@ -71,9 +73,12 @@ def equivariance_per_image(vae: nn.Module, pixels: Tensor, raw_latents: Tensor) 
             results[f"equivariance_{name}{suffix}"] = torch.stack(each).mean(0)
 
     errors([rotation(size, quarter_turns) for quarter_turns in ROTATIONS], "rotation")
-    errors([scaling(size, scale) for scale in SCALES], "scale")
+    taus = {"rotated": rotation(size, 1)}
+    if takes_any_size(vae):
+        errors([scaling(size, scale) for scale in SCALES], "scale")
+        taus["halved"] = scaling(size, 0.5)
 
-    for name, tau in (("rotated", rotation(size, 1)), ("halved", scaling(size, 0.5))):
+    for name, tau in taus.items():
         target = tau.apply_to_pixels(pixels, factor)
         results[f"psnr_{name}_latent"] = psnr(decode(vae, tau.apply_to_latents(raw_latents)), target)
         results[f"psnr_{name}_pixels"] = psnr(decode(vae, encode(vae, target).mode()), target)

@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ...autoencoders import autoencoder_location, downsampling_factor, load_autoencoder, require_fitting
+from ...autoencoders import autoencoder_location, channels_last, downsampling_factor, load_autoencoder, require_fitting
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...data.latent_store import LatentStore
 from ...data.stored_images import StoredImages
@@ -58,7 +58,7 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
     if gradient_checkpointing:
         _enable_gradient_checkpointing(vae)
     if arguments.channels_last:
-        vae = vae.to(memory_format=torch.channels_last)
+        vae = channels_last(vae)
     return vae.train()
 
 
