@@ -31,6 +31,7 @@ from diffusers_eqvae.training_utils.console import progress_bar, start_logging
 from diffusers_eqvae.training_utils.launch import build_state, claim, run_script
 
 GRID_SAMPLES = 64
+BESIDES = ("guide", "lora", "vae", "preview_decoder")  # what the images are made by, beside the pipeline
 
 
 @dataclass
@@ -128,6 +129,13 @@ class SampleArguments(Checked):
             "checkpoint, exported; a smaller model), whose prediction takes the place of the one without a class.",
         },
     )
+    lora: str | None = field(
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Adapters of the transformer in diffusers' layout (lora/ of a run of train_transformer), fused.",
+        },
+    )
     vae: str | None = field(
         default=None,
         metadata={
@@ -160,6 +168,10 @@ class SampleArguments(Checked):
 def load_pipeline(arguments: SampleArguments, device: torch.device) -> DiffusionPipeline:
     dtype = getattr(torch, DTYPES[arguments.dtype])
     pipeline = sampling.load_pipeline(arguments.model, dtype=dtype).to(device)
+    if arguments.lora is not None:
+        pipeline.load_lora_weights(arguments.lora)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     given = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
     if options.get("last_step") == "none":
@@ -192,7 +204,7 @@ def swap_decoder(pipeline: DiffusionPipeline, name: str, dtype: torch.dtype) -> 
 def what_decides_the_images(
     arguments: SampleArguments, pipeline: DiffusionPipeline, class_ids: list[int]
 ) -> dict[str, Any]:
-    elsewhere = ("model", "output_dir", "save_png", "class_labels", "guide", "vae", "preview_decoder", "break_lock")
+    elsewhere = ("model", "output_dir", "save_png", "class_labels", *BESIDES, "break_lock")
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"dtype": DTYPES[arguments.dtype], "class_ids": class_ids}
     settings["scheduler_config"] = sampling.scheduler_settings(pipeline.scheduler)
@@ -237,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if state.is_main_process:
         if not finished:
-            besides = {name: getattr(arguments, name) for name in ("guide", "vae", "preview_decoder")}
+            besides = {name: getattr(arguments, name) for name in BESIDES}
             metadata = {"model": arguments.model, "besides": besides, **hardware(state.device)}
             sampling.finish(output_dir, blocks, settings=settings, metadata=metadata)
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)

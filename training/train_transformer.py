@@ -16,6 +16,7 @@ from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditiona
 from diffusers_eqvae.training_utils.arguments import DataArguments, OptimizerArguments, RunArguments
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.launch import run_script
+from diffusers_eqvae.training_utils.lora import LoraArguments
 from diffusers_eqvae.training_utils.run import TrainingRun
 from diffusers_eqvae.training_utils.transformer import arguments as cli
 from diffusers_eqvae.training_utils.transformer.build import (
@@ -29,9 +30,10 @@ from diffusers_eqvae.training_utils.transformer.save import sample_grid, save_pi
 
 
 def main(argv: list[str] | None = None) -> None:
-    model, optimizer, sampling, evaluation_arguments, data, run_arguments, methods = parse(
+    model, optimizer, lora, sampling, evaluation_arguments, data, run_arguments, methods = parse(
         cli.TransformerArguments,
         OptimizerArguments,
+        LoraArguments,
         cli.SamplingArguments,
         cli.GenerationEvaluationArguments,
         DataArguments,
@@ -41,12 +43,12 @@ def main(argv: list[str] | None = None) -> None:
         script=__file__,
         choices=cli.transformer_choices,
     )
-    groups = (model, optimizer, sampling, evaluation_arguments, data, *methods.values())
+    groups = (model, optimizer, lora, sampling, evaluation_arguments, data, *methods.values())
     run = TrainingRun(run_arguments, *groups, name="transformer")
 
     latents = load_latents(model, data)
     checkpointing = run_arguments.gradient_checkpointing
-    objective = build_objective(model, methods, latents, gradient_checkpointing=checkpointing)
+    objective = build_objective(model, methods, latents, lora=lora, gradient_checkpointing=checkpointing)
     check_sampling(objective.model, sampling)
     for helper in (latents.vae, *objective.frozen_modules()):
         run.add_frozen(helper)

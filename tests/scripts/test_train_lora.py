@@ -1,4 +1,4 @@
-"""train_autoencoder.py --trainable lora: adapters learn, the base stays, and what is saved is a plain autoencoder."""
+"""--trainable lora of both training scripts: adapters learn, the base stays, and what is saved is plain."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from peft import PeftModel
 
 from diffusers_eqvae.hub import prepare_push
 from diffusers_eqvae.model_card import RunMetadata
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 
-from ..invariants.trajectories import assert_equal, last_checkpoint, run_script
+from ..invariants import test_transformer_trajectories as generator
+from ..invariants.trajectories import ROOT, as_flags, assert_equal, last_checkpoint, run_script
 from .test_train_autoencoder import SCRIPT, flags, folder
 
-__all__ = ["folder"]
+__all__ = ["folder", "store"]
+store = generator.store
 LORA = {"trainable": "lora", "lora_rank": 2, "lora_alpha": 8, "validation_steps": 0, "ema_decay": 0.5}
 
 
@@ -79,3 +84,66 @@ def test_what_acts_on_no_adapter_is_refused_or_named(folder, tiny_autoencoder_kl
     with pytest.raises(SystemExit):
         run_script(SCRIPT, [*arguments, "--trainable", "decoder", "--regularizers", "none", "--dry_run"])
     assert "Without effect, since --trainable is decoder: --lora_rank, --lora_alpha." in caplog.text
+
+
+@pytest.fixture
+def base(tmp_path, store, tiny_autoencoder_kl):
+    """A pipeline to adapt, whose zero-initialised layers have learned something."""
+    model = generator.save_model_without_zeros(tmp_path / "transformer")
+    ClassConditionalPipeline(model, tiny_autoencoder_kl, FlowMatchODEScheduler()).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def sampled(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    return pipeline([0, 1], num_inference_steps=3, guidance_scale=1.5, generator=noise, output_type="latent").images
+
+
+def test_adapters_of_a_generator_are_saved_loaded_fused_and_resumed(tmp_path, store, base):
+    options = {"model": base, "trainable": "lora", "lora_rank": 2, "lora_alpha": 4, "ema_decay": 0.5}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 2, "lora_dropout": 0.1}
+    whole, run = generator.train(store, tmp_path / "run", **options), tmp_path / "run"
+    assert all(".lora_" in name for name in whole["ema"])
+    before, after = (DiffusionPipeline.from_pretrained(path) for path in (base, run))
+    weights = before.transformer.state_dict()
+    trained = {name: value for name, value in after.transformer.state_dict().items() if name.endswith("weight")}
+    changed = [name for name, value in trained.items() if not torch.equal(value, weights[name])]
+    assert set(changed) == set(trained) - {"class_embedder.weight"}
+
+    plain = sampled(before)
+    before.load_lora_weights(run / "lora")
+    state = before.transformer.state_dict()
+    for name, value in whole["ema"].items():
+        (loaded,) = [state[key] for key in state if key.replace("default_0", "default") == name.removeprefix("model.")]
+        assert torch.equal(loaded, value)
+    unfused = sampled(before)
+    before.fuse_lora()
+    fused = sampled(before)
+    assert (fused - unfused).abs().max() < 1e-5 < 1e-3 < (fused - plain).abs().max()
+    assert torch.equal(fused, sampled(after))
+    before.unfuse_lora()
+    before.unload_lora_weights()
+    assert (sampled(before) - plain).abs().max() < 1e-5
+
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    assert_equal(whole, generator.train(store, run, resume_from_checkpoint="latest", **options))
+    metadata = RunMetadata.load(run / "run_metadata.json")
+    assert metadata.training["lora"] == {"rank": 2, "alpha": 4}
+    assert {"lora/adapter_config.json", "lora/pytorch_lora_weights.safetensors"} <= set(prepare_push(run)[0])
+
+    words = {"num_samples": 2, "num_inference_steps": 2, "scheduler": "euler"}
+    for name, given in (("with", {"model": base, "lora": run / "lora"}), ("fused", {"model": run})):
+        run_script(ROOT / "pipelines" / "sample.py", as_flags({"output_dir": tmp_path / name, **words, **given}))
+    with np.load(tmp_path / "with" / "samples.npz") as one, np.load(tmp_path / "fused" / "samples.npz") as other:
+        assert np.array_equal(one["arr_0"], other["arr_0"])
+
+
+def test_what_has_no_adapters_of_a_generator_is_refused(tmp_path, store, base):
+    with pytest.raises(ValueError, match=r"tiny.json is a new one, which adapters leave as it is; name a saved model"):
+        generator.train(store, tmp_path / "run", trainable="lora")
+    with pytest.raises(ValueError, match="--new_classes starts labels anew, which adapters leave as it is"):
+        generator.train(store, tmp_path / "run", trainable="lora", model=base, new_classes=True)
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    with pytest.raises(ValueError, match=r"does not hold adapters of a transformer .* it holds class_embedder.weight"):
+        pipeline.load_lora_weights(str(base / "transformer"))

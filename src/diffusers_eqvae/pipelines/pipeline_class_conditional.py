@@ -27,6 +27,7 @@ from ..models.alignment_network import AlignmentNetwork
 from ..models.autoencoder_kl_eq import AutoencoderKLEQ
 from ..provenance import require_same_autoencoder
 from ..schedulers.capabilities import integrates_velocity, noise_levels, takes_variance
+from .adapters import AdapterMixin
 from .guide import check_guide
 from .labels import resolve_class_labels, warn_of_untrained
 
@@ -55,7 +56,7 @@ class ClassConditionalPipelineOutput(ImagePipelineOutput):
     seconds: float
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(AdapterMixin, DiffusionPipeline):
     """Samples images of given classes with a SiT/DiT transformer and any diffusers autoencoder.
 
     The scheduler owns the step, `IntervalGuidance` owns guidance and `LatentNormalization` owns the way from latents

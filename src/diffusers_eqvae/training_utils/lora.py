@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,20 +135,38 @@ def fused(model: M) -> M:
     return model
 
 
-def save_adapter(model: Any, directory: Path, *, base: str | None) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft's own `PeftModel.from_pretrained(model, ...)` reads.
+def adapter_settings(model: Any) -> dict[str, Any]:
+    """Rank and alpha of a model's adapters, for its card."""
+    config = model.peft_config[ADAPTER]
+    return {"rank": config.r, "alpha": config.lora_alpha}
+
+
+def save_adapter(model: Any, directory: Path, *, base: str | None, component: str | None = None) -> None:
+    """adapter_config.json, and the adapters in one of two layouts.
+
+    adapter_model.safetensors is what peft's `PeftModel.from_pretrained(model, directory)` reads; of a pipeline's
+    component it is pytorch_lora_weights.safetensors, which diffusers' `pipeline.load_lora_weights(directory)` reads.
 
     Args:
         base: what the model was loaded from; of a local directory its last part is written.
+        component: the model's name in its pipeline.
     """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
     from peft import get_peft_model_state_dict
 
-    directory.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config[ADAPTER])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set's order is that of a process
     config.base_model_name_or_path = None if base is None else without_folders(base)
+    directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
+    metadata = {"format": "pt"}
+    if component is not None:
+        named = {f"{component}.{key}": value for key, value in config.to_dict().items()}
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(named, sort_keys=True)
+    prefix, file = (
+        ("base_model.model", "adapter_model.safetensors") if component is None else (component, LORA_WEIGHT_NAME_SAFE)
+    )
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    named = {f"{prefix}.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(named, directory / file, metadata=metadata)

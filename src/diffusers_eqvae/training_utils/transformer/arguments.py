@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ...guidance import validate_interval
 from ...objectives.base import OBJECTIVES
@@ -63,6 +63,10 @@ class TransformerArguments(Checked):
             "help": "Share of samples trained without their label, for guidance; unset, the model's own (0.1).",
             "range": "[0, 1)",
         },
+    )
+    trainable: Literal["full", "lora"] = field(
+        default="full",
+        metadata={"help": "full, or lora: adapters on the layers of a saved model, of which all else is frozen."},
     )
     gradient_checkpointing_every: int = field(
         default=1,

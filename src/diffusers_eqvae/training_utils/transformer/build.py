@@ -27,6 +27,7 @@ from ...provenance import autoencoder_identity, require_same_autoencoder
 from ...regularizers.base import build_regularizers
 from ...tokens import codebook
 from ..arguments import DataArguments, warn_without_effect
+from ..lora import LORA, LoraArguments, add_adapters
 from .arguments import SamplingArguments, TransformerArguments
 from .model_source import ModelSource
 
@@ -110,12 +111,14 @@ def build_objective(
     methods: Mapping[str, Any],
     latents: LatentData,
     *,
+    lora: LoraArguments | None = None,
     gradient_checkpointing: bool = False,
 ) -> Objective:
     """The transformer to train, inside its objective with the regularizers that were chosen.
 
     Args:
         methods: the objective's and the regularizers' own arguments, by name.
+        lora: of adapters, where those are trained.
 
     Raises:
         ValueError: model, objective and data that do not belong together.
@@ -129,6 +132,7 @@ def build_objective(
             f"another objective, or encode the images as {STORED_AS[kind.reads]}."
         )
     model = build_transformer(arguments, source, latents, gradient_checkpointing=gradient_checkpointing)
+    _adapt(model, arguments, source, lora or LoraArguments())
     regularizers = build_regularizers(
         arguments.regularizers,
         methods,
@@ -194,6 +198,20 @@ def build_transformer(
     model.register_to_config(autoencoder=identity, **latents.classes.to_config())
     _checkpoint_gradients(model, gradient_checkpointing, every=arguments.gradient_checkpointing_every)
     return model.train()
+
+
+def _adapt(model: Backbone, arguments: TransformerArguments, source: ModelSource, lora: LoraArguments) -> None:
+    """Adapters, where they are asked for."""
+    if arguments.trainable != LORA:
+        warn_without_effect(lora, vars(lora), f"--trainable is {arguments.trainable}")
+        return
+    if source.directory is None or arguments.new_classes:
+        reason = f"{arguments.model} is a new one" if source.directory is None else "--new_classes starts labels anew"
+        raise ValueError(
+            f"--trainable lora changes what a saved model has learned, and {reason}, which adapters leave as it is; "
+            "name a saved model with the classes of the data, or leave lora out."
+        )
+    add_adapters(model, lora)
 
 
 def _checkpoint_gradients(model: Backbone, wanted: bool, *, every: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from ...model_card import METADATA_FILE, RunMetadata
 from ...models.backbone import backbones
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..lora import LORA, adapter_settings, fused, save_adapter
 from ..run import TrainingRun
 from ..tracking import drawn_images
 from .arguments import SamplingArguments, TransformerArguments
@@ -44,7 +46,15 @@ def save_pipeline(
     sampling: SamplingArguments,
     latents: LatentData,
 ) -> None:
-    """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_metadata.json."""
+    """model_index.json, transformer/, vae/ (with mean_std.json where it has one), scheduler/ and run_metadata.json.
+
+    Adapters are fused into the transformer, and written beside it.
+    """
+    adapted: dict[str, Any] = {}
+    if arguments.trainable == LORA:
+        save_adapter(pipeline.transformer, directory / LORA, base=arguments.model, component="transformer")
+        adapted = {"trainable": LORA, "lora": adapter_settings(pipeline.transformer)}
+        pipeline.transformer = fused(pipeline.transformer)
     pipeline.save_pretrained(directory)
     for folder, component in objective.components().items():
         component.save_pretrained(directory / folder)
@@ -66,6 +76,7 @@ def save_pipeline(
         training={
             "objective": _describe(objective),
             **run.settings(),
+            **adapted,
         },
         data={"dataset": latents.name, "resolution_px": latents.resolution_px, "report": latents.report},
         evaluation={"images": drawn_images(run.output_dir, run.step, "samples", caption=caption, private=False)},
