@@ -74,8 +74,7 @@ class AutoencoderClass:
 
     def last_layer(self, half: nn.Module) -> Any:
         """What an encoder's moments or a decoder's pixels come out of; None where no layer does."""
-        conv_out = getattr(half, "conv_out", None)
-        conv_out = getattr(conv_out, "base_layer", conv_out)  # under an adapter of peft
+        conv_out = _under_adapter(getattr(half, "conv_out", None))
         if isinstance(conv_out, (nn.Conv2d, nn.Conv3d)):
             return conv_out
         named = half.named_modules()
@@ -178,7 +177,12 @@ class _SelfNormalized(AutoencoderClass):
         vae.register_to_config(**stated, scaling_factor=1.0)
 
     def last_layer(self, half: nn.Module) -> Any:
-        return getattr(half, "decoder_pred", None)
+        return _under_adapter(getattr(half, "decoder_pred", None))
+
+
+def _under_adapter(layer: Any) -> Any:
+    """A layer without the adapter that peft may have put around it."""
+    return getattr(layer, "base_layer", layer)
 
 
 def _rounded(buffer: Tensor, dtype: torch.dtype | None) -> Tensor:

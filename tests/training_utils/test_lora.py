@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from diffusers_eqvae import AutoencoderKLEQ
+from diffusers_eqvae.autoencoder_classes import class_of
 from diffusers_eqvae.autoencoders import decode, encode
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.training_utils.autoencoder.trainable import freeze_all_but, keeps_latents
@@ -50,9 +51,11 @@ def test_every_class_starts_as_the_function_that_it_was_and_ends_fused(name):
     vae = tiny(name)
     base = copy.deepcopy(vae).double()
     before, whole = both_halves(base), base.state_dict()
+    ends = [class_of(vae).last_layer(half) for half in (vae.encoder, vae.decoder)]
     freeze_all_but(vae, ["lora"], LoraArguments(lora_rank=3, lora_alpha=6))
     vae.double()
     assert all(map(torch.equal, both_halves(vae), before))  # B = 0
+    assert ends == [class_of(vae).last_layer(half) for half in (vae.encoder, vae.decoder)]
     trained = [key for key, weight in vae.named_parameters() if weight.requires_grad]
     assert trained and all(".lora_" in key for key in trained)
     changed = both_halves(moved(vae))
