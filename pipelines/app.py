@@ -51,7 +51,7 @@ class AppArguments(Checked):
 
     pipeline: str | None = field(
         default=None,
-        metadata={"reads": True, "help": "Pipeline to sample from: a directory or Hub repository."},
+        metadata={"reads": "pipeline", "help": "Pipeline to sample from: a directory or Hub repository."},
     )
     vae: str | None = field(
         default=None,

@@ -38,7 +38,7 @@ BESIDES = ("guide", "lora", "vae", "preview_decoder")  # what the images are mad
 class SampleArguments(Checked):
     """What to sample; a resumed run must repeat everything that decides the images."""
 
-    model: str = field(metadata={"reads": True, "help": "Pipeline directory or Hub repository."})
+    model: str = field(metadata={"reads": "pipeline", "help": "Pipeline directory or Hub repository."})
     output_dir: str = field(
         metadata={"help": "Receives samples.npz (arr_0: uint8 NHWC, arr_1: class ids), sampling.json and grid.png."}
     )
@@ -124,7 +124,7 @@ class SampleArguments(Checked):
     guide: str | None = field(
         default=None,
         metadata={
-            "reads": True,
+            "reads": "pipeline",
             "help": "Autoguidance: the pipeline of a weaker model of the same latents and classes (an earlier "
             "checkpoint, exported; a smaller model), whose prediction takes the place of the one without a class.",
         },

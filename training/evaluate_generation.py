@@ -50,7 +50,7 @@ class EvaluationArguments(Checked):
 
     samples: str = field(
         metadata={
-            "reads": True,
+            "reads": "pipeline",
             "help": "An .npz with arr_0, a folder of images, or a pipeline (directory or Hub name).",
         }
     )

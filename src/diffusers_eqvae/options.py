@@ -7,8 +7,9 @@ choices by the type `Literal`:
 
 Ranges are intervals as in mathematics; "(-inf, inf)", which is also what holds where none is stated, is any finite
 number. NaN and infinity lie in no range. The elements of a list have the range of their field. An option that names
-what is read (a file, a directory, a repository) says `"reads": True`: no output is ever written there, and a resumed
-run compares what it holds, not what it is called.
+what is read (a file, a directory, a repository) says `"reads": True`, or "pipeline" where all of a pipeline is read
+and not its autoencoder alone: no output is ever written there, and a resumed run compares what it holds, not what it
+is called.
 """
 
 from __future__ import annotations

@@ -134,3 +134,43 @@ def load_pipeline_with_its_own_code(source, revision=None):
     transformer = AutoModel.from_pretrained(source, **options)
     assert type(transformer).__name__ == names["transformer"] and digest(transformer) == digest(pipeline.transformer)
     return {"names": names, "weights": digest(pipeline.transformer), "pixels": pixels}
+
+
+def prefetch(*argv):
+    """What the command says, and its status."""
+    import contextlib
+    import io
+
+    from diffusers_eqvae.commands.prefetch import main
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = main(argv)
+    return status, said.getvalue().splitlines()
+
+
+def cached_files(repo_id):
+    """Relative paths of what lies in the cache of a repository."""
+    from huggingface_hub import constants, scan_cache_dir
+
+    if not os.path.isdir(constants.HF_HUB_CACHE):
+        return []
+    repositories = [each for each in scan_cache_dir().repos if each.repo_id == repo_id]
+    return sorted(
+        file.file_path.relative_to(revision.snapshot_path).as_posix()
+        for each in repositories
+        for revision in each.revisions
+        for file in revision.files
+    )
+
+
+def latent_channels_of(repo_id):
+    from diffusers_eqvae.autoencoders import load_autoencoder
+
+    return load_autoencoder(repo_id).config.latent_channels
+
+
+def class_of_pipeline(repo_id):
+    from diffusers_eqvae.pipelines import load_pipeline
+
+    return type(load_pipeline(repo_id)).__name__

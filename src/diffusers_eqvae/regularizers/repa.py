@@ -31,7 +31,8 @@ class REPAArguments(Checked):
     """
 
     repa_teacher: str = field(
-        default="facebook/dinov2-base", metadata={"help": "Feature network: a transformers name or directory."}
+        default="facebook/dinov2-base",
+        metadata={"reads": True, "help": "Feature network: a transformers name or directory."},
     )
     repa_weight: float = field(default=0.5, metadata={"help": "Weight of the alignment.", "range": "[0, inf)"})
     repa_layer: int = field(

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,13 +125,51 @@ def parse(
     preset = located(preset, folder, methods.values())
     _check_preset(preset, known, chosen)
     parser.set_defaults(**{key: [] for key, value in preset.items() if value == []})  # no flag says an empty list
-    parsed, unknown = parser.read(_as_flags(preset, known) + argv)
+    words = _as_flags(preset, known) + argv
+    if _LOOKED_AT.get():
+        values = parser.read_some(words)
+        unknown = parser.parse_known_args(words)[1]
+        if not unknown:
+            raise _Values(types, values)
+    else:
+        parsed, unknown = parser.read(words)
     if unknown:
         parser.error(_explain(unknown, known, chosen))
     if choices is None:
         return tuple(parsed)
     count = len(dataclass_types)
     return (*parsed[:count], dict(zip(methods, parsed[count:], strict=True)))
+
+
+class _Values(BaseException):
+    """Ends a command at its options: the dataclasses, and their values by name."""
+
+
+_LOOKED_AT: ContextVar[bool] = ContextVar("looked_at", default=False)
+
+
+def look_at(main: Callable[[list[str]], object], words: Sequence[str]) -> tuple[list[type], dict[str, Any]]:
+    """The dataclasses of a command's options and the values that these words give them; the command does not run.
+
+    Required options may be missing, and are None. Anything else is refused as `parse` refuses it.
+
+    Args:
+        main: of a command that calls `parse` before all else.
+
+    Example:
+        >>> kinds, values = look_at(sample.main, ["sit_ode", "--model", "me/sit"])
+        >>> values["model"], values["scheduler"]
+        ('me/sit', 'dopri5')
+    """
+    token = _LOOKED_AT.set(True)
+    try:
+        main(list(words))
+    except _Values as found:
+        kinds, values = found.args
+        return kinds, values
+    finally:
+        _LOOKED_AT.reset(token)
+    raise AssertionError(f"{main.__module__} has run, and reads no options by parse")
 
 
 def regularizer_choice(given: Sequence[str], product: type[Regularizer]) -> Choice:
