@@ -44,6 +44,14 @@ class AutoencoderArguments(Checked):
             "help": "Padding of the convolutions; unset keeps the model's own. Plain diffusers knows only zeros."
         },
     )
+    latent_channels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Widen the latents of a pretrained AutoencoderKL to so many channels; it begins as the function "
+            "that it was, with the new channels unread.",
+            "range": "(0, inf)",
+        },
+    )
     trainable: list[str] = field(
         default_factory=lambda: ["full"],
         metadata={

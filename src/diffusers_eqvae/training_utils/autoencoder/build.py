@@ -27,6 +27,7 @@ from ..arguments import warn_without_effect
 from ..command_line import read_model_config
 from ..lora import LORA
 from .arguments import AutoencoderArguments, AutoencoderLossArguments, AutoencoderOptions
+from .channels import refuse_unlearned_channels, with_latent_channels
 from .trainable import freeze_all_but, keeps_latents, refuse_other_latents
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def build_autoencoder(arguments: AutoencoderArguments, *, gradient_checkpointing
     if pretrained is not None:
         vae = _load_pretrained(pretrained, arguments, padding)
     else:
+        if arguments.latent_channels is not None:
+            raise ValueError("--latent_channels adds to a pretrained autoencoder's; write them into --model_config.")
         kind = _class_of_config(str(arguments.model_config))
         vae = kind.from_config(read_model_config(str(arguments.model_config), kind), **padding)
     if gradient_checkpointing:
@@ -71,6 +74,8 @@ def _load_pretrained(name: str, arguments: AutoencoderArguments, padding: dict[s
         raise ValueError(f"--padding_mode exists for {known}; {name} is an {type(vae).__name__}. Leave it out.")
     if kind is not None and (padding or type(vae) is not kind):
         vae = as_class(kind, vae, **padding)
+    if arguments.latent_channels is not None:
+        return with_latent_channels(vae, arguments.latent_channels)
     vae.location = location  # where regularizers find the networks that were saved beside it
     return vae
 
@@ -157,6 +162,8 @@ def build_objective(given: AutoencoderOptions) -> AutoencoderObjective:
             "nothing; give --pretrained_model_name_or_path, or leave lora out."
         )
     freeze_all_but(vae, arguments.trainable, given.lora)
+    if arguments.latent_channels is not None:
+        refuse_unlearned_channels(vae, arguments.trainable, normalization=given.evaluation.normalization)
     refuse_other_latents(
         vae,
         pretrained=arguments.pretrained_model_name_or_path is not None,

@@ -52,6 +52,7 @@ def training_metadata(run: TrainingRun, given: AutoencoderOptions) -> dict[str, 
     return {
         **run.settings(),
         **({} if model.trainable == [WHOLE] else {"trainable": " ".join(model.trainable)}),
+        **({} if model.latent_channels is None else {"latent_channels": model.latent_channels}),
         **({"lora": {"rank": given.lora.lora_rank, "alpha": given.lora.alpha}} if LORA in model.trainable else {}),
         "losses": {name: weight for name, weight in weights.items() if weight},
         "regularizers": {name: vars(methods[name]) if name in methods else {} for name in chosen},
@@ -141,7 +142,8 @@ def save_autoencoder(
     if LORA in given.model.trainable:
         save_adapter(vae, directory / LORA, base=base)
         vae = fused(vae)
-    num_samples = settle_normalization(vae, images, given.evaluation, pretrained=bool(base), latents_kept=latents_kept)
+    known = base is not None and given.model.latent_channels is None
+    num_samples = settle_normalization(vae, images, given.evaluation, pretrained=known, latents_kept=latents_kept)
     # mean_std.json is always the map in the config, so that whoever reads either normalises alike.
     normalization = LatentNormalization.from_vae(vae)
     vae.save_pretrained(directory)
