@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pt", ".pth", ".ckpt", ".bin")
 # latent-diffusion keeps the moving average of a.b.weight as model_ema.abweight, beside the weights.
 AVERAGE = "model_ema."
+# TAESD is published as two files, NAME_encoder and NAME_decoder; how ComfyUI calls the halves in one.
+HALVES = ("taesd_encoder.", "taesd_decoder.")
+_HALF = re.compile(r"(.*_)(encoder|decoder)")
 # Modules of whose objects trainers leave some beside the tensors: callbacks, settings, counters.
 TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "collections.", "typing.")
 
@@ -44,7 +48,8 @@ def read_published(path: str | Path, *, weights: str | None = None) -> dict[str,
 
     Of a training checkpoint ({"ema", "model", "opt", ...}) one entry is taken, and prefixes that all names share are
     removed (`module.`, `_orig_mod.`, `model.`); both are logged. In a checkpoint of Lightning objects of the trainer
-    are passed over, and a moving average under `model_ema.` counts as the entry "ema".
+    are passed over, and a moving average under `model_ema.` counts as the entry "ema". Of TAESD, published as
+    NAME_encoder and NAME_decoder, the other half is read too, and both have the prefixes of `HALVES`.
 
     Args:
         path: the file.
@@ -57,6 +62,26 @@ def read_published(path: str | Path, *, weights: str | None = None) -> dict[str,
         >>> tensors = read_published("SiT-XL-2-256x256.pt", weights="ema")
     """
     path = Path(path)
+    tensors = _read(path, weights)
+    if _HALF.fullmatch(path.stem) is None or not all(name[0].isdigit() for name in tensors):
+        return tensors
+    both: dict[str, Tensor] = {}
+    for half, file in _halves(path).items():
+        if file != path and not file.is_file():
+            raise ValueError(f"{path} holds half of an autoencoder; the other, {file.name}, must lie beside it.")
+        both |= {half + name: tensor for name, tensor in (tensors if file == path else _read(file, weights)).items()}
+    logger.info("Taking both halves, %s.", " and ".join(file.name for file in _halves(path).values()))
+    return both
+
+
+def _halves(path: Path) -> dict[str, Path]:
+    """The files of the halves of TAESD, of either's path."""
+    match = _HALF.fullmatch(path.stem)
+    assert match is not None
+    return {half: path.with_name(f"{match[1]}{half.removeprefix('taesd_')}{path.suffix[1:]}") for half in HALVES}
+
+
+def _read(path: Path, weights: str | None) -> dict[str, Tensor]:
     # DiT's and SiT's checkpoints keep their flags
     content = read_weights(path, allowed=[argparse.Namespace, *_trainer_objects(path)])
     tensors = _averaged(_entry(content, weights, path), weights)
@@ -68,12 +93,28 @@ def read_published(path: str | Path, *, weights: str | None = None) -> dict[str,
 def save_published(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Writes tensors to a .safetensors or torch file (.pt, .pth), whole or not at all.
 
+    Halves of TAESD go to two files where the name is that of either, NAME_encoder or NAME_decoder.
+
     Example:
         >>> save_published(to_published(transformer, "sit"), "sit.safetensors")
     """
+    path = Path(path)
+    if all(name.startswith(HALVES) for name in tensors) and _HALF.fullmatch(path.stem):
+        halves = _halves(path)
+        for file in halves.values():
+            if file != path and file.exists():
+                raise ValueError(f"{file}, where the other half would be written, exists already; remove it.")
+        for half, file in halves.items():
+            own = {name.removeprefix(half): each for name, each in tensors.items() if name.startswith(half)}
+            _write(own, file)
+    else:
+        _write(tensors, path)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as sibling:
-        if Path(path).suffix == SAFETENSORS:
+        if path.suffix == SAFETENSORS:
             from safetensors.torch import save_file
 
             save_file(contiguous, sibling)
