@@ -45,7 +45,7 @@ LAYERS = (
     ("conversion", "data", "metrics", "perception", "regularizers"),
     ("objectives", "pipelines"),
     ("",),
-    ("hub", "inspection", "model_card", "remote_code", "templates", "training_utils"),
+    ("hub", "inspection", "model_card", "remote_code", "store_card", "templates", "training_utils"),
     ("__main__", "commands", "demo", "sampling", "training"),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -27,7 +27,11 @@ sys.exit(status)
         (["--help"], 0, [*eqvae_command.list_commands(), "--extension FILE_OR_MODULE"]),
         (["--version"], 0, [f"eqvae {diffusers_eqvae.__version__}"]),
         (["trian-transformer"], 2, ["unknown command 'trian-transformer'; the nearest is train-transformer"]),
-        ([], 0, ["usage: eqvae COMMAND", "  push                  Publishes a finished run on the Hub"]),
+        (
+            [],
+            0,
+            ["usage: eqvae COMMAND", "  push                  Publishes a finished run or a latent store on the Hub"],
+        ),
     ],
     ids=["help", "version", "mistyped", "nothing"],
 )
@@ -199,9 +203,16 @@ def test_what_trying_again_cannot_fix_is_given_as_the_reason_alone(tmp_path, tin
     tiny_autoencoder_kl.save_pretrained(run)
     store.mkdir()
     (store / "manifest.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
     for directory, name, reason in (
         (tmp_path / "nope", "x", f"there is no directory {tmp_path / 'nope'}."),
-        (store, "me/x", f"{store} does not hold a saved model (model_index.json, or config.json and *.safetensors)."),
+        (
+            tmp_path / "empty",
+            "me/x",
+            f"{tmp_path / 'empty'} does not hold a saved model (model_index.json, or config.json and *.safetensors) "
+            "nor a finished latent store (manifest.json).",
+        ),
+        (store, "me/x", "encode the data again."),
         (run, "a b/c/d", "namespace/repo_name': 'a b/c/d'. Use `repo_type` argument if needed."),
         (run, "me/a b", "the maximum length is 96: 'me/a b'."),
     ):

@@ -21,9 +21,12 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .classes import parse_id2label
+from .data.latent_format import MANIFEST
+from .data.latent_store import LatentStore
 from .files import read_json, strict_json
 from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card, without_folders
 from .remote_code import with_code as with_sources
+from .store_card import is_store, render_store_card
 
 __all__ = ["prepare_push", "push_run"]
 
@@ -34,7 +37,7 @@ STATISTICS = "mean_std.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Of the run and of each component's folder these and the weights are uploaded, and nothing else.
 UPLOADED = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json", STATISTICS)
-UPLOADED_OF_RUN = (METADATA_FILE, "metrics.jsonl", CARD)
+UPLOADED_OF_RUN = (METADATA_FILE, "metrics.jsonl", MANIFEST, CARD)
 TEXT_SUFFIXES = (".json", ".jsonl", ".md")
 # Where diffusers notes the path that a model or a pipeline was loaded from.
 CONFIGS = ("config.json", "model_index.json", "scheduler_config.json")
@@ -61,7 +64,8 @@ def push_run(
     removed: a failing push never costs a run.
 
     Args:
-        output_dir: a finished run: an autoencoder, or a pipeline where there is a model_index.json.
+        output_dir: a finished run: an autoencoder, or a pipeline where there is a model_index.json; or a latent store,
+            which becomes a data set.
         repo_id: "name" or "owner/name", default the directory's; the repository is created where it does not exist.
         private: makes a new repository private; otherwise the owner's default holds.
         revision: branch to commit to, created where it does not exist; default main.
@@ -81,6 +85,8 @@ def push_run(
     try:
         validate_repo_id(repo_id)
         saved_files(root)
+        if with_code and is_store(root):
+            raise ValueError("a latent store has no code to publish beside it; leave with_code out")
     except Exception as error:
         logger.error(redact(f"Could not push {root} to {repo_id}: {_one_line(error)}."))
         return False
@@ -92,14 +98,15 @@ def push_run(
         branches: dict[str | None, dict[str, Any]] = {revision: contents}
         if with_code:
             branches[CODE_BRANCH] = {**contents, **with_sources(root)}
-        api.create_repo(name, private=private or None, exist_ok=True)
+        kind = "dataset" if is_store(root) else "model"
+        api.create_repo(name, repo_type=kind, private=private or None, exist_ok=True)
         message = commit_message or f"Upload {root.resolve().name}"
         for branch, added in branches.items():
             if branch is not None:
-                api.create_branch(name, branch=branch, exist_ok=True)
+                api.create_branch(name, branch=branch, repo_type=kind, exist_ok=True)
             # Not upload_folder, which would need the card on disk. One commit: nobody downloads half of a push.
             operations = [CommitOperationAdd(path, content) for path, content in added.items()]
-            commit = api.create_commit(name, operations, commit_message=message, revision=branch)
+            commit = api.create_commit(name, operations, commit_message=message, revision=branch, repo_type=kind)
     except Exception as error:
         options = {"hub_model_id": repo_id, "revision": revision, "commit_message": commit_message, "license": license}
         options |= {"hub_images": hub_images}
@@ -153,6 +160,9 @@ def prepare_push(
         if license is not None:
             logger.warning("license=%s is not used: %s is uploaded as it is, so state it there", license, root / CARD)
         return files, (root / CARD).read_text(encoding="utf-8")
+    if is_store(root):
+        size = sum((root / file).stat().st_size for file in saved)
+        return files, render_store_card(root, repo_id=repo_id, license=license, size_bytes=size)
     kind: Literal["autoencoder", "pipeline"] = "pipeline" if "model_index.json" in saved else "autoencoder"
     return files, render_model_card(metadata, kind, repo_id=repo_id, files=files)
 
@@ -166,12 +176,17 @@ def saved_files(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise ValueError(f"there is no directory {root}")
-    if (root / "model_index.json").exists():
+    if is_store(root):
+        LatentStore(root)  # refuses what is damaged
+    elif (root / "model_index.json").exists():
         named = _named_components(root)
         if missing := [name for name in named if not (root / name).is_dir()]:
             raise ValueError(f"{root} lacks the folders {', '.join(missing)} that its model_index.json names")
     elif not (root / "config.json").exists() or not any(root.glob("*.safetensors")):
-        raise ValueError(f"{root} does not hold a saved model (model_index.json, or config.json and *.safetensors)")
+        raise ValueError(
+            f"{root} does not hold a saved model (model_index.json, or config.json and *.safetensors) nor a finished "
+            f"latent store ({MANIFEST})"
+        )
     found = {root / name for name in UPLOADED_OF_RUN}
     for folder in (root, *_components(root)):
         found |= {folder / name for name in UPLOADED} | {file for pattern in WEIGHTS for file in folder.glob(pattern)}

@@ -231,3 +231,16 @@ def test_the_branch_code_draws_the_same_pixels_without_the_package(hub, owner, p
             assert bare(client.load_pipeline_with_its_own_code, source, **options) == expected
         finally:
             bare.pool.shutdown()
+
+
+def test_a_latent_store_is_pushed_as_a_data_set(hub, owner, tmp_path):
+    from tests.data.test_latent_store import write
+
+    store = write(tmp_path / "latents")
+    assert owner(client.push, store, f"{OWNER}/latents", license="cc-by-4.0")
+    files = hub.files(f"{OWNER}/latents")
+    assert files["manifest.json"] == (store / "manifest.json").read_bytes() and len(files) == 6
+    assert b"license: cc-by-4.0" in files["README.md"]
+    assert f"/api/datasets/{OWNER}/latents/commit/main" in hub.requests
+    assert not owner(client.push, store, f"{OWNER}/latents", with_code=True)
+    assert "a latent store has no code to publish beside it; leave with_code out" in owner.log[0]

@@ -1,4 +1,4 @@
-"""Publishes a finished run on the Hub, also after a push that failed."""
+"""Publishes a finished run or a latent store on the Hub, also after a push that failed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from . import command_parser
 
 def main(argv: Sequence[str]) -> int:
     parser = command_parser("push", __doc__)
-    parser.add_argument("output_dir", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("output_dir", metavar="RUN", help="directory of a finished run or of a latent store")
     parser.add_argument("--hub_model_id", required=True, help="repository to push to, created if missing: owner/name")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="branch to commit to, created if missing (default: main)")
     parser.add_argument("--commit_message", help="default: Upload NAME")
-    parser.add_argument("--license", help="licence stated on the model card, e.g. apache-2.0 (default: none stated)")
+    parser.add_argument("--license", help="licence stated on the card, e.g. apache-2.0 (default: none stated)")
     parser.add_argument(
         "--hub_images",
         choices=("none", "validation"),
