@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusers_eqvae.images import CAPTIONS, comparison_rows, grid
-from diffusers_eqvae.metrics import measure_equivariance
+from diffusers_eqvae.metrics.equivariance import BETTER, measure_equivariance
 from diffusers_eqvae.objectives.autoencoder import AutoencoderStep
 from diffusers_eqvae.training_utils.autoencoder import build
 from diffusers_eqvae.training_utils.autoencoder.arguments import AutoencoderOptions
@@ -53,9 +53,17 @@ def main(argv: list[str] | None = None) -> None:
         average=lambda tensor: run.accelerator.reduce(tensor, reduction="mean"),
     )
 
+    run.best.require(BETTER if given.run.validation_steps else {}, by="validation_steps")
+    figures: dict[str, float] = {}
+
+    def save(directory: Path) -> None:
+        trained = {"discriminator": discriminator, "latents_kept": keeps_latents(objective.model)}
+        save_autoencoder(directory, run, given, **trained, images=images, figures=figures)
+
     for batch in run.steps(run.loader(examples)):
         if run.due(given.run.validation_steps, at_start=True):
-            validate(run, held_out)
+            figures = validate(run, held_out)
+        run.push_meanwhile(save)
         draw = objective.draw(batch, run.randomness)
         loss, discriminator_loss, logs = step(batch, draw, run.step)
         run.backward(loss)
@@ -64,12 +72,6 @@ def main(argv: list[str] | None = None) -> None:
         run.log(logs)
 
     figures = validate(run, held_out)
-    kept = keeps_latents(objective.model)
-
-    def save(directory: Path) -> None:
-        trained = {"discriminator": discriminator, "latents_kept": kept}
-        save_autoencoder(directory, run, given, **trained, images=images, figures=figures)
-
     run.finish(save)
     run.push()
 

@@ -56,13 +56,20 @@ def main(argv: list[str] | None = None) -> None:
     averaged = run.averaged("objective")
     pipeline = build_pipeline(averaged, latents, sampling)
     evaluation = GenerationEvaluation(evaluation_arguments, sampling, run, pipeline, latents)
+    run.best.require(evaluation.measured, by="evaluation_steps")
     line = linear_predictor_line(latents, objective)
+
+    def save(directory: Path) -> None:
+        save_pipeline(
+            directory, pipeline, run, arguments=model, objective=averaged, sampling=sampling, latents=latents
+        )
 
     for stored in run.steps(run.loader(latents.dataset)):
         if run.due(run_arguments.validation_steps):
             validate(run, pipeline, sampling)
         if run.due(evaluation_arguments.evaluation_steps):
             evaluation.measure()
+        run.push_meanwhile(save)
         batch = latents.read(stored, run.randomness)
         draw = objective.draw(batch, run.randomness)
         loss, logs = objective.total(wrapped(batch, draw))
@@ -72,12 +79,6 @@ def main(argv: list[str] | None = None) -> None:
     if run_arguments.validation_steps:
         validate(run, pipeline, sampling)
     evaluation.measure()
-
-    def save(directory: Path) -> None:
-        save_pipeline(
-            directory, pipeline, run, arguments=model, objective=averaged, sampling=sampling, latents=latents
-        )
-
     run.finish(save)
     run.push()
 

@@ -77,12 +77,12 @@ def test_another_run_is_refused_without_a_word_written_and_goes_on_where_it_is_m
     assert content(first.output_dir) == before
     every = [name, "max_train_steps"]
     run = train(make_run(**resume, allow_changes=every), make_model())
-    (change,) = [each for each in run.settings()["changes"] if each["name"] == name]
+    (change,) = [each for each in run.changes if each["name"] == name]
     assert change["step"] == 6 and change["before"] != change["after"]
     assert "changed from step 6 on, as allowed" in caplog.text
     # It is remembered, and not asked for again.
     again = make_run(**{**resume, "max_train_steps": 12}, allow_changes=["max_train_steps"])
-    assert change in again.settings()["changes"]
+    assert change in again.changes
 
 
 @pytest.mark.parametrize(
@@ -226,13 +226,13 @@ def test_skipped_steps_are_counted_over_restarts_and_said(make_run, make_model, 
     broken = frozenset({9})  # once in an epoch of six steps
     options = {"logging_steps": 3, "checkpointing_steps": 6, "train_batch_size": 8}
     first = train(make_run(**options, max_train_steps=6), make_model(), Data(length=48, broken=broken))
-    assert first.settings()["skipped_steps"] == 1 and "of the steps up to" in caplog.text
+    assert first.skipped_steps == 1 and "of the steps up to" in caplog.text
     lines = [json.loads(line) for line in (first.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss"] is not None and line["gradient_norm/model"] is not None for line in lines)
     options |= {"max_train_steps": 12, "resume_from_checkpoint": "latest"}
     run = train(make_run(**options), make_model(), Data(length=48, broken=broken))
     run.finish(lambda directory: (directory / "done").write_text("") and None)
-    assert run.settings()["skipped_steps"] == 2
+    assert run.skipped_steps == 2
     assert "Finished after 12 steps, 2 of them skipped (NaN or infinite)" in caplog.text
 
 

@@ -51,6 +51,27 @@ def push(*args, token=None, **kwargs):
     return push_run(*args, **kwargs)
 
 
+def push_on_the_way(directory, repo_id, output_dir):
+    """What `TrainingRun.push_meanwhile` does, and waits for it."""
+    import shutil
+
+    from diffusers_eqvae.training_utils.arguments import RunArguments
+    from diffusers_eqvae.training_utils.uploads import Uploads
+
+    output_dir.mkdir(exist_ok=True)
+    (output_dir / "metrics.jsonl").write_text('{"step": 7}\n')
+    options = {
+        "push_to_hub": True,
+        "push_every": 7,
+        "hub_model_id": repo_id,
+        "hub_private": True,
+        "hub_revision": "way",
+    }
+    uploads = Uploads(output_dir, RunArguments(output_dir=str(output_dir), **options))
+    uploads.start(7, lambda target: shutil.copytree(directory, target, dirs_exist_ok=True) and None)
+    uploads._running.join()
+
+
 def push_command(*argv):
     from diffusers_eqvae.commands.push import main
 

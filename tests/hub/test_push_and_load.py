@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 
 import pytest
@@ -179,6 +180,29 @@ def test_a_failing_push_costs_nothing_and_says_how_to_retry(hub, owner, autoenco
     assert owner(client.push_command, run, "--hub_model_id", repo_id, "--license", "mit", "--private") == 0
     assert set(hub.files(repo_id)) == AUTOENCODER_FILES
     assert yaml.safe_load(hub.files(repo_id)["README.md"].decode().split("---\n")[1])["license"] == "mit"
+
+
+def test_a_push_on_the_way_brings_what_is_ours_and_a_failing_one_says_how_to_repeat_it(
+    hub, owner, autoencoder_run, tmp_path
+):
+    run, name = tmp_path / "run", f"{OWNER}/on-the-way"
+    hub.failures = {"/commit/": 503}
+    try:
+        owner(client.push_on_the_way, autoencoder_run, name, run)
+    finally:
+        hub.failures = {}
+    (said,) = [line for line in owner.log if "Could not push" in line]
+    assert TOKEN not in said and "--commit_message 'Step 7'" in said and "--private" in said
+    command = said.partition("to try again: ")[2]
+    assert command.startswith(f"eqvae push {run / 'pushed'} --hub_model_id {name} --revision way")
+    assert owner(client.push_command, *shlex.split(command)[2:]) == 0
+    repository = hub.repositories[name]
+    assert repository.private and repository.titles[-1] == "Step 7" and set(hub.files(name)) == {".gitattributes"}
+    pushed = hub.files(name, "way")
+    assert {"README.md", "config.json", "metrics.jsonl", "diffusion_pytorch_model.safetensors"} <= set(pushed)
+    assert not [path for path in pushed if path.startswith(("checkpoints", "logs", "pushed"))]
+    assert not [path for path, content in pushed.items() if TOKEN.encode() in content]
+    assert pushed["metrics.jsonl"] == b'{"step": 7}\n'
 
 
 def test_a_directory_without_a_model_and_one_with_the_token_in_a_file_are_refused(hub, owner, autoencoder_run):

@@ -234,13 +234,17 @@ def test_evaluation_gives_the_figures_of_the_finished_pipeline_and_disturbs_noth
     }
     silent = train(store, tmp_path / "silent", **plain)
     options = {"evaluation_steps": 5, "num_evaluation_samples": 6}
-    options |= {"evaluation_reference": tmp_path / "reference.npz"}
+    options |= {"evaluation_reference": tmp_path / "reference.npz", "keep_best": "fd_squeezenet1_1"}
+    options |= {"checkpoints_total_limit": 1}
     interval = ["--guidance_interval", "0.0", "0.6"]
     run_script(SCRIPT, flags(store, tmp_path / "watched", **plain | options | network) + interval)
     assert_equal(silent, last_checkpoint(tmp_path / "watched", "objective"))
     lines = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
     curve = {line["step"]: line for line in lines if "evaluation/fd_squeezenet1_1" in line}
     assert list(curve) == [5, 10]
+    best = min(curve, key=lambda step: curve[step]["evaluation/fd_squeezenet1_1"])
+    kept = sorted(path.name for path in (tmp_path / "watched" / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in sorted({best, 10})]
     assert curve[5]["evaluation/fd_squeezenet1_1"] != curve[10]["evaluation/fd_squeezenet1_1"]
 
     words = {"samples": tmp_path / "watched", "reference": tmp_path / "reference.npz", "num_samples": 6}

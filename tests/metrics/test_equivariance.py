@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_eqvae.metrics import measure_equivariance, psnr
+from diffusers_eqvae.metrics.base import METRICS
+from diffusers_eqvae.metrics.equivariance import BETTER
 
 
 class AveragingAutoencoder(nn.Module):
@@ -193,3 +195,14 @@ def test_psnr_of_a_known_error():
     assert psnr(reconstruction, target).tolist() == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="equal shapes"):
         psnr(target, target[:1])
+
+
+def test_what_is_better_is_said_of_what_is_measured_and_as_the_metric_says_it():
+    vae, pixels = AveragingAutoencoder(shift=1), images()
+    assert set(measure_equivariance(vae, [pixels])) - set(BETTER) == {"latent_std", "sharpness"}
+    metric = METRICS["equivariance"]()
+    posterior = SimpleNamespace(mode=lambda: vae.encode(pixels).latents)
+    metric.update({"autoencoder": vae, "images": pixels, "posteriors": posterior}, range(len(pixels)))
+    figures = metric.compute()
+    shared = BETTER.keys() & figures.keys()
+    assert len(shared) == 8 and all(BETTER[name] == figures[name].better for name in shared)

@@ -59,7 +59,7 @@ def flags(folder, vae, **options) -> list[str]:
 
 
 def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl):
-    arguments = flags(folder, tiny_autoencoder_kl, validation_steps=1)
+    arguments = flags(folder, tiny_autoencoder_kl, validation_steps=1, keep_best="psnr_rotated_latent")
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     trained = AutoencoderKL.from_pretrained(folder / "run", latents_mean=None, latents_std=None)
@@ -73,6 +73,10 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
     assert names >= {"psnr", "equivariance_rotation", "equivariance_scale"}
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("validation/psnr" in record for record in records)
+    turned = {record["step"]: record.get("validation/psnr_rotated_latent", -1) for record in records}
+    best = max((1, 2), key=lambda step: turned[step])
+    assert (folder / "run" / "checkpoints" / f"step-{best:08d}" / "objective.pt").is_file()
+    assert f"The best psnr_rotated_latent is {turned[best]:.6g}, after step {best}: eqvae export" in done.stderr
     assert list((folder / "run" / "validation").glob("*_comparison.png"))
 
     (image,) = metadata.evaluation["images"]

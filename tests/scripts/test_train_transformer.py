@@ -302,7 +302,7 @@ def test_push_gets_the_finished_directory_and_its_failure_is_the_programs(
 ):
     pushed = []
     push = lambda *run, **options: pushed.append((*run, options)) or worked  # noqa: E731
-    monkeypatch.setattr("diffusers_eqvae.training_utils.run.push_run", push)
+    monkeypatch.setattr("diffusers_eqvae.training_utils.uploads.push_run", push)
     words = flags(tmp_path, "--push_to_hub", latents_dir=store, validation_steps=0, hub_model_id="me/model")
     if worked:
         script.main(words)

@@ -12,6 +12,7 @@ from diffusers_eqvae.training_utils import checkpoints
 from diffusers_eqvae.training_utils.checkpoints import (
     Ancestry,
     complete_checkpoints,
+    delete_older,
     find_checkpoint,
     publish,
     read_marker,
@@ -28,13 +29,14 @@ FACTS = {
 
 
 def write(output_dir, step, *, limit=None, content="x"):
-    return write_checkpoint(
+    path = write_checkpoint(
         output_dir,
         step=step,
         write=lambda directory: (directory / "weights").write_text(content) and None,
-        facts=Ancestry(None, FACTS).record(skipped={}),
-        limit=limit,
+        facts=Ancestry(None, FACTS).record(skipped={}, best=None),
     )
+    delete_older(output_dir, limit)
+    return path
 
 
 def test_limit_keeps_the_newest(tmp_path):
@@ -52,10 +54,10 @@ def test_a_failure_while_writing_leaves_the_earlier_ones(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_checkpoint(tmp_path, step=10, write=fail, facts=FACTS, limit=1)
+        write_checkpoint(tmp_path, step=10, write=fail, facts=FACTS)
     assert find_checkpoint("latest", tmp_path).name == "step-00000005"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-    assert write(tmp_path, 10, limit=1).name == "step-00000010"
+    assert write(tmp_path, 10).name == "step-00000010"
 
 
 def test_a_directory_without_marker_is_ignored_and_named(tmp_path, caplog):
@@ -168,7 +170,7 @@ def test_a_damaged_file_is_named_with_the_checkpoint_to_go_back_to(tmp_path):
         torch.save({"module": {"weight": torch.randn(1000)}}, directory / "net.pt")
 
     first, second = (
-        write_checkpoint(tmp_path, step=step, write=save, facts=Ancestry(None, FACTS).record(skipped={}), limit=None)
+        write_checkpoint(tmp_path, step=step, write=save, facts=Ancestry(None, FACTS).record(skipped={}, best=None))
         for step in (5, 10)
     )
     assert read_module(second, "net")["module"]["weight"].shape == (1000,)
@@ -208,7 +210,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     def save(directory):
         torch.save({"module": Command()}, directory / "net.pt")
 
-    path = write_checkpoint(tmp_path, step=5, write=save, facts=Ancestry(None, FACTS).record(skipped={}), limit=None)
+    path = write_checkpoint(tmp_path, step=5, write=save, facts=Ancestry(None, FACTS).record(skipped={}, best=None))
     with pytest.raises(ValueError, match="is damaged"):
         read_module(path, "net")
     assert not (tmp_path / "made").exists()

@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
+import threading
 import types
 from itertools import pairwise
 
@@ -15,6 +18,7 @@ from torch import nn
 
 from diffusers_eqvae.training_utils.arguments import RunArguments
 from diffusers_eqvae.training_utils.run import TrainingRun
+from diffusers_eqvae.training_utils.uploads import Uploads
 
 
 def train(run: TrainingRun, model, dataset, *, stop_after=None):
@@ -305,13 +309,119 @@ def test_an_average_that_cannot_follow_is_said(make_run, make_model, numbers, ca
     assert not any("average" in message for message in caplog.messages)
 
 
+def measured_run(make_run, make_model, dataset, values, *, stop_after=None, **options):
+    """A run whose figure after step i is values[i], and which keeps the best."""
+    run = make_run(checkpointing_steps=1, checkpoints_total_limit=1, keep_best="psnr", **options)
+    run.best.require({"psnr": "higher", "fid": "lower"}, by="validation_steps")
+    wrapped = run.add("model", make_model())
+    for batch in run.steps(run.loader(dataset)):
+        run.log_figures({"validation/psnr": values[run.step]})
+        if run.step == stop_after:
+            break
+        run.backward(wrapped(batch["x"]).square().mean())
+    return run
+
+
+def checkpoints(run):
+    return {path.name: (path / "complete.json").read_text() for path in (run.output_dir / "checkpoints").iterdir()}
+
+
+def test_the_best_checkpoint_stays_and_a_resumed_run_keeps_the_same(make_run, make_model, numbers, tmp_path):
+    values = [99.0, 1.0, 3.0, math.nan, 2.0, 3.0]  # before the first step it is not the run's
+    whole = measured_run(make_run, make_model, numbers(), values, output_dir=str(tmp_path / "whole"))
+    assert (whole.best.value, whole.best.step) == (3.0, 2)
+    assert sorted(checkpoints(whole)) == ["step-00000002", "step-00000006"]
+    for stop_after in (2, 4):  # where the best has just been measured, and where it has been for a while
+        measured_run(make_run, make_model, numbers(), values, stop_after=stop_after, output_dir=str(tmp_path / "run"))
+        options = {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest"}
+        resumed = measured_run(make_run, make_model, numbers(), values, **options)
+        assert (resumed.best.value, resumed.best.step) == (3.0, 2)
+        assert sorted(checkpoints(resumed)) == ["step-00000002", "step-00000006"]
+        noted = [json.loads(checkpoints(each)["step-00000006"])["best"] for each in (whole, resumed)]
+        assert noted == [{"metric": "psnr", "value": 3.0, "step": 2}] * 2
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_the_best_is_a_checkpoint_where_no_other_is_written(make_run, make_model, numbers):
+    run = make_run(keep_best="fid", checkpoints_total_limit=1)
+    run.best.require({"fid": "lower"}, by="evaluation_steps")
+    wrapped = run.add("model", make_model())
+    for batch in run.steps(run.loader(numbers())):
+        run.log_figures({"evaluation/fid": [9.0, 5.0, 4.0, 4.0, 6.0, 4.5][run.step]})
+        run.backward(wrapped(batch["x"]).square().mean())
+    assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+REFUSED = [
+    ("psnr", {}, "--keep_best psnr needs measurements to choose by; give --validation_steps."),
+    ("ssim", {"psnr": "higher"}, "--keep_best must be one of the figures that --validation_steps measures: psnr; got"),
+    ("latent_std", {"psnr": "higher", "latent_std": None}, "measures: psnr; got latent_std"),
+]
+
+
+@pytest.mark.parametrize(("metric", "measured", "said"), REFUSED)
+def test_a_figure_that_is_not_measured_or_has_no_direction_is_refused(make_run, metric, measured, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make_run(keep_best=metric).best.require(measured, by="validation_steps")
+
+
+def test_pushes_on_the_way_need_pushing(make_run, caplog):
+    make_run(push_every=5)
+    assert "Without effect, since nothing is pushed without --push_to_hub: --push_every" in caplog.text
+
+
+def test_pushes_on_the_way_run_beside_the_training_one_at_a_time(make_run, make_model, numbers, monkeypatch, caplog):
+    """The first push hangs until the third is due, and fails; training does not wait and the weights are the same."""
+    pushed, wait = [], threading.Event()
+
+    def push(directory, repo_id, **options):
+        message = options.pop("commit_message", None)
+        if message == "Step 1":
+            wait.wait(60)
+        pushed.append((message, sorted(path.name for path in directory.iterdir() if path.is_file()), repo_id, options))
+        return message is None
+
+    def trained(**options):
+        run = make_run(push_to_hub=True, hub_private=True, hub_revision="v2", hub_model_id="me/x", **options)
+        model = make_model()
+        wrapped = run.add("model", model)
+
+        def save(directory):
+            (directory / "config.json").write_text("{}")
+            torch.rand(3)
+
+        for batch in run.steps(run.loader(numbers())):
+            if run.step == 3 and run.arguments.push_every:
+                wait.set()
+                run._uploads._running.join()
+            run.push_meanwhile(save)
+            run.backward(wrapped(batch["x"]).square().mean())
+        run.finish(save)
+        run.push()
+        return run, weights(model)
+
+    monkeypatch.setattr("diffusers_eqvae.training_utils.uploads.push_run", push)
+    run, after = trained(push_every=1)
+    assert [message for message, *_ in pushed][:2] == ["Step 1", "Step 3"] and pushed[-1][0] is None
+    assert pushed[0][1:] == (
+        ["config.json", "metrics.jsonl"],
+        "me/x",
+        {"private": True, "revision": "v2", "hub_images": None},
+    )
+    assert "there is none of step 2" in caplog.text and not (run.output_dir / "pushed").exists()
+    wait.set()
+    assert torch.equal(after, trained(output_dir=str(run.output_dir) + "-silent")[1])
+
+
 def test_a_finished_run_is_pushed_as_its_options_say(tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr("diffusers_eqvae.training_utils.run.push_run", lambda *args, **kw: pushed.append((args, kw)))
+    monkeypatch.setattr(
+        "diffusers_eqvae.training_utils.uploads.push_run", lambda *args, **kw: pushed.append((args, kw))
+    )
     arguments = RunArguments(
         output_dir=str(tmp_path), push_to_hub=True, hub_model_id="me/x", hub_private=True, hub_revision="v2"
     )
-    run = types.SimpleNamespace(arguments=arguments, is_main=True, output_dir=tmp_path)
+    run = types.SimpleNamespace(arguments=arguments, is_main=True, _uploads=Uploads(tmp_path, arguments))
     with pytest.raises(SystemExit):  # None is not a push that worked
         TrainingRun.push(run)
     run.is_main = False

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from ..autoencoders import decode, downsampling_factor, encode, evaluating, takes_any_size
 from ..equivariance import ROTATIONS, SCALES, Tau, equivariance_error, rotation, scaling
 from .artefacts import reconstruction_artefacts
+from .base import Better
 from .reconstruction import psnr
+
+# Of what `measure_equivariance` gives, where more or less is better; of sharpness and latent_std neither is.
+BETTER: dict[str, Better] = {
+    **dict.fromkeys(("psnr", "psnr_rotated_latent", "psnr_halved_latent"), "higher"),
+    **dict.fromkeys(("psnr_rotated_pixels", "psnr_halved_pixels"), "higher"),
+    **dict.fromkeys(("equivariance_rotation", "equivariance_rotation_centred"), "lower"),
+    **dict.fromkeys(("equivariance_scale", "equivariance_scale_centred"), "lower"),
+    **dict.fromkeys(("colour_shift", "grid"), "lower"),
+}
 
 
 @torch.no_grad()

@@ -124,6 +124,13 @@ class RunArguments(Checked):
     checkpoints_total_limit: int | None = field(
         default=2, metadata={"help": "Keep only this many newest checkpoints.", "range": "(0, inf)"}
     )
+    keep_best: str | None = field(
+        default=None,
+        metadata={
+            "help": "A measured figure, e.g. psnr or fid: the checkpoint that is best by it stays besides those of "
+            "checkpoints_total_limit."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
@@ -175,6 +182,13 @@ class RunArguments(Checked):
     push_to_hub: bool = field(
         default=False, metadata={"help": "Upload the finished run; the token comes from the environment or `hf auth`."}
     )
+    push_every: int = field(
+        default=0,
+        metadata={
+            "help": "With push_to_hub: upload what there is every so many steps too, while training goes on; 0 never.",
+            "range": "[0, inf)",
+        },
+    )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to push to (user/name); unset, the name of output_dir."}
     )
@@ -195,7 +209,7 @@ class RunArguments(Checked):
         if self.lr_scheduler == "constant_with_warmup" and not self.lr_warmup_steps:
             raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps; use constant for none.")
         if not self.push_to_hub:
-            own = [name for name in vars(self) if name.startswith("hub_")]
+            own = [name for name in vars(self) if name.startswith("hub_") or name == "push_every"]
             warn_without_effect(self, own, "nothing is pushed without --push_to_hub")
         if self.push_to_hub or self.hub_model_id is not None:
             try:  # now, not after the training

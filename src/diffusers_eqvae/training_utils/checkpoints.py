@@ -52,6 +52,7 @@ HARMLESS = frozenset(
         "gradient_accumulation_steps",
         "checkpointing_steps",
         "checkpoints_total_limit",
+        "keep_best",
         "max_hours",
         "report_to",
         "tracker_project_name",
@@ -66,6 +67,7 @@ HARMLESS = frozenset(
         "cache_dir",
         "dry_run",
         "push_to_hub",
+        "push_every",
         "hub_model_id",
         "hub_private",
         "hub_revision",
@@ -178,6 +180,7 @@ class Ancestry:
     Attributes:
         step: optimizer steps done.
         skipped: {"in_a_row", "total", "steps"}: what the checkpoint's run counted.
+        best: what the checkpoint's run noted of the best one, see `BestCheckpoint`.
         changes: [{"step", "name", "before", "after"}]: what was allowed to change, and when.
     """
 
@@ -195,6 +198,7 @@ class Ancestry:
         self._identities: dict[str, Any] = {}
         self.step: int = self._then.get("step", 0)
         self.skipped: dict[str, int] = self._then.get("skipped", {})
+        self.best: dict[str, Any] | None = self._then.get("best")
         self.changes: list[dict[str, Any]] = list(self._then.get("changes", ()))
         self._line = [] if checkpoint is None else [*self._then["ancestors"], checkpoint.name]
         if checkpoint is not None:
@@ -220,9 +224,9 @@ class Ancestry:
         if heavy := [_difference(key, then.get(key), now.get(key)) for key in differing if key not in light]:
             self._consent({name: (f"{name} is not the one", ", ".join(heavy), None, None)})
 
-    def record(self, *, skipped: Mapping[str, int]) -> dict[str, Any]:
+    def record(self, *, skipped: Mapping[str, int], best: Mapping[str, Any] | None) -> dict[str, Any]:
         """What complete.json says beside the step."""
-        own = {"identities": self._identities, "changes": self.changes, "skipped": dict(skipped)}
+        own = {"identities": self._identities, "changes": self.changes, "skipped": dict(skipped), "best": best}
         return {**self.facts, **own, "ancestors": self._line}
 
     def wrote(self, checkpoint: Path) -> None:
@@ -310,13 +314,11 @@ def _damaged(checkpoint: Path, name: str, reason: str) -> ValueError:
     return ValueError(f"{checkpoint / name} is damaged and cannot be read ({reason}). {remedy}")
 
 
-def write_checkpoint(
-    output_dir: Path, *, step: int, write: Callable[[Path], None], facts: dict[str, Any], limit: int | None
-) -> Path:
-    """Calls `write(directory)` on a sibling, adds the marker, renames, then removes what exceeds `limit`.
+def write_checkpoint(output_dir: Path, *, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
+    """Calls `write(directory)` on a sibling, adds the marker, and renames.
 
     A kill at any moment leaves the earlier checkpoints and at most one directory ending in .tmp, which the next call
-    removes. What has just been written never goes.
+    removes.
     """
     target = checkpoint_directory(output_dir, step)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -338,11 +340,15 @@ def write_checkpoint(
         raise
     replace_directory(aside, target)
     flush_to_disk(output_dir)
-    if limit is not None:
-        for old in complete_checkpoints(output_dir, warn=False)[:-limit]:
-            if old != target:
-                delete(old)
     return target
+
+
+def delete_older(output_dir: Path, limit: int | None, *, keep: Path | None = None) -> None:
+    """Deletes all complete checkpoints but the newest `limit`, at least 1, and `keep`; none where limit is None."""
+    older = complete_checkpoints(output_dir, warn=False)[:-limit] if limit else []
+    for path in older:
+        if path != keep:
+            delete(path)
 
 
 def publish(output: OutputDirectory, save: Callable[[Path], None], *, keep: Iterable[str] = ()) -> None:

@@ -80,6 +80,7 @@ def report(
     activation_bytes_per_example: int,
     batch_size: int,
     checkpoints_kept: int | None,
+    best_kept: bool = False,
 ) -> str:
     """The estimate as text: one line per part, sums, and how the activations were found."""
     parts: dict[str, int] = {}
@@ -89,6 +90,7 @@ def report(
     checkpoint = parts["gradients"] + parts["optimizer"] + parts["ema"]  # as many bytes as the learned weights
     parts["frozen modules"] = sum(frozen_bytes(module) for module in frozen)
     parts["activations"] = activation_bytes_per_example * batch_size
+    best = ", the best one" if best_kept else ""
     lines = ["Memory per device, estimated:"]
     lines += [f"  {part:<16}{readable(size):>12}" for part, size in parts.items() if size]
     lines += [f"  {'in all':<16}{readable(sum(parts.values())):>12}, plus the framework (about 0.5 GiB on a GPU)"]
@@ -96,7 +98,7 @@ def report(
         f"Activations: measured in real forwards of one example ({readable(activation_bytes_per_example)} saved for "
         f"the backward), times a micro-batch of {batch_size}; temporary buffers are not in it.",
         f"Disk per checkpoint: {readable(checkpoint)}, "
-        + (f"{checkpoints_kept} kept and one being written." if checkpoints_kept else "all of them kept."),
+        + (f"{checkpoints_kept} kept{best} and one being written." if checkpoints_kept else "all of them kept."),
     ]
     return "\n".join(lines)
 
@@ -120,6 +122,7 @@ def dry_run(run: Any, loader: Iterable[Any]) -> Iterator[Any]:
         activation_bytes_per_example=saved.largest,
         batch_size=run.arguments.train_batch_size,
         checkpoints_kept=run.arguments.checkpoints_total_limit,
+        best_kept=run.arguments.keep_best is not None,
     )
     if run.is_main:
         sys.stdout.write(text + "\n")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,13 +32,14 @@ from torch.utils.data import DataLoader
 
 from ..directories import OutputDirectory
 from ..extensions import loaded_extensions
-from ..hub import push_run
 from ..options import inputs_of, reading_options
-from ..provenance import module_identity, versions
+from ..provenance import module_identity
 from ..randomness import StepRandomness, preserved_global_state, reseed_global
 from . import command_line
 from .arguments import RunArguments
-from .checkpoints import Ancestry, find_checkpoint, publish, read_module, write_checkpoint
+from .best import BestCheckpoint
+from .checkpoint_writer import CheckpointWriter
+from .checkpoints import Ancestry, find_checkpoint, publish, read_module
 from .console import start_logging
 from .dry_run import dry_run
 from .launch import STOPPED, StopSignal, build_accelerator, claim, compile_in_place, wrap
@@ -55,11 +55,20 @@ from .optimization import (
 )
 from .optimizers import build_optimizer
 from .tracking import METRICS_FILE, Meter, Tracking
+from .uploads import SNAPSHOT, Uploads
 
 logger = logging.getLogger(__name__)
 
 # What a run writes besides its result.
-OWN = ("checkpoints", "resolved_arguments.json", "resolved_arguments.yaml", METRICS_FILE, "logs", "validation")
+OWN = (
+    "checkpoints",
+    "resolved_arguments.json",
+    "resolved_arguments.yaml",
+    METRICS_FILE,
+    "logs",
+    "validation",
+    SNAPSHOT,
+)
 
 
 class TrainingRun:
@@ -74,6 +83,7 @@ class TrainingRun:
         modules, frozen: what has been added, by name, and what only helps.
         step: optimizer steps done so far; during the loop, the number of the step being computed (0-based).
         randomness: `StepRandomness` of the current micro-batch.
+        best: by --keep_best; a script tells it what will be measured (`BestCheckpoint.require`).
         device, is_main, accelerator, output_dir, max_train_steps: as their names say; max_train_steps is None until
             `loader` where num_train_epochs decides.
 
@@ -96,9 +106,10 @@ class TrainingRun:
         inputs = inputs_of(arguments, *others)
         self._output = OutputDirectory(self.output_dir, kind=f"{name} training run", inputs=inputs)
         self._checkpoint = find_checkpoint(arguments.resume_from_checkpoint, self.output_dir, warn=self.is_main)
+        facts = {"global_batch_size": self.global_batch_size, "world_size": self.accelerator.num_processes}
         self._ancestry = Ancestry(
             self._checkpoint,
-            self._facts(),
+            {**facts, "extensions": loaded_extensions(), "arguments": self._resolved},
             allowed=arguments.allow_changes,
             by_identity=reading_options(*others),
             warn=self.is_main,
@@ -112,7 +123,13 @@ class TrainingRun:
         self.frozen: list[nn.Module] = []
         self._meter, self._guard = Meter(), NonfiniteGuard(self.device, **self._ancestry.skipped)
         self._tracking: Tracking | None = None
-        self._stop, self._saved_step, self._micro, self._factor = StopSignal(arguments.max_hours), self.step, 0, 1.0
+        self.best = BestCheckpoint(arguments.keep_best, self._ancestry.best)
+        limit = arguments.checkpoints_total_limit
+        self._writer = CheckpointWriter(
+            self._output, self._ancestry, best=self.best, limit=limit, arguments=self._resolved
+        )
+        self._uploads = Uploads(self.output_dir, arguments)
+        self._stop, self._micro, self._factor = StopSignal(arguments.max_hours), 0, 1.0
 
     # ------------------------------------------------------------------ what is trained
 
@@ -279,9 +296,14 @@ class TrainingRun:
         self._meter.add(values, self.device)
 
     def log_figures(self, values: Mapping[str, float]) -> None:
-        """Measured values of the present step, written at once; on the main process only."""
+        """Measured values of the present step, written at once; on the main process only.
+
+        Where they are the best yet by --keep_best (`best`), the checkpoint of this step is kept.
+        """
         if self._tracking is not None:
             self._tracking.figures(self.step, values)
+        if self.is_main and self.best.improves(self.step, values):
+            self._save()
 
     def log_images(self, name: str, images: np.ndarray | Sequence[Image.Image]) -> None:
         """Images (uint8 NHWC or PIL) to validation/<step>_<name>.png and the tracker; on the main process only."""
@@ -310,16 +332,20 @@ class TrainingRun:
                 raise
             skipped = f", {total} of them skipped (NaN or infinite)" if total else ""
             logger.info("Finished after %d steps%s; the result is in %s.", self.step, skipped, self.output_dir)
+            self.best.say(self.output_dir)
         self.accelerator.wait_for_everyone()
         self._close()
 
     def push(self) -> None:
         """Publishes the finished run on the Hub, if --push_to_hub says so; a push that fails ends the program."""
-        given = self.arguments
-        options: dict[str, Any] = {"private": given.hub_private, "revision": given.hub_revision}
-        options["hub_images"] = given.hub_images
-        if given.push_to_hub and self.is_main and not push_run(self.output_dir, given.hub_model_id, **options):
+        if self.arguments.push_to_hub and self.is_main and not self._uploads.finish():
             sys.exit(1)
+
+    def push_meanwhile(self, save: Callable[[Path], None]) -> None:
+        """Pushes what `save(directory)` writes now in the background, every --push_every steps; never fails."""
+        if self.is_main and self.due(self.arguments.push_every):
+            with self.validation():
+                self._uploads.start(self.step, save)
 
     # ------------------------------------------------------------------ inside
 
@@ -329,53 +355,27 @@ class TrainingRun:
         per_rank = self.arguments.train_batch_size * self.arguments.gradient_accumulation_steps
         return per_rank * self.accelerator.num_processes
 
-    def settings(self) -> dict[str, Any]:
-        """What the run's card says of its training."""
-        return {
-            "optimizer_steps": self.step,
-            "global_batch_size": self.global_batch_size,
-            "optimizer": next((entry.optimizer_name for entry in self.modules.values()), None),
-            "learning_rate": self.arguments.learning_rate,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "ema_decay": self.arguments.ema_decay if self.arguments.use_ema else None,
-            "seed": self.arguments.seed,
-            "skipped_steps": self._guard.read()[1],
-            **({"changes": self._ancestry.changes} if self._ancestry.changes else {}),
-        }
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """What differs from the checkpoint that was resumed, as allowed."""
+        return self._ancestry.changes
 
-    def provenance(self) -> dict[str, Any]:
-        """What the run's card says of how it was made."""
-        return {"versions": versions(), "extensions": loaded_extensions(), "command": shlex.join(sys.argv)}
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps had NaN or infinite gradients; waits for the device."""
+        return self._guard.read()[1]
 
     def save_checkpoint(self) -> None:
         """Writes the state after `step` steps, unless it is there already; refuses weights that are not finite."""
-        if self._saved_step != self.step:
+        if self._writer.step != self.step:
             require_finite(self.modules.values(), step=self.step, output_dir=self.output_dir)
             self._save()
-        self._saved_step = self.step
+        self._writer.step = self.step
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        if self.is_main and self._saved_step != self.step:
-            self._output.require_lock()
-            facts = self._ancestry.record(skipped=self._guard.counts())
-            limit = self.arguments.checkpoints_total_limit
-            path = write_checkpoint(self.output_dir, step=self.step, write=self._write, facts=facts, limit=limit)
-            self._ancestry.wrote(path)
-            logger.info("Checkpoint %s.", path)
-
-    def _write(self, directory: Path) -> None:
-        for entry in self.modules.values():
-            entry.save(directory)
-        command_line.save_resolved(self._resolved, directory)
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "global_batch_size": self.global_batch_size,
-            "world_size": self.accelerator.num_processes,
-            "extensions": loaded_extensions(),
-            "arguments": self._resolved,
-        }
+        if self.is_main:
+            self._writer.write(self.step, self.modules.values(), skipped=self._guard.counts())
 
     def _claim(self) -> None:
         if self.is_main:

@@ -197,6 +197,11 @@ def drawn_images(output_dir: Path, step: int, name: str, *, caption: str, privat
     return [{"path": path, "caption": caption, "private": private}] if (output_dir / path).exists() else []
 
 
+def images_of(output_dir: Path, step: int) -> list[Path]:
+    """What `Tracking.images` wrote of a step."""
+    return sorted(output_dir.glob(image_path(step, "*")))
+
+
 def image_path(step: int, name: str) -> str:
     """Of the images of a step, relative to the run: `image_path(500, "samples")`."""
     return f"validation/{step:08d}_{name}.png"

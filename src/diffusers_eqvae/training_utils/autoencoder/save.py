@@ -19,6 +19,7 @@ from ...model_card import METADATA_FILE, RunMetadata
 from ...regularizers.base import REGULARIZERS
 from ...stated_normalization import scale_complaint
 from ...tokens import has_codebook
+from ..card import how_it_was_made, settings_of
 from ..console import progress_bar
 from ..lora import LORA, fused, save_adapter
 from ..run import TrainingRun
@@ -50,7 +51,7 @@ def training_metadata(run: TrainingRun, given: AutoencoderOptions) -> dict[str, 
     }
     chosen = [name for name in given.regularizing.regularizers if name != "none"]
     return {
-        **run.settings(),
+        **settings_of(run),
         **({} if model.trainable == [WHOLE] else {"trainable": " ".join(model.trainable)}),
         **({} if model.latent_channels is None else {"latent_channels": model.latent_channels}),
         **({"lora": {"rank": given.lora.lora_rank, "alpha": given.lora.alpha}} if LORA in model.trainable else {}),
@@ -137,7 +138,7 @@ def save_autoencoder(
         figures: of the last validation.
     """
     objective, base, data = run.averaged("objective"), given.model.pretrained_model_name_or_path, given.data
-    training, provenance = training_metadata(run, given), run.provenance()
+    training, provenance = training_metadata(run, given), how_it_was_made()
     vae: Any = objective.model
     if LORA in given.model.trainable:
         save_adapter(vae, directory / LORA, base=base)

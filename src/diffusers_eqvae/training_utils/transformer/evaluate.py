@@ -8,10 +8,10 @@ import torch
 
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
-from ...metrics.base import build_metrics, measure
+from ...metrics.base import Better, build_metrics, measure
 from ...metrics.diffusability import linear_predictor_loss
-from ...metrics.feature_networks import load_feature_network
-from ...metrics.generation import GENERATION_METRICS, OFFERS, load_reference, sample_batches
+from ...metrics.feature_networks import FeatureNetwork, load_feature_network
+from ...metrics.generation import GENERATION_METRICS, OFFERS, Reference, load_reference, sample_batches
 from ...objectives.base import Objective
 from ...objectives.flow_matching import FlowMatchingObjective
 from ...pipelines.generated import GeneratedImages
@@ -71,6 +71,7 @@ class GenerationEvaluation:
         latents: LatentData,
     ) -> None:
         self.arguments, self.sampling, self.run, self.pipeline = arguments, sampling, run, pipeline
+        self.references: dict[FeatureNetwork, Reference] = {}
         if not arguments.evaluation_steps:
             return
         networks = [load_feature_network(name) for name in arguments.feature_networks]
@@ -88,6 +89,19 @@ class GenerationEvaluation:
         self.references = {
             network: load_reference(str(arguments.evaluation_reference), network, **options) for network in networks
         }
+
+    @property
+    def measured(self) -> dict[str, Better]:
+        """The figures that `measure` gives, and whether higher or lower ones are better."""
+        found: dict[str, Better] = {}
+        for network, reference in self.references.items():
+            names: dict[str, Better] = {"fid": "lower", "inception_score": "higher"}
+            if reference.spatial_mean is not None:
+                names["sfid"] = "lower"
+            if reference.features is not None:
+                names |= {"kid": "lower", "precision": "higher", "recall": "higher"}
+            found |= {network.metric_name(name): better for name, better in names.items()}
+        return found
 
     def measure(self) -> None:
         """Samples and measures; every process must call it."""

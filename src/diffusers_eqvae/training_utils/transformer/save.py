@@ -16,6 +16,7 @@ from ...model_card import METADATA_FILE, RunMetadata
 from ...models.backbone import backbones
 from ...objectives.base import OBJECTIVES, Objective
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..card import how_it_was_made, settings_of
 from ..lora import LORA, adapter_settings, fused, save_adapter
 from ..run import TrainingRun
 from ..tracking import drawn_images
@@ -51,11 +52,13 @@ def save_pipeline(
     Adapters are fused into the transformer, and written beside it.
     """
     adapted: dict[str, Any] = {}
+    transformer = pipeline.transformer
     if arguments.trainable == LORA:
         save_adapter(pipeline.transformer, directory / LORA, base=arguments.model, component="transformer")
         adapted = {"trainable": LORA, "lora": adapter_settings(pipeline.transformer)}
-        pipeline.transformer = fused(pipeline.transformer)
+        pipeline.transformer = fused(transformer)
     pipeline.save_pretrained(directory)
+    pipeline.transformer = transformer  # training may go on
     for folder, component in objective.components().items():
         component.save_pretrained(directory / folder)
     normalization = LatentNormalization.from_vae(latents.vae)
@@ -75,12 +78,12 @@ def save_pipeline(
         },
         training={
             "objective": _describe(objective),
-            **run.settings(),
+            **settings_of(run),
             **adapted,
         },
         data={"dataset": latents.name, "resolution_px": latents.resolution_px, "report": latents.report},
         evaluation={"images": drawn_images(run.output_dir, run.step, "samples", caption=caption, private=False)},
-        provenance=run.provenance(),
+        provenance=how_it_was_made(),
     ).save(directory / METADATA_FILE)
 
 
