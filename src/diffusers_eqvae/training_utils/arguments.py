@@ -177,7 +177,7 @@ class RunArguments(Checked):
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Measure memory on one example, print what the run needs in memory and on disk, and exit."},
+        metadata={"help": "Measure a few small steps, print what the run needs in memory and on disk, and exit."},
     )
     push_to_hub: bool = field(
         default=False, metadata={"help": "Upload the finished run; the token comes from the environment or `hf auth`."}

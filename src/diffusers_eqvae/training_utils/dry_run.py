@@ -3,53 +3,69 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..randomness import reseed_global
 from .optimization import OptimizedModule
 from .optimizers import FLOAT32_BYTES, state_bytes
 
-DRY_RUN_STEPS = 4  # what a step saves may depend on its random draw, so the largest of a few counts
+DRY_RUN_STEPS = 4  # what a step needs may depend on its random draw, so the largest of a few counts
+MEASURED = (2, 4)  # examples; what a micro-batch needs grows by as much with each
 
 
-class SavedActivations:
-    """Bytes that autograd keeps for the backward, each storage counted once and weights not at all."""
+class LiveTensors(TorchDispatchMode):
+    """Which tensors are alive when, each storage once and those of the models not at all.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._weights = {
-            parameter.untyped_storage().data_ptr() for module in modules for parameter in module.parameters()
-        }
-        self.largest = 0
+    Counted are results of operations, in the forward and the backward, and not what a kernel needs while it runs.
 
-    @contextmanager
-    def measure(self) -> Iterator[None]:
-        """Counts what the forward inside saves; `largest` is the maximum over all measured forwards."""
-        storages: dict[int, int] = {}
+    Example:
+        >>> with LiveTensors([model]) as tensors:
+        ...     model(pixels).square().mean().backward()
+        >>> tensors.peak(without=[weight.grad for weight in model.parameters()])
+        74448896
+    """
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._changes: list[tuple[int, int]] = []  # a storage's number, and by how many bytes it makes memory grow
+        self._numbers = WeakIdKeyDictionary()
+        for model in models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                self._numbers[tensor.untyped_storage()] = -1
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-        self.largest = max(self.largest, sum(storages.values()))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._numbers:
+                storage, number = tensor.untyped_storage(), len(self._changes)
+                self._numbers[storage] = number
+                self._changes.append((number, storage.nbytes()))
+                weakref.finalize(storage, self._changes.append, (number, -storage.nbytes()))
+        return result
+
+    def peak(self, *, without: Iterable[Tensor]) -> int:
+        """Bytes at the moment of most, leaving out what these tensors hold."""
+        left_out = {self._numbers.get(tensor.untyped_storage()) for tensor in without}
+        return max(accumulate(size for number, size in self._changes if number not in left_out), default=0)
 
 
-def first_example(batch: Any) -> Any:
-    """The batch cut down to one example: tensors in nested dicts, lists and tuples are sliced."""
+def first_examples(batch: Any, count: int) -> Any:
+    """The batch cut down to its first examples: tensors in nested dicts, lists and tuples are sliced."""
     if isinstance(batch, Tensor):
-        return batch[:1]
+        return batch[:count]
     if isinstance(batch, Mapping):
-        return {key: first_example(value) for key, value in batch.items()}
-    return type(batch)(first_example(value) for value in batch) if isinstance(batch, (list, tuple)) else batch
+        return {key: first_examples(value, count) for key, value in batch.items()}
+    each = (first_examples(value, count) for value in batch) if isinstance(batch, (list, tuple)) else None
+    return batch if each is None else type(batch)(each)
 
 
 def weight_bytes(entry: OptimizedModule) -> dict[str, int]:
@@ -73,30 +89,53 @@ def readable(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
+def per_batch(measured: Mapping[int, int], batch_size: int) -> int:
+    """Bytes of a step of `batch_size` examples, from those of steps of one or two smaller sizes: a straight line.
+
+    Example:
+        >>> per_batch({2: 30, 4: 50}, 16)
+        170
+    """
+    (few, least), (many, most) = min(measured.items()), max(measured.items())
+    slope = (most - least) / (many - few) if many > few else 0.0
+    return round(most + slope * (batch_size - many))
+
+
 def report(
     entries: Iterable[OptimizedModule],
     frozen: Iterable[nn.Module],
     *,
-    activation_bytes_per_example: int,
+    measured: Mapping[int, int],
     batch_size: int,
+    accumulates: bool,
     checkpoints_kept: int | None,
     best_kept: bool = False,
 ) -> str:
-    """The estimate as text: one line per part, sums, and how the activations were found."""
+    """The estimate as text: one line per part, sums, and how the step was measured.
+
+    Args:
+        measured: bytes that a step needs beside models and gradients, by its number of examples.
+        accumulates: whether gradients of one micro-batch are there while another is computed; otherwise they come as
+            activations go.
+    """
     parts: dict[str, int] = {}
     for entry in entries:
         for part, size in weight_bytes(entry).items():
             parts[part] = parts.get(part, 0) + size
-    checkpoint = parts["gradients"] + parts["optimizer"] + parts["ema"]  # as many bytes as the learned weights
+    gradients = parts.pop("gradients")
+    checkpoint = gradients + parts["optimizer"] + parts["ema"]  # as many bytes as the learned weights
     parts["frozen modules"] = sum(frozen_bytes(module) for module in frozen)
-    parts["activations"] = activation_bytes_per_example * batch_size
+    activations = per_batch(measured, batch_size)
+    parts["step"] = activations + gradients if accumulates else max(activations, gradients)
+    sizes = " and ".join(f"{count} ({readable(size)})" for count, size in sorted(measured.items()))
     best = ", the best one" if best_kept else ""
     lines = ["Memory per device, estimated:"]
     lines += [f"  {part:<16}{readable(size):>12}" for part, size in parts.items() if size]
     lines += [f"  {'in all':<16}{readable(sum(parts.values())):>12}, plus the framework (about 0.5 GiB on a GPU)"]
     lines += [
-        f"Activations: measured in real forwards of one example ({readable(activation_bytes_per_example)} saved for "
-        f"the backward), times a micro-batch of {batch_size}; temporary buffers are not in it.",
+        f"Step: activations and temporary tensors ({readable(activations)}) measured in real steps of {sizes} "
+        f"examples, for a micro-batch of {batch_size}; gradients ({readable(gradients)}) "
+        + ("beside them." if accumulates else "after them."),
         f"Disk per checkpoint: {readable(checkpoint)}, "
         + (f"{checkpoints_kept} kept{best} and one being written." if checkpoints_kept else "all of them kept."),
     ]
@@ -104,25 +143,30 @@ def report(
 
 
 def dry_run(run: Any, loader: Iterable[Any]) -> Iterator[Any]:
-    """Yields first examples for a few steps of the script's loop, prints what a `TrainingRun` needs, and ends."""
-    entries = list(run.modules.values())
-    modules = [*run.frozen, *(entry.module for entry in entries)]
-    saved, batches, first_step = SavedActivations(modules), iter(loader), run.step
-    for run.step in range(first_step, first_step + DRY_RUN_STEPS):
-        batch = send_to_device(first_example(next(batches)), run.device)
-        run.randomness.at(run.step, 0)
-        reseed_global(run.arguments.seed, run.accelerator.process_index, run.step, 0)
-        with saved.measure():
-            yield batch
-        for entry in entries:
-            entry.optimizer.zero_grad(set_to_none=True)
+    """Yields small batches for a few steps of the script's loop, prints what a `TrainingRun` needs, and ends."""
+    entries, given = list(run.modules.values()), run.arguments
+    averages = [entry.ema.module for entry in entries if entry.ema is not None]
+    batches, first_step = iter(loader), run.step
+    measured: dict[int, int] = {}
+    for count in sorted({min(size, given.train_batch_size) for size in MEASURED}):
+        for run.step in range(first_step, first_step + DRY_RUN_STEPS):
+            run.randomness.at(run.step, 0)
+            reseed_global(given.seed, run.accelerator.process_index, run.step, 0)
+            tensors = LiveTensors([*run.frozen, *(entry.module for entry in entries), *averages])
+            with tensors:
+                yield send_to_device(first_examples(next(batches), count), run.device)
+            gradients = [each.grad for entry in entries for each in entry.parameters if each.grad is not None]
+            measured[count] = max(measured.get(count, 0), tensors.peak(without=gradients))
+            for entry in entries:
+                entry.optimizer.zero_grad(set_to_none=True)
     text = report(
         entries,
         run.frozen,
-        activation_bytes_per_example=saved.largest,
-        batch_size=run.arguments.train_batch_size,
-        checkpoints_kept=run.arguments.checkpoints_total_limit,
-        best_kept=run.arguments.keep_best is not None,
+        measured=measured,
+        batch_size=given.train_batch_size,
+        accumulates=given.gradient_accumulation_steps > 1,
+        checkpoints_kept=given.checkpoints_total_limit,
+        best_kept=given.keep_best is not None,
     )
     if run.is_main:
         sys.stdout.write(text + "\n")
