@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from diffusers_eqvae.hub import prepare_push, push_run
-from diffusers_eqvae.model_card import METADATA_FILE, RunMetadata, redact, render_model_card
+from diffusers_eqvae.model_card import METADATA_FILE, RunMetadata, redact, render_model_card, stated_license
 
 METADATA = RunMetadata(
     model={
@@ -72,6 +72,40 @@ def test_without_metadata_nothing_is_claimed(kind):
         assert absent not in card
     assert set(yaml.safe_load(card.split("---\n")[1])) == {"library_name", "pipeline_tag", "tags"}
     assert "\n\n\n" not in card
+
+
+@pytest.mark.parametrize(
+    ("readme", "expected"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: research-only\n---\n", "research-only"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\ntags: [vae]\n---\nlicense: mit\n", None),
+        ("# no header, license: mit\n", None),
+        ("---\nlicense: [\n---\n", None),
+        (None, None),
+    ],
+)
+def test_a_licence_is_what_the_header_of_the_readme_states(tmp_path, readme, expected):
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert stated_license(str(tmp_path)) == expected
+    assert stated_license(str(tmp_path / "nowhere")) is None
+
+
+def test_a_run_hands_the_licence_of_its_base_on_unless_it_has_its_own(tmp_path):
+    RunMetadata(model={"base_license": "mit"}).save(tmp_path / METADATA_FILE)
+    assert stated_license(str(tmp_path)) == "mit"
+    RunMetadata(model={"base_license": "mit", "license": "cc-by-4.0"}).save(tmp_path / METADATA_FILE)
+    assert stated_license(str(tmp_path)) == "cc-by-4.0"
+
+
+def test_an_unknown_licence_and_two_that_cannot_be_compared_are_said():
+    model = {"base_model": "a/b", "measured_compatibility": {"num_images": 2, "refused": "NEW has 8 latent channels."}}
+    card = render_model_card(RunMetadata(model=model), "autoencoder")
+    assert "Unknown: [a/b](https://huggingface.co/a/b) states none that was found" in card
+    assert "NEW has 8 latent channels." in card and "| verdict |" not in card
+    assert "license" not in yaml.safe_load(card.split("---\n")[1]), "the base's is not this model's"
 
 
 @pytest.mark.parametrize(

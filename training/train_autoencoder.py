@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(directory: Path) -> None:
         trained = {"discriminator": discriminator, "latents_kept": keeps_latents(objective.model)}
-        save_autoencoder(directory, run, given, **trained, images=images, figures=figures)
+        save_autoencoder(directory, run, given, **trained, images=images, held_out=held_out, figures=figures)
 
     for batch in run.steps(run.loader(examples)):
         if run.due(given.run.validation_steps, at_start=True):

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from markupsafe import Markup
+from yaml import YAMLError
 
 from .files import read_json, require_format_version, write_json
+from .pretrained import hub_file
 from .templates import is_hub_id, render_template
 
 FORMAT_VERSION = 1
@@ -29,6 +31,8 @@ KEYS = {
         "autoencoder",
         "architecture",
         "license",
+        "base_license",
+        "measured_compatibility",
         "padding_mode",
         "latent_space_changed",
         "compatibility",
@@ -44,8 +48,9 @@ KEYS = {
 SOURCES = (("model", "base_model"), ("model", "autoencoder"), ("data", "dataset"))
 # What the card relies on: of which type an entry is, where it is there.
 TYPES: dict[tuple[str, str], type | tuple[type, ...]] = {
-    **dict.fromkeys((("model", key) for key in ("name", "class", "base_model", "autoencoder", "license")), str),
-    **dict.fromkeys((("model", key) for key in ("normalization", "sampling")), dict),
+    **dict.fromkeys((("model", key) for key in ("name", "class", "base_model", "autoencoder")), str),
+    **dict.fromkeys((("model", key) for key in ("license", "base_license")), str),
+    **dict.fromkeys((("model", key) for key in ("normalization", "sampling", "measured_compatibility")), dict),
     **dict.fromkeys((("model", key) for key in ("labels", "papers")), (list, tuple)),
     ("model", "num_classes"): int,
     ("training", "regularizers"): dict,
@@ -64,7 +69,8 @@ class RunMetadata:
         model: `base_model` and `autoencoder` are Hub ids or local names; `normalization` holds mean, std (lists or
             numbers), scaling_factor, shift_factor and num_samples; `labels` are class names in the order of their ids;
             `sampling` are arguments of the pipeline's call; `compatibility` with what was trained on the latents of
-            base_model is "drop-in", "decoder-only" or "adapt"; `papers` [{"name", "arxiv"}] of the methods.
+            base_model is "drop-in", "decoder-only" or "adapt", and `measured_compatibility` what `eqvae compat` finds;
+            `base_license` is the licence of base_model; `papers` [{"name", "arxiv"}] of the methods.
         training: settings by name, shown as they are, such as optimizer_steps, losses {name: weight} and
             regularizers {name: settings}.
         data: the same; `dataset` is a Hub id or a local name.
@@ -142,6 +148,27 @@ class RunMetadata:
             return cls(**content)
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def stated_license(source: str, revision: str | None = None) -> str | None:
+    """The licence that the README.md of a directory or Hub repository states, or the metadata of a run; else None.
+
+    Example:
+        >>> stated_license("stabilityai/sd-vae-ft-mse")  # doctest: +SKIP
+        'mit'
+    """
+    readme, run = (hub_file(source, file, revision) for file in ("README.md", METADATA_FILE))
+    try:
+        stated = (metadata_load(readme) if readme else None) or {}
+    except (ValueError, YAMLError):  # a header that nobody can read states nothing
+        stated = {}
+    license = stated.get("license")
+    if license == "other":
+        license = stated.get("license_name") or license
+    if license is None and run is not None:
+        model = RunMetadata.load(run).model
+        license = model.get("license") or model.get("base_license")
+    return None if license is None else " ".join(str(license).split())
 
 
 def _settings(metadata: RunMetadata) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import eqvae_command
 from diffusers_eqvae.autoencoders import decode, encode, load_autoencoder
-from diffusers_eqvae.commands.compat import (
+from diffusers_eqvae.inspection.compatibility import (
     AFFINE_RESIDUAL,
     Affine,
     Compatibility,

@@ -17,9 +17,12 @@ from transformers import Dinov2Config, Dinov2Model
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.hub import prepare_push
+from diffusers_eqvae.inspection.compatibility import compatibility
+from diffusers_eqvae.inspection.run import load_images
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
+from diffusers_eqvae.training_utils.next_steps import NEXT
 
 from ..faults.test_autoencoder_classes import tiny
 from ..invariants.trajectories import ROOT, as_flags, assert_equal, last_checkpoint, run_script
@@ -92,6 +95,25 @@ def test_fine_tuned_model_loads_with_plain_diffusers(folder, tiny_autoencoder_kl
     ):
         assert text in card, text
     assert str(folder) not in card
+
+
+@pytest.mark.parametrize("trainable", ["full", "decoder"])
+def test_the_card_says_what_fits_the_base_models_generators_and_its_licence(folder, tiny_autoencoder_kl, trainable):
+    words = flags(folder, tiny_autoencoder_kl, trainable=trainable, num_validation_images=6, learning_rate=0.2)
+    (folder / "vae/README.md").write_text("---\nlicense: other\nlicense_name: research-only\n---\n# A model\n")
+    run_script(SCRIPT, words)
+    model = RunMetadata.load(folder / "run/run_metadata.json").model
+    assert model["base_license"] == "research-only"
+    measured, images = model["measured_compatibility"], load_images(folder / "images", resolution=32, num_images=6)
+    new, base = (load_autoencoder(str(folder / name)) for name in ("run", "vae"))
+    expected = compatibility(new, base, images)
+    assert (measured["num_images"], measured["resolution_px"], measured["verdict"]) == (6, 32, expected.verdict)
+    assert measured["relative_distance"] == pytest.approx(expected.distance, rel=1e-3, abs=1e-6)
+    assert measured["psnr"] == pytest.approx(expected.psnr, abs=1e-2)
+    assert (measured["verdict"] == "drop-in") == (trainable == "decoder")
+    _, card = prepare_push(folder / "run", "me/eq-vae")
+    assert f"| verdict | **{measured['verdict']}** |" in card and "vae` is under the licence `research-only`" in card
+    assert f"| next | {NEXT[measured['verdict']][:20]}" in card
 
 
 @pytest.mark.parametrize(

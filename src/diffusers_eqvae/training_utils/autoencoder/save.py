@@ -9,22 +9,25 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
-from ...autoencoders import encode, evaluating
+from ...autoencoders import autoencoder_location, encode, evaluating, load_autoencoder
 from ...data.image_datasets import PixelDataset
 from ...images import CAPTIONS, evenly_spaced
+from ...inspection.compatibility import compatibility
 from ...latents import LatentNormalization, LatentStatistics
-from ...model_card import METADATA_FILE, RunMetadata
+from ...model_card import METADATA_FILE, RunMetadata, stated_license
+from ...randomness import preserved_global_state
 from ...regularizers.base import REGULARIZERS
 from ...stated_normalization import scale_complaint
 from ...tokens import has_codebook
 from ..card import how_it_was_made, settings_of
 from ..console import progress_bar
 from ..lora import LORA, fused, save_adapter
+from ..next_steps import NEXT
 from ..run import TrainingRun
 from ..tracking import drawn_images, figures_at
-from .arguments import AutoencoderEvaluationArguments, AutoencoderOptions
+from .arguments import AutoencoderArguments, AutoencoderEvaluationArguments, AutoencoderOptions
 from .trainable import WHOLE
 
 logger = logging.getLogger(__name__)
@@ -117,6 +120,32 @@ def settle_normalization(
     return statistics.num_samples
 
 
+def compared_with_base(vae: ModelMixin, model: AutoencoderArguments, held_out: Tensor) -> dict[str, Any]:
+    """What `eqvae compat` finds of the trained autoencoder and the one it was fine-tuned from, and the next step.
+
+    Where the two cannot be compared, "refused" says why.
+    """
+    name = model.pretrained_model_name_or_path
+    assert name is not None
+    location = autoencoder_location(name, subfolder=model.subfolder, revision=model.revision)
+    found: dict[str, Any] = {"num_images": len(held_out), "resolution_px": held_out.shape[-1]}
+    with preserved_global_state(), evaluating(vae):
+        base = load_autoencoder(name, **location).to(vae.device)
+        try:
+            compared = compatibility(vae, base, held_out.to(vae.device))
+        except ValueError as error:
+            return {**found, "refused": str(error)}
+    fits = {"per_channel": compared.per_channel, "one_by_one": compared.one_by_one}
+    return {
+        **found,
+        "verdict": compared.verdict,
+        "next": NEXT[compared.verdict],
+        "relative_distance": compared.distance,
+        "left_by_fit": {name: fit.residual for name, fit in fits.items()},
+        "psnr": compared.psnr,
+    }
+
+
 def save_autoencoder(
     directory: Path,
     run: TrainingRun,
@@ -125,6 +154,7 @@ def save_autoencoder(
     latents_kept: bool,
     discriminator: nn.Module | None,
     images: PixelDataset,
+    held_out: Tensor,
     figures: Mapping[str, float],
 ) -> None:
     """Writes the autoencoder in diffusers layout, mean_std.json, the components trained with it and run_metadata.json.
@@ -135,6 +165,7 @@ def save_autoencoder(
         run: the averages of its objective's model and components are written.
         latents_kept: whether the encoder was left as it was.
         images: training images, on which mean and std of the latents are measured.
+        held_out: validation images (N, 3, S, S), on which it is compared with what it was fine-tuned from.
         figures: of the last validation.
     """
     objective, base, data = run.averaged("objective"), given.model.pretrained_model_name_or_path, given.data
@@ -158,6 +189,8 @@ def save_autoencoder(
         model={
             "class": type(vae).__name__,
             "base_model": base,
+            "base_license": stated_license(base, given.model.revision) if base else None,
+            "measured_compatibility": compared_with_base(vae, given.model, held_out) if base else None,
             "padding_mode": vae.config.get("padding_mode"),
             "latent_space_changed": not latents_kept,
             "compatibility": "drop-in" if latents_kept else None,
