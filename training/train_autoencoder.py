@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = build.training_data(given, images, objective)
     smallest_px = build.smallest_image_px(objective, given.data.resolution)
     perceptual = build.build_perceptual(given.losses, smallest_px=smallest_px)
-    discriminator = build.build_discriminator(given.losses, smallest_px=smallest_px)
+    discriminator = build.build_discriminator(given.losses, smallest_px=smallest_px, compiled=given.run.compile)
 
     # Only wrapped modules are called in the step: DDP and autocast live in the wrapping.
     wrapped_objective = run.add("objective", objective, **given.optimizer.options, ema=True)
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         weights=build.build_loss_weights(given.losses),
         perceptual=None if perceptual is None else run.add_frozen(perceptual),
         discriminator=wrapped_discriminator,
+        randomness=run.randomness,
         average=lambda tensor: run.accelerator.reduce(tensor, reduction="mean"),
     )
 

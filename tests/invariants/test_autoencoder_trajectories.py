@@ -83,6 +83,25 @@ def adversarial_weights(output_dir) -> list[float]:
     return [record["adversarial_weight"] for record in map(json.loads, lines) if "adversarial_weight" in record]
 
 
+# Every regularization of the discriminator; LeCam has a state.
+GAME = {"disc_lecam_weight": 0.1, "disc_lecam_decay": 0.5, "disc_r1_weight": 0.1, "disc_norm": "group"}
+GAME |= {"disc_augment": ["color", "translation", "cutout"]}
+
+
+@pytest.mark.slow
+def test_a_regularized_discriminator_resumes_exactly_and_on_two_ranks(tmp_path, material):
+    whole = train(material, tmp_path / "one", train_batch_size=4, **GAME)
+    assert whole["objective"]["module"]["scores.count"] == 1 and whole["objective"]["module"]["scores.step"] == 3
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "one", resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000004")
+    assert_equal(whole, train(material, resumed, train_batch_size=4, resume_from_checkpoint="latest", **GAME))
+    finished = torchrun(SCRIPT, flags(material, tmp_path / "two", **GAME), processes=2)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    for name, state in whole.items():
+        assert_close(state, last_checkpoint(tmp_path / "two", name))
+
+
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, material):
     whole = train(material, tmp_path / "whole")
     resumed = tmp_path / "resumed"

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_eqvae.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from diffusers_eqvae.losses.adversarial import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    lecam_penalty,
+    r1_penalty,
+)
 
 
 @pytest.fixture
@@ -26,6 +32,32 @@ def test_vanilla_is_its_formula(logits):
     sigmoid = [1 / (1 + np.exp(-values)) for values in (real, fake)]
     expected = -0.5 * (np.log(sigmoid[0]).mean() + np.log(1 - sigmoid[1]).mean())
     np.testing.assert_allclose(discriminator_loss(*logits, kind="vanilla").item(), expected, rtol=1e-12)
+
+
+def test_lecam_is_its_formula(logits):
+    """Real logits above the average of fake ones, and fake ones below that of real ones, each squared."""
+    anchors = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    real = [max(0.0, value + 0.4) ** 2 for value in logits[0].flatten().tolist()]
+    fake = [max(0.0, 0.7 - value) ** 2 for value in logits[1].flatten().tolist()]
+    expected = sum(real) / len(real) + sum(fake) / len(fake)
+    assert lecam_penalty(*logits, anchors).item() == pytest.approx(expected, rel=1e-12)
+    assert lecam_penalty(torch.tensor([-5.0]), torch.tensor([5.0]), anchors).item() == 0
+
+
+def test_r1_of_a_discriminator_whose_gradient_is_known():
+    """D(x) = mean over two patches of <w, x> and <x, x>: gradient (w + 2 x) / 2 at each image by itself."""
+    generator = torch.Generator().manual_seed(0)
+    images, w = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    w = w[:1].requires_grad_()
+    images.requires_grad_()
+    logits = torch.stack([(w * images).sum((1, 2, 3)), images.square().sum((1, 2, 3))], 1).view(3, 1, 1, 2)
+    penalty = r1_penalty(logits, images)
+    expected = ((w + 2 * images) / 2).square().sum((1, 2, 3)).mean()
+    assert penalty.item() == pytest.approx(expected.item(), rel=1e-12)
+    (found,) = torch.autograd.grad(penalty, w)
+    np.testing.assert_allclose(
+        found.numpy(), ((w + 2 * images) / 2).mean(0, keepdim=True).detach().numpy(), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["hinge", "vanilla"])

@@ -45,6 +45,35 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
     return -full_precision(logits_fake).mean()
 
 
+def lecam_penalty(logits_real: Tensor, logits_fake: Tensor, anchors: Tensor) -> Tensor:
+    """mean max(0, D(real) - a_fake)^2 + mean max(0, a_real - D(fake))^2, in float32.
+
+    It holds the logits of either kind of image against a moving average of the other's, so that a discriminator that
+    begins to know its training images by heart is held back (LeCam; Tseng et al., arXiv 2104.03310, as the authors'
+    code google/lecam-gan computes it).
+
+    Args:
+        logits_real, logits_fake: any shapes.
+        anchors: (2,): the averages a_real and a_fake.
+    """
+    real, fake = full_precision(logits_real), full_precision(logits_fake)
+    return F.relu(real - anchors[1]).square().mean() + F.relu(anchors[0] - fake).square().mean()
+
+
+def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """mean over images of |d D / d x|^2, where D is the mean of an image's logits; in float32, differentiable.
+
+    R1 (Mescheder et al., arXiv 1801.04406) is gamma / 2 times it, of real images. That D is the mean over patches is
+    an own choice: then the penalty of an image does not grow with its size.
+
+    Args:
+        logits: (B, ...), computed from `images`, which require gradients.
+        images: (B, C, H, W).
+    """
+    (gradient,) = torch.autograd.grad(logits.flatten(1).mean(1).sum(), images, create_graph=True)
+    return full_precision(gradient).square().sum((1, 2, 3)).mean()
+
+
 def adaptive_weight(
     reference_grads: Tensor | Sequence[Tensor],
     grads: Tensor | Sequence[Tensor],

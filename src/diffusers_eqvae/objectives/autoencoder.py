@@ -29,11 +29,12 @@ from ..autoencoders import (
     latent_channels,
     require_handled,
 )
-from ..losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from ..losses.adversarial import adaptive_weight
 from ..losses.reconstruction import kl_loss, reconstruction_loss
 from ..randomness import StepRandomness
 from ..regularizers.base import AutoencoderRegularizer, AutoencoderState, require_compatible
 from ..tokens import CodebookUsage, codebook, decode_with_terms, has_codebook
+from ._adversarial import AdversarialGame, ScoreMeans, total
 from .base import Objective, register_objective, tie_idle
 
 # A summed reconstruction outweighs a mean penalty by C * H * W alone, so VQGAN's limit of 1e4 would bind here.
@@ -71,6 +72,7 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         super().__init__(model, regularizers)
         self.sample_posterior = sample_posterior
         self.reduction = reduction
+        self.scores: ScoreMeans | None = None  # the state of LeCam, where the discriminator is regularized by it
 
     def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
         """The posterior's "noise" (B, C, h, w), and "regularizers": each one's draw under its name."""
@@ -150,6 +152,9 @@ class AutoencoderLossWeights:
         discriminator: factor of the adversarial term; with `adaptive` it multiplies |grad nll| / |grad g|.
         discriminator_start: first step (optimizer steps) with the adversarial term.
         discriminator_loss: "hinge" or "vanilla".
+        lecam, lecam_decay: factor of `lecam_penalty`, and of what its averages keep per step.
+        r1: gamma of R1: gamma / 2 times `r1_penalty` of the targets.
+        augment: transforms of `differentiable_augmentation.augment` that both kinds of images go through.
     """
 
     reconstruction: Literal["l1", "l2"] = "l1"
@@ -160,6 +165,10 @@ class AutoencoderLossWeights:
     discriminator_start: int = 0
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     adaptive: bool = True
+    lecam: float = 0.0
+    lecam_decay: float = 0.99
+    r1: float = 0.0
+    augment: tuple[str, ...] = ()
 
 
 class LastLayer:
@@ -221,6 +230,7 @@ class AutoencoderStep:
         weights: the terms of the objective.
         perceptual: LPIPS, (B, 3, H, W) x 2 -> (B,); needed where `weights.perceptual` is not 0.
         discriminator: the (wrapped) discriminator; needed where `weights.discriminator` is not 0.
+        randomness: of the step, which the augmentation of what the discriminator sees needs.
         average: mean of a tensor over all ranks; `autograd.grad` bypasses DDP, so the adaptive weight needs it.
 
     Example:
@@ -236,6 +246,7 @@ class AutoencoderStep:
         weights: AutoencoderLossWeights,
         perceptual: nn.Module | None = None,
         discriminator: nn.Module | None = None,
+        randomness: StepRandomness | None = None,
         average: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         for name, weight, module in (
@@ -248,7 +259,10 @@ class AutoencoderStep:
         require_compatible(regularizers, ["kl"] if weights.kl else [])
         self.objective, self.inner, self.weights = objective, inner, weights
         self.perceptual = perceptual if weights.perceptual else None
-        self.discriminator = discriminator if weights.discriminator else None
+        self.game: AdversarialGame | None = None
+        if weights.discriminator and discriminator is not None:
+            state: dict[str, Any] = {"scores": inner.scores, "randomness": randomness}
+            self.game = AdversarialGame(discriminator, weights=weights, average=average, **state)
         self.average = average
         self.usage = CodebookUsage(len(codebook(inner.model))) if has_codebook(inner.model) else None
         adaptive = any(regularizer.adaptive for regularizer in regularizers.values())
@@ -273,8 +287,8 @@ class AutoencoderStep:
         nll, logs = self._negative_log_likelihood(judged)
         nll_gradients = torch.autograd.grad(nll, [image for image, _, _ in judged])
         gradients, loss_discriminator = nll_gradients, None
-        if self.discriminator is not None and step >= self.weights.discriminator_start:
-            adversarial, loss_discriminator, found = self._play(judged)
+        if self.game is not None and step >= self.weights.discriminator_start:
+            adversarial, loss_discriminator, found = self.game.play(judged, step)
             adversarial_gradients = torch.autograd.grad(
                 adversarial, [image for image, _, _ in judged], retain_graph=True
             )
@@ -310,23 +324,8 @@ class AutoencoderStep:
                 perceptual.append(weight * self.perceptual(image, target).mean())
                 elements = target[0].numel() if weights.reduction == "sum" else 1
                 nll[-1] = nll[-1] + weights.perceptual * elements * perceptual[-1]
-        logs = {"loss/reconstruction": _sum(pixel), "loss/nll": _sum(nll)}
-        return _sum(nll), logs | ({"loss/perceptual": _sum(perceptual)} if perceptual else {})
-
-    def _play(self, judged: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The generator's adversarial loss, the discriminator's, and its logits; D(fake) is computed once for both."""
-        assert self.discriminator is not None
-        adversarial, losses, reals, fakes = [], [], [], []
-        for image, target, weight in judged:
-            fake = self.discriminator(image)
-            adversarial.append(weight * generator_loss(fake))
-            real = self.discriminator(target)
-            losses.append(weight * discriminator_loss(real, fake, self.weights.discriminator_loss))
-            reals.append(real.mean())
-            fakes.append(fake.mean())
-        loss = _sum(losses)
-        logs = {"loss/discriminator": loss, "logits/real": reals[0], "logits/fake": fakes[0]}
-        return _sum(adversarial), loss, logs
+        logs = {"loss/reconstruction": total(pixel), "loss/nll": total(nll)}
+        return total(nll), logs | ({"loss/perceptual": total(perceptual)} if perceptual else {})
 
     def _adversarial_weight(
         self, reconstructions: list[Tensor], nll_gradients: Sequence[Tensor], adversarial_gradients: Sequence[Tensor]
@@ -357,10 +356,3 @@ class AutoencoderStep:
         nll = self.average(end.weight_gradient(reconstructions, nll_gradients))
         own = self.average(end.weight_gradient(term))
         return regularizer.weight * adaptive_weight(nll, own, max_weight=MAX_PENALTY_RATIO)
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total

@@ -120,7 +120,31 @@ class AutoencoderLossArguments(Checked):
     )
     disc_channels: int = field(default=64, metadata={"help": "Filters of its first layer.", "range": "(0, inf)"})
     disc_pretrained: str | None = field(
-        default=None, metadata={"reads": True, "help": "Directory of a saved discriminator to continue with."}
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Discriminator to continue with: the discriminator/ of a run, or a training checkpoint of "
+            "taming-transformers or latent-diffusion (.ckpt).",
+        },
+    )
+    disc_lecam_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the LeCam regularization; 0: none.", "range": "[0, inf)"}
+    )
+    disc_lecam_decay: float = field(
+        default=0.99,
+        metadata={"help": "What its averages of the logits keep per optimizer step.", "range": "(0, 1)"},
+    )
+    disc_r1_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "gamma of R1: gamma / 2 times the squared gradient of the mean logit at real images; 0: none. "
+            "Each step then goes twice through the discriminator's backward.",
+            "range": "[0, inf)",
+        },
+    )
+    disc_augment: list[Literal["color", "translation", "cutout"]] = field(
+        default_factory=list,
+        metadata={"help": "Transforms (DiffAugment) of all that the discriminator sees, real and reconstructed."},
     )
     adaptive_disc_weight: bool = field(
         default=True,

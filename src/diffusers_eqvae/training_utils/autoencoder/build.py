@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ...autoencoders import autoencoder_location, channels_last, downsampling_factor, load_autoencoder, require_fitting
+from ...conversion._discriminator import read_taming_discriminator
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...data.latent_store import LatentStore
 from ...data.stored_images import StoredImages
@@ -20,6 +21,7 @@ from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ, as_class
 from ...models.autoencoder_vq_eq import VQModelEQ
 from ...models.discriminator import PatchDiscriminator
+from ...objectives._adversarial import ScoreMeans
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
 from ...pretrained import looking_for
 from ...regularizers.base import build_regularizers, require_reach
@@ -176,9 +178,12 @@ def build_objective(given: AutoencoderOptions) -> AutoencoderObjective:
         _require_features(store, regularizers, methods)
     for name, regularizer in regularizers.items():
         require_reach(name, regularizer, vae)
-    return AutoencoderObjective(
+    objective = AutoencoderObjective(
         vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=given.losses.reduction
     )
+    if given.losses.disc_weight and given.losses.disc_lecam_weight:
+        objective.scores = ScoreMeans()
+    return objective
 
 
 def _require_features(store: LatentStore, regularizers: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
@@ -209,6 +214,10 @@ def build_loss_weights(arguments: AutoencoderLossArguments) -> AutoencoderLossWe
         discriminator_start=arguments.disc_start,
         discriminator_loss=arguments.disc_loss,
         adaptive=arguments.adaptive_disc_weight,
+        lecam=arguments.disc_lecam_weight,
+        lecam_decay=arguments.disc_lecam_decay,
+        r1=arguments.disc_r1_weight,
+        augment=tuple(arguments.disc_augment),
     )
 
 
@@ -234,19 +243,27 @@ def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int) -
     return perceptual
 
 
-def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int) -> PatchDiscriminator | None:
+def build_discriminator(
+    arguments: AutoencoderLossArguments, *, smallest_px: int, compiled: bool = False
+) -> PatchDiscriminator | None:
     """The PatchGAN discriminator, or None where its weight is 0.
 
     Args:
         smallest_px: shortest side of the smallest image that it will see (see `smallest_image_px`).
+        compiled: whether it will be.
 
     Raises:
-        ValueError: that side is below what the discriminator's strides need.
+        ValueError: that side is below what the discriminator's strides need; R1 of a compiled one.
     """
     if not arguments.disc_weight:
         own = [name for name in vars(arguments) if name.startswith("disc_") and name != "disc_weight"]
         warn_without_effect(arguments, own, "--disc_weight is 0")
         return None
+    if arguments.disc_r1_weight and compiled:
+        raise ValueError(
+            "--disc_r1_weight differentiates the discriminator twice, which torch.compile cannot; leave --compile "
+            "out, or give --disc_r1_weight 0."
+        )
     if arguments.disc_pretrained:
         own = ["disc_channels", "disc_num_layers", "disc_norm"]
         warn_without_effect(arguments, own, "--disc_pretrained has its own")
@@ -255,11 +272,15 @@ def build_discriminator(arguments: AutoencoderLossArguments, *, smallest_px: int
         discriminator = PatchDiscriminator(
             base_channels=arguments.disc_channels, num_layers=arguments.disc_num_layers, norm=arguments.disc_norm
         )
+    if not arguments.disc_lecam_weight:
+        warn_without_effect(arguments, ["disc_lecam_decay"], "--disc_lecam_weight is 0")
     _check_smallest("The discriminator", discriminator.min_size_px, smallest_px, "lower --disc_num_layers")
     return discriminator
 
 
 def _load_discriminator(directory: str) -> PatchDiscriminator:
+    if Path(directory).is_file():
+        return read_taming_discriminator(directory)
     config = Path(directory) / "config.json"
     if not config.is_file():
         raise ValueError(f"--disc_pretrained {directory} does not hold a saved discriminator: there is no {config}.")
