@@ -25,7 +25,7 @@ from typing import Any
 
 from diffusers_eqvae.demo.stages import AUTOENCODER
 from diffusers_eqvae.demo.workbench import Workbench
-from diffusers_eqvae.errors import explain
+from diffusers_eqvae.errors import INTERRUPTED, explain
 from diffusers_eqvae.options import Checked
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import start_logging
@@ -337,31 +337,36 @@ def cluster_tab(gr: Any, bench: Workbench, resolution: int) -> None:
         answer(gr, [run_samples.click], cluster_samples, [labels, count, seed], [shown, says])
 
 
-def main(argv: list[str] | None = None) -> int:
+def serve(arguments: AppArguments, folder: Path) -> None:
+    """Answers until a signal ends the program."""
+    gr = import_gradio()  # which takes a folder for its files at once
+    may_load, device = arguments.is_private or arguments.visitors_load, require_device(arguments.device)
+    bench = Workbench(folder, arguments.names, pipeline=arguments.pipeline, device=device, may_load=may_load)
+    page = build(gr, bench, resolution=arguments.resolution or bench.resolution)
+    _, address, _ = page.launch(
+        server_name=arguments.server_name,
+        server_port=arguments.server_port,
+        max_file_size=arguments.largest_upload_mb * 2**20,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=["gradio"],
+        ssr_mode=False,
+        theme=gr.themes.Default(primary_hue="teal"),
+    )
+    logger.info("The app is at %s (Ctrl-C ends it).", address)
+    threading.Event().wait()
+
+
+def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse(AppArguments, argv=argv, description=__doc__.partition("\n")[0], script=__file__)
     start_logging(format="%(message)s")
-    names, device = arguments.names, require_device(arguments.device)
-    with temporary_folder() as folder:
-        gr = import_gradio()  # which takes a folder for its files at once
-        may_load = arguments.is_private or arguments.visitors_load
-        bench = Workbench(folder, names, pipeline=arguments.pipeline, device=device, may_load=may_load)
-        page = build(gr, bench, resolution=arguments.resolution or bench.resolution)
-        _, address, _ = page.launch(
-            server_name=arguments.server_name,
-            server_port=arguments.server_port,
-            max_file_size=arguments.largest_upload_mb * 2**20,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=["gradio"],
-            ssr_mode=False,
-            theme=gr.themes.Default(primary_hue="teal"),
-        )
-        logger.info("The app is at %s (Ctrl-C ends it).", address)
-        try:
-            threading.Event().wait()
-        finally:
-            page.close(verbose=False)
-    return 0
+    try:
+        with temporary_folder() as folder:
+            serve(arguments, folder)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        logger.info("The app has ended, and its files are gone.")
+        # At once: whoever has the page open, or computes, would be waited for.
+        os._exit(INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else int(stopped.code or 0))
 
 
 if __name__ == "__main__":
