@@ -11,10 +11,13 @@ import torch
 from diffusers import Flux2Pipeline
 
 from diffusers_eqvae.autoencoders import decode, encode, last_encoder_layer, load_autoencoder
+from diffusers_eqvae.inspection.health import inspect_autoencoder
 from diffusers_eqvae.latents import LatentNormalization, LatentStatistics
 from diffusers_eqvae.objectives.autoencoder import AutoencoderObjective
+from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.provenance import autoencoder_identity, require_same_autoencoder
 from diffusers_eqvae.regularizers.equivariance import EquivarianceRegularizer
+from diffusers_eqvae.schedulers.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_eqvae.stated_normalization import scale_complaint
 from diffusers_eqvae.training_utils.autoencoder.build import smallest_image_px
 from diffusers_eqvae.training_utils.autoencoder.trainable import freeze_all_but, keeps_latents
@@ -59,6 +62,16 @@ def test_what_is_measured_is_what_flux2s_pipeline_applies(scalar, tmp_path):
     normalization = LatentNormalization.from_vae(stock)
     assert normalization.tile == (1, 1) and normalization.unread(stock) is None
     assert scale_complaint(normalization, statistics) is None
+
+
+@torch.no_grad()
+def test_a_pipeline_decodes_as_flux2s_does(tiny_sit):
+    vae = tiny("AutoencoderKLFlux2")
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    pipeline = ClassConditionalPipeline(tiny_sit, vae, FlowMatchODEScheduler())
+    mean, std = (each.view(1, -1, 1, 1) for each in (vae.bn.running_mean, (vae.bn.running_var + 1e-4).sqrt()))
+    raw = Flux2Pipeline._unpatchify_latents(Flux2Pipeline._patchify_latents(latents) * std + mean)
+    torch.testing.assert_close(pipeline.decode_latents(latents), vae.decode(raw).sample, rtol=1e-4, atol=1e-5)
 
 
 def test_a_std_below_what_its_batch_norm_can_say_is_refused():
@@ -145,6 +158,19 @@ def test_noise_that_no_seed_decides_is_refused():
     encode(vae, pixels)
     with pytest.raises(ValueError, match=r"noise_tau=0\.8 .* set noise_tau to 0 in its config"):
         encode(vae.train(), pixels)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLHunyuanImage"])
+def test_it_is_inspected(name):
+    inspection = inspect_autoencoder(tiny(name), pixels, name="tiny")
+    assert [finding.name for finding in inspection.findings][:2] == ["reconstruction", "equivariance"]
+
+
+def test_what_cannot_be_inspected_is_refused_before_it_is_measured():
+    with pytest.raises(
+        ValueError, match=r"AutoencoderRAE takes images of one size .* and this encodes smaller ones too"
+    ):
+        inspect_autoencoder(tiny("AutoencoderRAE"), pixels, name="tiny")
 
 
 def test_what_only_videos_need_is_frozen_and_named(caplog):

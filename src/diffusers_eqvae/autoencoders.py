@@ -221,7 +221,7 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     """
     row = class_of(vae)
     for name, size in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
-        require_fitting(size, vae, name=f"The {name} of images")
+        _require_side(size, vae, name=f"The {name} of images", smallest=None)
     return Posterior(*row.encode(vae, pixels))
 
 
@@ -269,7 +269,7 @@ def downsampling_factor(vae: Autoencoder) -> int:
 
 def require_fitting(size: int, vae: Autoencoder, *, name: str = "resolution", smallest: int | None = None) -> None:
     """Refuses a side in pixels that is not a positive multiple of the autoencoder's stride, or not the only one it
-    takes.
+    takes; and an autoencoder of other than RGB images, which is what files are read as.
 
     Args:
         smallest: least side, where images are encoded at smaller sizes too.
@@ -277,6 +277,15 @@ def require_fitting(size: int, vae: Autoencoder, *, name: str = "resolution", sm
     Example:
         >>> require_fitting(data.resolution, vae)
     """
+    if (channels := image_channels(vae)) != 3:
+        raise ValueError(
+            f"Images are read as RGB, and this {type(uncompiled(vae)).__name__} takes {channels} channels; use an "
+            "autoencoder of 3, or encode tensors of your own with diffusers_eqvae.autoencoders.encode."
+        )
+    _require_side(size, vae, name=name, smallest=smallest)
+
+
+def _require_side(size: int, vae: Autoencoder, *, name: str, smallest: int | None) -> None:
     stride, only = downsampling_factor(vae), class_of(vae).side(vae.config)
     least = max(stride, smallest or 0)
     if only is not None and (size != only or least > stride):
@@ -288,6 +297,12 @@ def require_fitting(size: int, vae: Autoencoder, *, name: str = "resolution", sm
     if size % stride or size < least:
         beside = f" and at least {least}" if least > stride else ""
         raise ValueError(f"{name} must be a multiple of the autoencoder's stride {stride}{beside}; got {size}.")
+
+
+def image_channels(vae: Autoencoder) -> int:
+    """Of the images that it encodes; 3 for RGB."""
+    entries = ("in_channels", "input_channels", "num_channels")
+    return next((int(vae.config[key]) for key in entries if key in vae.config), 3)
 
 
 def takes_any_size(vae: Autoencoder) -> bool:
@@ -307,8 +322,7 @@ def channels_last(vae: Autoencoder) -> Autoencoder:
 def smallest_images(vae: Autoencoder) -> Tensor:
     """Black images (1, C, S, S) of which latents have two positions a side, or the only size it takes."""
     side = class_of(vae).side(vae.config) or 2 * downsampling_factor(vae)
-    channels = next((vae.config[key] for key in ("in_channels", "input_channels") if key in vae.config), 3)
-    return torch.zeros(1, channels, side, side)
+    return torch.zeros(1, image_channels(vae), side, side)
 
 
 def last_encoder_layer(vae: Autoencoder) -> Any:

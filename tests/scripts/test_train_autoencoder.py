@@ -134,6 +134,7 @@ def test_classes_with_ways_of_their_own_are_trained_and_encoded(folder, name, op
     assert {key.split(".")[0] for key in moved} >= ({"decoder"} if "RAE" in name else {"encoder", "decoder"})
     figures = {metric["name"] for metric in RunMetadata.load(folder / "run/run_metadata.json").evaluation["metrics"]}
     assert "equivariance_rotation" in figures and ("equivariance_scale" in figures) == ("RAE" not in name)
+    assert f"vae = {name}.from_pretrained" in prepare_push(folder / "run", "me/eq-vae")[1]
     words = {"vae": folder / "run", "train_data_dir": folder / "images", "resolution": 16, "dtype": "fp32"}
     words |= {"output_dir": folder / "latents", "batch_size": 2, "normalization": "config"}
     run_script(SCRIPT.with_name("encode_latents.py"), as_flags(words))
