@@ -139,3 +139,19 @@ def test_the_adapter_of_an_autoencoder_of_sd_size_is_below_5_per_cent():
         rank * (layer.weight[0].numel() + layer.weight.shape[0]) for layer in adaptable(vae).values()
     ]  # A has the layer's inputs (times its kernel), B its outputs
     assert sum(sizes) / weights < 0.05
+
+
+@pytest.mark.parametrize("name", ["tiny_sit", "tiny_maskgit"])
+def test_generators_begin_as_they_were_and_end_fused(name, request):
+    model = request.getfixturevalue(name).double().eval()
+    side, labels = model.config.sample_size, torch.tensor([0, 1])
+    tokens = torch.randint(8, (2, side, side)) if name == "tiny_maskgit" else None
+    given = torch.randn(2, model.config.in_channels, side, side).double() if tokens is None else tokens
+    times = None if tokens is not None else torch.tensor([900.0, 100.0], dtype=torch.float64)
+    before = model(given, times, labels).sample
+    add_adapters(model, LoraArguments(lora_rank=2))
+    assert torch.equal(model(given, times, labels).sample, before)
+    assert all(".lora_" in key for key, weight in model.named_parameters() if weight.requires_grad)
+    changed = moved(model)(given, times, labels).sample
+    assert (changed - before).abs().max() > 1e-3
+    assert torch.allclose(fused(model)(given, times, labels).sample, changed, rtol=0, atol=1e-10)
