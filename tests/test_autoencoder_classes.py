@@ -22,7 +22,7 @@ from diffusers_eqvae.stated_normalization import scale_complaint
 from diffusers_eqvae.training_utils.autoencoder.build import smallest_image_px
 from diffusers_eqvae.training_utils.autoencoder.trainable import freeze_all_but, keeps_latents
 
-from .faults.test_autoencoder_classes import tiny
+from .faults.test_autoencoder_classes import FRAMES, tiny
 
 pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -173,12 +173,26 @@ def test_what_cannot_be_inspected_is_refused_before_it_is_measured():
         inspect_autoencoder(tiny("AutoencoderRAE"), pixels, name="tiny")
 
 
-def test_what_only_videos_need_is_frozen_and_named(caplog):
-    vae = tiny("AutoencoderKLQwenImage")
+@pytest.mark.parametrize("name", ["AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"])
+def test_what_only_videos_need_is_frozen_and_named(name, caplog):
+    vae = tiny(name)
     freeze_all_but(vae, ["full"])
     assert "neither encoding nor decoding an image reads them: " in caplog.text and "time_conv" in caplog.text
     idle = {name for name, weight in vae.named_parameters() if not weight.requires_grad}
     assert idle and all("time_conv" in name for name in idle)
+
+
+@pytest.mark.parametrize("patch_size", [None, 2])
+@pytest.mark.parametrize("is_residual", [False, True])
+@pytest.mark.parametrize("name", ["AutoencoderKLQwenImage21", "AutoencoderKLWan"])
+def test_a_frame_is_decoded_with_a_gradient_as_without_one(name, is_residual, patch_size):
+    channels = 3 * (patch_size or 1) ** 2
+    sizes = {"patch_size": patch_size, "in_channels": channels, "out_channels": channels, "is_residual": is_residual}
+    vae = getattr(diffusers, name)(**FRAMES, decoder_base_dim=8, **sizes).eval()
+    raw = 0.1 * torch.randn(2, 4, 4, 6)
+    with torch.no_grad():
+        clamped = decode(vae, raw)
+    assert clamped.abs().max() > 0 and torch.equal(decode(vae, raw).clamp(-1, 1), clamped)
 
 
 def test_a_pixel_beyond_the_range_gets_a_gradient_though_diffusers_clamps_it():

@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -44,6 +45,11 @@ class AutoencoderClass:
     def side(self, config: Any) -> int | None:
         """The only height and width of images in pixels, or None where any multiple of the stride will do."""
         return None
+
+    def image_channels(self, config: Any) -> int:
+        """Of the images that it encodes; 3 for RGB."""
+        entries = ("in_channels", "input_channels", "num_channels")
+        return next((int(config[key]) for key in entries if key in config), 3)
 
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and logvar (None where deterministic) of raw latents, (B, C, h, w), of pixels in [-1, 1]."""
@@ -102,6 +108,21 @@ class _OneFrame(AutoencoderClass):
     def state(self, vae: Any, entries: Mapping[str, Any]) -> None:
         mean, std = _mean_and_std(entries, self.channels(vae.config))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+class _OneFrameInPatches(_OneFrame):
+    """As Wan's, which may see p x p pixels as channels of one, and tells its decoder that a frame is the first."""
+
+    def image_channels(self, config: Any) -> int:
+        return super().image_channels(config) // (config["patch_size"] or 1) ** 2
+
+    def decode(self, vae: Any, raw_latents: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().decode(vae, raw_latents)
+        decoded = vae.decoder(vae.post_quant_conv(raw_latents.unsqueeze(2)), first_chunk=True).squeeze(2)
+        side = vae.config["patch_size"] or 1
+        # Of a patch's pixels diffusers counts the column first, torch the row.
+        return F.pixel_shuffle(decoded.unflatten(1, (-1, side, side)).transpose(2, 3).flatten(1, 3), side)
 
 
 class _BatchNormalized(AutoencoderClass):
@@ -210,6 +231,10 @@ def _halved_by(widths: str) -> Callable[[Any], int]:
     return lambda config: 2 ** (len(config[widths]) - 1)
 
 
+def _patches_halved(config: Any) -> int:
+    return (config["patch_size"] or 1) * _halved_by("dim_mult")(config)
+
+
 def _codebook_width(config: Any) -> int:
     return int(config.get("vq_embed_dim") or config["latent_channels"])
 
@@ -222,6 +247,8 @@ CLASSES: dict[str, AutoencoderClass] = {
     ),
     "AutoencoderKLHunyuanImage": AutoencoderClass("latent_dist", itemgetter("spatial_compression_ratio")),
     "AutoencoderKLQwenImage": _OneFrame("latent_dist", _halved_by("dim_mult"), itemgetter("z_dim")),
+    "AutoencoderKLQwenImage21": _OneFrameInPatches("latent_dist", _patches_halved, itemgetter("z_dim")),
+    "AutoencoderKLWan": _OneFrameInPatches("latent_dist", _patches_halved, itemgetter("z_dim")),
     "AutoencoderTiny": AutoencoderClass(
         "latents", _halved_by("encoder_block_out_channels"), magnitude="latent_magnitude"
     ),
@@ -244,7 +271,7 @@ _REFUSED = {
             *("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"),
             *("AutoencoderKLHunyuanVideo15", "AutoencoderKLHunyuanImageRefiner", "AutoencoderKLKVAEVideo"),
             *("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3"),
-            *("AutoencoderKLMochi", "AutoencoderKLQwenImage21", "AutoencoderKLWan"),
+            *("AutoencoderKLMochi",),
             *("AutoencoderKLTemporalDecoder", "AutoencoderVidTok", "Kandinsky6SRVAE"),
         ),
         "takes videos (B, C, T, H, W), not images",

@@ -301,8 +301,7 @@ def _require_side(size: int, vae: Autoencoder, *, name: str, smallest: int | Non
 
 def image_channels(vae: Autoencoder) -> int:
     """Of the images that it encodes; 3 for RGB."""
-    entries = ("in_channels", "input_channels", "num_channels")
-    return next((int(vae.config[key]) for key in entries if key in vae.config), 3)
+    return class_of(vae).image_channels(vae.config)
 
 
 def takes_any_size(vae: Autoencoder) -> bool:

@@ -194,10 +194,11 @@ class LastLayer:
                 "An adaptive weight compares gradients at the last layer, which none reaches here: the term does not "
                 "depend on it, or the forward is compiled. Use a fixed weight (adaptive off), or do not compile."
             )
+        plain = type(self.layer).forward is nn.Conv2d.forward  # a subclass may pad by itself
         total = torch.zeros_like(self.layer.weight)
         for (taken, output), gradient in zip(self.calls, found, strict=True):
             if gradient is not None:
-                at_weight = self._of_convolution if isinstance(self.layer, nn.Conv2d) else self._of_any
+                at_weight = self._of_convolution if plain else self._of_any
                 total += at_weight(taken.to(output.dtype), gradient.to(output.dtype))
         return total
 
