@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def write(tmp_path, output: str, **protocol) -> tuple[int, str]:
 
 def test_cards_of_one_protocol_share_a_table(tmp_path):
     status, text = write(tmp_path, "x.md")
-    assert status == 0 and text.count("## reconstruction: 500 images of a < b") == 1
+    assert status == 0 and text.count("## reconstruction: 500 images of a &lt; b") == 1
     assert "|  | psnr (more) | sec (less) |" in text
-    assert "| plain | 24 ± 0.051 | 0.2* |" in text and "| eq | 23.5 ± 0.051 | 0.2* |" in text
+    assert r"| plain | 24 ± 0.051 | 0.2\* |" in text and r"| eq | 23.5 ± 0.051 | 0.2\* |" in text
     assert f"| eq | AutoencoderTiny | 4 | 8 | {'e' * 16} | {'d' * 16} | 500 | 2026-11-29 |" in text
     assert write(tmp_path, "x.md")[1] == text  # over its own
 
@@ -68,3 +69,23 @@ def test_the_table_of_the_documents_is_that_of_its_cards(tmp_path):
     cards = sorted(map(str, (DOCS / "leaderboard").glob("*.json")))
     assert eqvae_command.main(["leaderboard", *cards, "--output", str(tmp_path / "x.md")]) == 0
     assert (tmp_path / "x.md").read_text() == (DOCS / "leaderboard.md").read_text()
+
+
+@pytest.mark.parametrize("output", ["x.md", "x.html"])
+def test_what_a_card_says_is_text_in_the_table(output, tmp_path):
+    hostile = "a|b<img src=x onerror=alert(1)>"
+    shown = card(24.0)
+    shown.provenance["data"] = "[x](javascript:alert(1)) | <script>\n# heading"
+    shown.settings["autoencoder"] = {"class": "<b>", "encoder": "no mapping"}
+    shown.save(tmp_path / f"{hostile}.json")
+    assert (
+        eqvae_command.main(["leaderboard", str(tmp_path / f"{hostile}.json"), "--output", str(tmp_path / output)]) == 0
+    )
+    text = (tmp_path / output).read_text()
+    assert "<img" not in text and "<script>" not in text and "<b>" not in text
+    if output == "x.md":
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows[:3]}) == 1 and not re.search(
+            r"(?<!\\)\]\(", text
+        )
+        assert "\n# heading" not in text

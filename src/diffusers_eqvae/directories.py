@@ -224,7 +224,26 @@ class OutputDirectory:
         require_format_version(version, FORMAT_VERSION, path=record, remedy="choose another directory")
         if kind != self.kind:
             raise ValueError(f"{self.path} is a {kind}, and this would be a {self.kind}; choose another directory.")
-        return [str(name) for name in content["names"]]
+        return _entries(content["names"], record)
+
+
+def written_names(directory: str | os.PathLike[str]) -> list[str] | None:
+    """The names in a directory that its program wrote; None where there is no record of them.
+
+    Example:
+        >>> written_names("runs/eq-vae")
+        ['checkpoints', 'metrics.jsonl', 'logs', 'config.json', 'diffusion_pytorch_model.safetensors']
+    """
+    record = Path(directory) / RECORD
+    return _entries(read_json(record, needs={"names": list})["names"], record) if record.is_file() else None
+
+
+def _entries(names: list[Any], record: Path) -> list[str]:
+    """Names of a record, of which each must be an entry of its directory: they may be deleted."""
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+            raise ValueError(f"{record} names {name!r}, which is not in its directory; choose another directory.")
+    return names
 
 
 def require_apart(
@@ -277,11 +296,18 @@ def require_replaceable(
         for name, given in inputs.items():
             if given is not None and os.path.exists(given) and Path(given).resolve() == path.resolve():
                 raise ValueError(f"{path} is read here ({name}) and would be replaced; name another file.")
-        if os.path.lexists(path) and not ((own := path if number < len(paths) else files[0]).is_file() and ours(own)):
+        if os.path.lexists(path) and not _is_ours(path if number < len(paths) else files[0], ours):
             raise ValueError(
                 f"{path} exists, and is not what this command wrote before and may replace; name another file, or "
                 "remove it."
             )
+
+
+def _is_ours(path: Path, ours: Callable[[Path], bool]) -> bool:
+    try:
+        return path.is_file() and ours(path)
+    except (OSError, ValueError):  # what cannot be read is somebody else's
+        return False
 
 
 def is_leftover(path: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import os
 import shlex
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from .classes import parse_id2label
+from .classes import listed, parse_id2label
 from .data.latent_format import MANIFEST
 from .data.latent_store import LatentStore
+from .directories import written_names
 from .files import read_json, strict_json
 from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card, without_folders
 from .remote_code import with_code as with_sources
@@ -38,7 +40,6 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Of the run and of each component's folder these and the weights are uploaded, and nothing else.
 UPLOADED = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json", STATISTICS)
 UPLOADED_OF_RUN = (METADATA_FILE, "metrics.jsonl", MANIFEST, CARD)
-TEXT_SUFFIXES = (".json", ".jsonl", ".md")
 # Where diffusers notes the path that a model or a pipeline was loaded from.
 CONFIGS = ("config.json", "model_index.json", "scheduler_config.json")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -154,7 +155,7 @@ def prepare_push(
     files = sorted({*saved, *(image["path"] for image in metadata.evaluation.get("images", [])), CARD})
     token = huggingface_hub.get_token()
     for file in (root / path for path in files):
-        if token and file.suffix in TEXT_SUFFIXES and file.exists() and token.encode() in file.read_bytes():
+        if token and file.exists() and _holds(file, token.encode()):
             raise ValueError(f"{file} holds your access token and would publish it; remove it first")
     if (root / CARD).exists():
         if license is not None:
@@ -176,6 +177,7 @@ def saved_files(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise ValueError(f"there is no directory {root}")
+    named: list[str] = []
     if is_store(root):
         LatentStore(root)  # refuses what is damaged
     elif (root / "model_index.json").exists():
@@ -191,6 +193,12 @@ def saved_files(root: Path) -> list[str]:
     for folder in (root, *_components(root)):
         found |= {folder / name for name in UPLOADED} | {file for pattern in WEIGHTS for file in folder.glob(pattern)}
     saved = sorted(file.relative_to(root).as_posix() for file in found if os.path.lexists(file))
+    if (written := written_names(root)) is not None:
+        known = {*written, *named, *UPLOADED, *UPLOADED_OF_RUN}
+        foreign = [path for path in saved if path.partition("/")[0] not in known]
+        saved = [path for path in saved if path not in foreign]
+        if foreign:
+            logger.warning("%s did not write %s, which stays here.", root, listed(foreign))
     for path in saved:
         _require_inside(root, path)
     return saved
@@ -229,6 +237,14 @@ def _require_inside(root: Path, path: str) -> None:
         )
     if not target.is_file():
         raise ValueError(f"{root / path} is not a file that can be read; replace or remove it")
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    """Whether these bytes lie anywhere in a file, which may be larger than memory."""
+    if not file.stat().st_size:
+        return False
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return mapped.find(content) >= 0
 
 
 def _published(root: Path, path: str) -> str | bytes:

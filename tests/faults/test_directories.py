@@ -18,6 +18,7 @@ from diffusers_eqvae.directories import (
     OutputDirectory,
     require_apart,
     require_replaceable,
+    written_names,
 )
 
 HOLDS_IT = """
@@ -113,6 +114,26 @@ def test_two_programs_and_the_end_of_the_first(tmp_path):
         with pytest.raises(ValueError, match=rf"written to by process {process.pid} on "):
             DirectoryLock(tmp_path).acquire()
     assert process.returncode == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../precious", "/etc", "a/b", "..", "", 3, "a\0b"])
+def test_a_record_that_names_what_is_not_in_its_directory_is_refused(tmp_path, name):
+    """What a record names may be deleted, and a directory may be anybody's."""
+    (tmp_path / "precious").mkdir()
+    run = tmp_path / "run"
+    OutputDirectory(run, kind="run").claim("vae")
+    content = json.loads((run / RECORD).read_text())
+    (run / RECORD).write_text(json.dumps({**content, "names": ["vae", name]}))
+    with pytest.raises(ValueError, match=r"which is not in its directory; choose another directory"):
+        OutputDirectory(run, kind="run")
+    with pytest.raises(ValueError, match=r"which is not in its directory"):
+        written_names(run)
+
+
+def test_what_cannot_be_read_is_not_ones_own(tmp_path):
+    (tmp_path / "x.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.md exists, and is not what this command wrote before"):
+        require_replaceable(tmp_path / "x.md", ours=lambda path: path.read_text().startswith("ours"))
 
 
 @pytest.mark.parametrize("name", ["vae", "notes.txt", ".git"])

@@ -3,16 +3,20 @@ is created; images of private data and folders of this machine stay here."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from diffusers_eqvae import hub
 from diffusers_eqvae.commands import push
+from diffusers_eqvae.directories import OutputDirectory
 from diffusers_eqvae.hub import prepare_push, push_run
 from diffusers_eqvae.model_card import METADATA_FILE, RunMetadata, render_model_card
+from diffusers_eqvae.training_utils.checkpoints import publish
 
 IMAGE = "validation/x.png"
 
@@ -175,3 +179,36 @@ def test_a_name_on_the_hub_stays_where_it_is(run):
     assert hub._published(run, "config.json") == str(run / "config.json")
     card = render_model_card(RunMetadata(model={"base_model": "stabilityai/sd-vae-ft-mse"}), "autoencoder")
     assert "[stabilityai/sd-vae-ft-mse](https://huggingface.co/stabilityai/sd-vae-ft-mse)" in card
+
+
+@pytest.mark.parametrize("name", ["other/config.json", "other/secret.safetensors", "extra.safetensors"])
+def test_what_the_run_has_not_written_stays(name, run, caplog):
+    with_record = OutputDirectory(run.parent / "published", kind="run")
+    with_record.claim()
+    publish(with_record, lambda directory: shutil.copytree(run, directory, dirs_exist_ok=True) and None)
+    with_record.release()
+    before = prepare_push(with_record.path, "me/run")[0]
+    assert {WEIGHTS, f"discriminator/{WEIGHTS}"} <= set(before)
+    (with_record.path / "other").mkdir()
+    (with_record.path / "other" / "config.json").write_text("{}")
+    (with_record.path / name).write_text("{}")
+    assert prepare_push(with_record.path, "me/run")[0] == before
+    assert f"did not write {name.replace('secret.safetensors', 'config.json')}" in caplog.text
+    (with_record.path / "README.md").write_text("a card by hand")
+    assert prepare_push(with_record.path, "me/run")[1] == "a card by hand"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, IMAGE, "config.json"])
+def test_the_token_is_found_in_whatever_is_uploaded(name, run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    prepare_push(run, "me/run", hub_images="validation")
+    if name == WEIGHTS:
+        save_file(load_file(run / name), run / name, metadata={"note": "made with hf_secret"})
+    elif name == IMAGE:
+        information = PngInfo()
+        information.add_text("comment", "hf_secret")
+        Image.new("RGB", (8, 8)).save(run / name, pnginfo=information)
+    else:
+        (run / name).write_text(json.dumps({**json.loads((run / name).read_text()), "note": "hf_secret"}))
+    with pytest.raises(ValueError, match=rf"{name} holds your access token and would publish it"):
+        prepare_push(run, "me/run", hub_images="validation")

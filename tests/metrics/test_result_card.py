@@ -66,6 +66,8 @@ def test_other_files_are_refused(tmp_path):
     for part, value, complaint in (
         ("metrics", [1], "its metrics is a list"),
         ("metrics", {"fid": "low"}, "names to numbers"),
+        ("metrics", {"fid": 1e999}, "its metrics must map names to numbers, finite ones"),
+        ("errors", {"fid": "low"}, "its errors must map names to numbers"),
         ("task", ["generation"], "its task is a list"),
         ("settings", None, "its settings is a NoneType"),
     ):

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..classes import listed
 from ..directories import require_replaceable
+from ..files import atomic_path
 from ..metrics.result_card import ResultCard, aligned, compare_cards
 from ..metrics.seeds import CONFIDENCE, Difference, compare_arms
 from . import command_parser
@@ -34,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output", help="a PNG of the intervals, with --arm")
     arguments = parser.parse_args(argv)
+    if arguments.output and not arguments.output.endswith(".png"):
+        parser.error(f"--output names a .png file; got {arguments.output}")
     if bool(arguments.cards) == bool(arguments.arm):
         parser.error("give cards, or two --arm of cards")
     if arguments.arm:
@@ -53,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
 def _compare_arms(arms: Sequence[Sequence[str]], output: str | None) -> int:
     if output:
         require_replaceable(output, ours=_is_png)
+    paths = [Path(path).resolve() for _, *given in arms for path in given]
+    if twice := [path.name for path in dict.fromkeys(paths) if paths.count(path) > 1]:
+        raise ValueError(f"Each card is of one training seed of one arm; {listed(twice)} is given twice.")
     cards = {name: [ResultCard.load(path) for path in paths] for name, *paths in arms}
     try:
         differences = compare_arms(cards)
@@ -87,5 +94,6 @@ def _draw(path: Path, names: Sequence[str], differences: Sequence[Difference]) -
     axes.axvline(0, color="#999", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [f"{each.name}: {each.verdict}" for each in shown])
     axes.set_xlabel(f"{names[1]} less {names[0]}, % of {names[0]}; 95 % interval over {differences[0].n} seeds")
-    figure.savefig(path, dpi=110)
+    with atomic_path(path) as sibling:
+        figure.savefig(sibling, dpi=110, format="png")
     pyplot().close(figure)

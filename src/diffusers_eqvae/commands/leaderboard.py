@@ -10,12 +10,14 @@ caveat.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..directories import require_replaceable
 from ..files import write_text
 from ..metrics.result_card import ResultCard, compare_cards
+from ..templates import markdown
 from . import command_parser
 
 MARK = "<!-- written by eqvae leaderboard -->"
@@ -84,12 +86,16 @@ def _number(card: ResultCard, name: str) -> str:
 
 
 def _provenance(name: str, card: ResultCard) -> tuple[str, ...]:
-    identity = card.settings.get("autoencoder") or {}
-    hashes = ((identity.get(part) or {}).get("float32", "-") for part in ("encoder", "decoder"))
+    identity = _mapping(card.settings.get("autoencoder"))
+    hashes = (_mapping(identity.get(part)).get("float32", "-") for part in ("encoder", "decoder"))
     stated = (identity.get("class", card.settings.get("model_class", "-")), identity.get("latent_channels", "-"))
     count = card.protocol.get("num_images") or card.protocol.get("num_samples") or "-"
     date = str(card.provenance.get("date", "-"))[:10]
     return (name, *map(str, stated), str(identity.get("downsampling_factor", "-")), *hashes, str(count), date)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _title(cards: dict[str, ResultCard]) -> str:
@@ -104,9 +110,10 @@ def _title(cards: dict[str, ResultCard]) -> str:
 def _markdown(sections: Sequence[tuple[str, Table, Table]]) -> str:
     lines = [MARK, "# Leaderboard", "", INTRODUCTION, ""]
     for title, *two in sections:
-        lines += [f"## {title}", ""]
-        for head, *rows in two:
-            lines += ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)] + [""]
+        lines += [f"## {markdown(title)}", ""]
+        for table in two:
+            head, *rows = ([str(markdown(cell)) for cell in row] for row in table)
+            lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -171,9 +172,14 @@ class ResultCard:
         for key, value in content.items():
             if not isinstance(value, str if key == "task" else dict):
                 raise ValueError(f"{path} is not a result card: its {key} is a {type(value).__name__}.")
-        if not all(isinstance(value, int | float | None) for value in content["metrics"].values()):
-            raise ValueError(f"{path} is not a result card: its metrics must map names to numbers.")
+        for key in ("metrics", "errors"):
+            if not all(value is None or _is_number(value) for value in content.get(key, {}).values()):
+                raise ValueError(f"{path} is not a result card: its {key} must map names to numbers, finite ones.")
         return cls(**content)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_card_of(path: str | os.PathLike[str], **subject: Any) -> bool:
