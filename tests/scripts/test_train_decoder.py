@@ -140,3 +140,10 @@ def test_the_alignment_of_a_frozen_encoder_is_refused(folder, store):
         match="alignment moves nothing of the autoencoder but its encoder, and no weight of that learns here",
     ):
         train(folder, store, **options)
+
+
+def test_adapters_of_the_decoder_train_from_a_store(folder, store):
+    train(folder, store, trainable=["lora", "decoder"], lora_rank=2)
+    before, after = (autoencoder_identity(load_autoencoder(str(path))) for path in (store / "vae", folder / "run"))
+    assert [part for part in before if before[part] != after[part]] == ["decoder"]
+    LatentStore(store, vae=load_autoencoder(str(folder / "run")))

@@ -13,7 +13,8 @@ from torch import nn
 
 from diffusers_eqvae import AutoencoderKLEQ
 from diffusers_eqvae.autoencoder_classes import class_of
-from diffusers_eqvae.autoencoders import decode, encode
+from diffusers_eqvae.autoencoders import decode, encode, last_decoder_layer
+from diffusers_eqvae.objectives.autoencoder import LastLayer
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.training_utils.autoencoder.trainable import freeze_all_but, keeps_latents
 from diffusers_eqvae.training_utils.lora import LoraArguments, adaptable, adapters, add_adapters, fused, save_adapter
@@ -155,3 +156,18 @@ def test_generators_begin_as_they_were_and_end_fused(name, request):
     changed = moved(model)(given, times, labels).sample
     assert (changed - before).abs().max() > 1e-3
     assert torch.allclose(fused(model)(given, times, labels).sample, changed, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("words", [["full"], ["lora"], ["lora", "decoder.conv_out"], ["lora", "encoder"]])
+def test_adaptive_weights_compare_the_same_gradients(tiny_autoencoder_kl, words):
+    """d loss / d weight of the last layer, whoever learns: B = 0 changes no function."""
+    vae = tiny_autoencoder_kl
+    raw_latents = encode(vae, torch.rand(2, 3, 16, 16)).mean
+    layer = last_decoder_layer(vae)
+    decode(vae, raw_latents.detach()).square().sum().backward()
+    expected = layer.weight.grad.clone()
+    freeze_all_but(vae, words, LoraArguments(lora_rank=2))
+    end = LastLayer(last_decoder_layer(vae))
+    encoded = encode(vae, torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).mean
+    loss = decode(vae, raw_latents.detach() + 0.0 * encoded).square().sum()
+    assert torch.allclose(end.weight_gradient(loss), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

@@ -181,7 +181,8 @@ class LastLayer:
         layer.register_forward_hook(self._keep)
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad and not self._replaying:
+        if torch.is_grad_enabled() and not self._replaying:
+            output.requires_grad_()  # it does, unless nothing but an adapter on this very layer learns
             self.calls.append((inputs[0].detach(), output))
 
     def weight_gradient(self, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> Tensor:
