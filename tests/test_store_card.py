@@ -69,7 +69,10 @@ def test_the_code_of_the_card_reads_the_store(store, monkeypatch):
     assert names["raw_latents"].shape == (11, 4, 4, 4)
 
 
-def test_a_damaged_store_is_not_published(store):
+@pytest.mark.parametrize("own_card", [False, True])
+def test_a_damaged_store_is_not_published(store, own_card):
+    if own_card:
+        (store / "README.md").write_text("Mine.")
     content = (store / "shard-00001.safetensors").read_bytes()
     (store / "shard-00001.safetensors").write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is truncated.*encode the data again"):

@@ -102,7 +102,7 @@ def files_of(sizes: Mapping[str, int], *, whole: bool) -> list[str]:
         if pipeline and not whole and folder and folder.partition("/")[0] not in ("vae", "alignment_network"):
             continue
         match = WEIGHTS.fullmatch(file)
-        if match and (folder or not pipeline):  # beside model_index.json lie single files of everything
+        if match:
             folders.setdefault(folder, []).append(match)
         elif file.endswith(TEXT_SUFFIXES):
             kept.append(path)
