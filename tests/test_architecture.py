@@ -59,7 +59,7 @@ FLAG = re.compile(r"(?<![\w-])--(?!extension\b)[a-z][a-z_]+")
 LONGEST_MAIN = 60
 
 SCRIPTS = sorted(path for folder in ("training", "pipelines") for path in (ROOT / folder).glob("*.py"))
-TOP_LEVEL = ("src", "tests", "training", "pipelines", "benchmarks", "docs", "model_cards", ".ci")
+TOP_LEVEL = ("src", "tests", "training", "pipelines", "benchmarks", "docs", "model_cards", ".ci", ".github")
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".json", ".html", ".txt", ""}
 # Not needed to use a pipeline, so not to be needed by `import diffusers_eqvae` either.
 OPTIONAL = ("accelerate", "datasets", "torchvision", "gradio", "lpips", "torchdiffeq", "peft", "tensorboard", "wandb")

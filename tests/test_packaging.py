@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +160,25 @@ for line in lines:
     parts = [[int(part) for part in re.findall(r"\\d+", text)] for text in (have, bound or "0")]
     assert parts[0] >= parts[1], (line, have)
 """
+
+
+def test_every_package_of_the_extras_is_pinned_within_its_bound_for_the_figures():
+    """By versions alone, which name no place that a package comes from."""
+    root = Path(__file__).parents[1]
+    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines) and lines == sorted(lines, key=str.lower)
+    pinned = dict(line.split("==") for line in lines)
+    setup = (root / "setup.py").read_text()
+    groups = [
+        re.search(rf"^{name} = (\[.*?\])", setup, re.M | re.S)[1] for name in ("CORE", "TRAIN", "EVAL", "ODE", "DEMO")
+    ]
+    needed = dict(
+        re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", each).groups() for group in groups for each in ast.literal_eval(group)
+    )
+    assert pinned.keys() == needed.keys()
+    for name, bound in needed.items():
+        have, least = ([int(part) for part in text.split(".")] for text in (pinned[name], bound or "0"))
+        assert have >= least, name
 
 
 @pytest.mark.slow
