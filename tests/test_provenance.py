@@ -10,14 +10,14 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import VQModel
 
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.provenance import (
     autoencoder_identity,
     hardware,
     hash_file,
-    model_revision,
+    hub_commit,
     require_same_autoencoder,
     weights_hash,
 )
@@ -139,37 +139,33 @@ def test_every_weight_enters_a_models_hash(tiny_sit, tiny_autoencoder_kl):
     assert weights_hash(tiny_sit) != before
 
 
-def test_local_weights_are_hashed(tiny_autoencoder_kl, tmp_path):
-    tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
-    loaded = AutoencoderKL.from_pretrained(tmp_path / "vae")
-    first = model_revision(loaded)
-    assert re.fullmatch(r"weights [0-9a-f]{16}", first) and first == model_revision(tiny_autoencoder_kl)
-    loaded.decoder.conv_out.bias.data[0] += 1e-6
-    assert model_revision(loaded) != first
-
-
-def test_a_snapshot_of_the_hubs_cache_has_a_commit(tiny_autoencoder_kl, tmp_path):
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / COMMIT
-    tiny_autoencoder_kl.save_pretrained(snapshot / "vae")
-    weights = model_revision(tiny_autoencoder_kl)
-    loaded = AutoencoderKL.from_pretrained(snapshot / "vae")
-    assert model_revision(loaded) == f"commit {COMMIT}, {weights}"
-    loaded.decoder.conv_out.bias.data[0] += 1e-6
-    assert model_revision(loaded).startswith(f"commit {COMMIT}, weights ") and weights not in model_revision(loaded)
-    tiny_autoencoder_kl.register_to_config(_commit_hash="f" * 40)
-    assert model_revision(tiny_autoencoder_kl) == f"commit {'f' * 40}, {weights}"
-
-
-def test_a_name_alone_has_no_commit(tiny_autoencoder_kl, tmp_path, monkeypatch):
-    """Another revision may have been loaded by that name than the one that the cache holds as main."""
-    repository = tmp_path / "models--owner--name"
-    tiny_autoencoder_kl.save_pretrained(repository / "snapshots" / COMMIT)
+def hub_cache(monkeypatch, folder, vae, subfolder=""):
+    """A cache of the Hub that holds owner/name, as huggingface_hub lays it out."""
+    repository = folder / "models--owner--name"
+    vae.save_pretrained(repository / "snapshots" / COMMIT / subfolder)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    weights = model_revision(tiny_autoencoder_kl)
-    tiny_autoencoder_kl.register_to_config(_name_or_path="owner/name")
-    assert model_revision(tiny_autoencoder_kl) == weights and weights.startswith("weights ")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return repository / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae", "elsewhere"])
+def test_what_came_from_the_hub_has_its_commit(tiny_autoencoder_kl, tmp_path, monkeypatch, subfolder):
+    snapshot = hub_cache(monkeypatch, tmp_path, tiny_autoencoder_kl, subfolder)
+    if subfolder == "vae":  # a pipeline is searched there
+        (snapshot / "model_index.json").write_text("{}")
+    inside = subfolder if subfolder == "elsewhere" else None
+    assert hub_commit("owner/name", subfolder=inside) == COMMIT
+    assert hub_commit("owner/name", subfolder=inside, revision=COMMIT) == COMMIT
+    assert hub_commit(str(snapshot), subfolder=inside) == COMMIT
+    monkeypatch.chdir(snapshot)
+    assert hub_commit(".", subfolder=inside) == COMMIT
+
+
+def test_what_lies_here_has_no_commit(tiny_autoencoder_kl, tmp_path):
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
+    assert hub_commit(str(tmp_path / "vae")) is None
+    assert hub_commit("owner/absent") is None
 
 
 def test_a_files_hash_is_that_of_sha256sum(tmp_path):

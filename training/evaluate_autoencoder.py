@@ -32,7 +32,7 @@ from diffusers_eqvae.metrics.generation import ImageDigests
 from diffusers_eqvae.metrics.image_sets import ImageSet
 from diffusers_eqvae.metrics.result_card import ResultCard, is_card_of
 from diffusers_eqvae.options import Checked, inputs_of
-from diffusers_eqvae.provenance import autoencoder_identity, hardware, model_revision
+from diffusers_eqvae.provenance import autoencoder_identity, hardware, hub_commit
 from diffusers_eqvae.training_utils.arguments import DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import Choice, parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
         settings = {"model": arguments.vae, "model_class": type(vae).__name__, "dtype": "float32"}
         settings |= {"autoencoder": autoencoder_identity(vae)}
         settings |= {"seed": arguments.seed} if arguments.sample_posterior else {}
-        provenance = {"data": images.name, "split": data.split, "revision": model_revision(vae)}
+        provenance = {"data": images.name, "split": data.split, "hub_commit": hub_commit(arguments.vae)}
         card = reconstruction_card(
             measured,
             data_hash=digests.hash,

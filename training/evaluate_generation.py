@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
         protocol |= {**rules, **measured.protocol}
         asked = {"samples": arguments.samples, "compared_with": arguments.reference}
         provenance = asked | {
-            "samples_hash": digests.hash,
+            "data_hash": digests.hash,
             "extensions": loaded_extensions(),
             **hardware(state.device),
         }

@@ -24,7 +24,7 @@ from diffusers_eqvae.options import inputs_of
 from diffusers_eqvae.perception.annotated_images import paired_files
 from diffusers_eqvae.perception.evaluation import AnnotatedReader, split_results
 from diffusers_eqvae.perception.tasks import Method, transfer_methods
-from diffusers_eqvae.provenance import hardware
+from diffusers_eqvae.provenance import hardware, hub_commit
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import progress_bar, start_logging
 from diffusers_eqvae.training_utils.launch import require_device, run_script
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> ResultCard:
         numbers, reasons = split_results(task.results())
         metrics, caveats = metrics | numbers, caveats | reasons
     protocol = {**reader.protocol, "num_annotated": len(annotated), "num_tested": len(tested)}
-    provenance = {"data": Path(arguments.images).name}
+    provenance = {"data": Path(arguments.images).name, "hub_commit": hub_commit(arguments.vae)}
     provenance["targets"] = ", ".join(Path(folder).name for folder in (arguments.masks, arguments.depths) if folder)
     used = {"annotated": [image.name for image, *_ in annotated], "tested": [image.name for image, *_ in tested]}
     details = {"results": {task.name: task.results() for task in tasks}, "arguments": asdict(arguments), **used}

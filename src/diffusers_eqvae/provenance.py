@@ -1,7 +1,8 @@
-"""What a thing is and what it was made from: hashes of weights, files and data, revisions, hardware and versions.
+"""What a thing is and what it was made from: hashes of weights, files and data, commits, hardware and versions.
 
-One identity per thing. Of an autoencoder it has named parts, since what reads latents needs another part of it than
-what decodes them; `require_same_autoencoder` is the one comparison of two of them.
+One identity per thing: `autoencoder_identity` of an autoencoder, which has named parts, since what reads latents needs
+another part of it than what decodes them (`require_same_autoencoder` is the one comparison of two); `weights_hash` of
+any other network, whatever file it came from; `metrics.image_sets.hash_digests` of images.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 from .autoencoder_classes import class_of
 from .autoencoders import (
     Autoencoder,
+    autoencoder_location,
     downsampling_factor,
     latent_channels,
     latent_range,
@@ -31,6 +33,7 @@ from .autoencoders import (
     uncompiled,
 )
 from .latents import LatentNormalization
+from .pretrained import hub_file
 
 # How the Hub's cache lays files out: models--OWNER--NAME/snapshots/COMMIT/...
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
@@ -318,20 +321,19 @@ def public_config(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def model_revision(model: nn.Module) -> str:
-    """ "weights <16 hex digits>", with "commit <40 hex digits>, " before it where the model came from a known commit.
+def hub_commit(name: str, *, subfolder: str | None = None, revision: str | None = None) -> str | None:
+    """The commit of the Hub repository that an autoencoder is loaded from; None where `name` is another directory.
 
-    The hash is `weights_hash`. A commit is what the loader noted in the config (transformers) or the snapshot in the
-    Hub's cache that the model was loaded from (the components of a diffusers pipeline). Of a model loaded by name
-    neither is left, and no commit is stated: the name does not say which revision was asked for.
+    Takes what `load_autoencoder` takes. A commit says where weights were found; what they are says their identity.
+
+    Example:
+        >>> hub_commit("madebyollin/taesd")
+        '614f76814bef30edf58b17e1d2ff7e7ee2a60b2b'
     """
-    config: Any = getattr(model, "config", {})
-    commit = config.get("_commit_hash") if hasattr(config, "get") else getattr(config, "_commit_hash", None)
-    if not commit:
-        found = _SNAPSHOT.search(str(getattr(config, "_name_or_path", "") or "").replace("\\", "/"))
-        commit = found[1] if found else None
-    weights = f"weights {weights_hash(model)}"
-    return f"commit {commit}, {weights}" if commit else weights
+    inside = autoencoder_location(name, subfolder=subfolder, revision=revision).get("subfolder")
+    config = hub_file(name, "/".join(filter(None, (inside, "config.json"))), revision)
+    found = None if config is None else _SNAPSHOT.search(config.absolute().as_posix())
+    return None if found is None else found[1]
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:

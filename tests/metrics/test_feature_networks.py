@@ -18,7 +18,7 @@ from diffusers_eqvae.metrics.feature_networks import (
     load_feature_network,
     squeezenet_features,
 )
-from diffusers_eqvae.provenance import hash_file, weights_hash
+from diffusers_eqvae.provenance import weights_hash
 
 
 def images(count: int = 2, side: int = 40) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_only_the_genuine_weights_are_called_fid(inception):
     assert inception.suffix is not None and "other weights" in inception.name
     assert inception.metric_name("fid") == f"fd_inception_{inception.weights_hash[:8]}"
     assert not any(parameter.requires_grad for parameter in inception.parameters())
-    genuine = InceptionFID(inception.network.state_dict(), weights_hash="6726825d00000000")
+    genuine = InceptionFID(inception.network.state_dict(), genuine=True)
     assert genuine.name == "inception-v3-compat" and genuine.metric_name("fid") == "fid"
 
 
@@ -72,7 +72,7 @@ def test_inception_from_a_file(inception, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(inception.network.state_dict(), path)
     loaded = InceptionFID.from_file(path)
-    assert loaded.weights_hash == hash_file(path)
+    assert loaded.weights_hash == weights_hash(inception.network) and loaded.suffix is not None
     batch = images(1)
     assert torch.equal(loaded(batch)["features"], inception(batch)["features"])
     for missing in (None, tmp_path / "absent.pth"):
@@ -111,7 +111,9 @@ def test_a_name_may_carry_its_weights(tmp_path):
     """As in --feature_networks NAME=WEIGHTS."""
     torchvision = pytest.importorskip("torchvision")
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "a=b.pth")
-    assert load_feature_network(f"squeezenet={tmp_path / 'a=b.pth'}").weights_hash == hash_file(tmp_path / "a=b.pth")
+    found = load_feature_network(f"squeezenet={tmp_path / 'a=b.pth'}")
+    save_file(torch.load(tmp_path / "a=b.pth"), tmp_path / "c.safetensors")
+    assert found.weights_hash == load_feature_network("squeezenet", tmp_path / "c.safetensors").weights_hash
     with pytest.raises(ValueError, match="are inception, dinov2, squeezenet, cifar_resnet; got 'resnet'"):
         load_feature_network("resnet=x.pth")
 

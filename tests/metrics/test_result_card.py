@@ -56,9 +56,9 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=complaint):
             ResultCard.load(path)
     for version, complaint in (
-        ({"format_version": 99}, "format_version 99, newer than 3: update diffusers_eqvae"),
-        ({"format": 1}, "format_version 1, older than 3.*: measure again"),
-        ({}, "format_version None, older than 3"),
+        ({"format_version": 99}, "format_version 99, newer than 4: update diffusers_eqvae"),
+        ({"format": 1}, "format_version 1, older than 4.*: measure again"),
+        ({}, "format_version None, older than 4"),
     ):
         path.write_text(json.dumps({**version, "metrics": {}, "protocol": {}}))
         with pytest.raises(ValueError, match=complaint):
@@ -71,10 +71,10 @@ def test_other_files_are_refused(tmp_path):
         ("task", ["generation"], "its task is a list"),
         ("settings", None, "its settings is a NoneType"),
     ):
-        path.write_text(json.dumps({"format_version": 3, "metrics": {}, "protocol": {}, part: value}))
+        path.write_text(json.dumps({"format_version": 4, "metrics": {}, "protocol": {}, part: value}))
         with pytest.raises(ValueError, match=complaint):
             ResultCard.load(path)
-    path.write_text(json.dumps({"format_version": 3, "metrics": {}, "protocol": {}, "colour": 1}))
+    path.write_text(json.dumps({"format_version": 4, "metrics": {}, "protocol": {}, "colour": 1}))
     with pytest.raises(ValueError, match="holds colour"):
         ResultCard.load(path)
     with pytest.raises(ValueError, match="got colour"):

@@ -116,7 +116,7 @@ def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoen
     assert card.settings["transformer"] == weights_hash(tiny_sit)
     assert not any("unique" in caveat for caveat in card.caveats.values())
     everywhere = script.main(words(material, batch_size=2, label_policy="balanced", **options))
-    assert everywhere.provenance["samples_hash"] != card.provenance["samples_hash"]
+    assert everywhere.provenance["data_hash"] != card.provenance["data_hash"]
     next(pipeline.transformer.parameters()).data.fill_(float("nan"))
     pipeline.save_pretrained(tmp_path / "broken")
     with pytest.raises(ValueError, match="NaN or infinity"):

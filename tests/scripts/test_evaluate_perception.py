@@ -29,7 +29,7 @@ from diffusers_eqvae.perception import (
     to_size,
 )
 from diffusers_eqvae.perception.annotated_images import read_annotations, read_pixels
-from diffusers_eqvae.provenance import autoencoder_identity, hash_file, weights_hash
+from diffusers_eqvae.provenance import autoencoder_identity, weights_hash
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.perception.arguments import PerceptionArguments
 
@@ -131,7 +131,8 @@ def test_heads_read_the_features_of_a_network(repository, folders, network):
     card = run(repository, folders, "depths", *with_head)
     assert farther.metrics["rmse_head"] > 10 * card.metrics["rmse_head"]
     assert set(results(card)) == {"head"} and len(card.details["tested"]) == COUNT
-    assert card.settings["head"]["depth"]["file_hash"] == hash_file(folders / "depth.pth")
+    loaded = LinearDepthHead.from_file(folders / "depth.pth")
+    assert card.settings["head"]["depth"]["weights_hash"] == weights_hash(loaded)
     assert tuple(each.settings["head"]["depth"]["max_depth"] for each in (card, farther)) == (10, 800)
 
     classes = {
@@ -182,7 +183,7 @@ def test_one_command_measures_classes_and_depths_of_one_network(repository, fold
     masks = run(repository, folders, "masks", *common, *void, "--segmentation_head", classes)
     depths = run(repository, folders, "depths", *common, "--depth_head", depth)
     assert card.metrics == {**masks.metrics, **depths.metrics}
-    assert masks.protocol["images_hash"] == depths.protocol["images_hash"] == card.protocol["images_hash"]
+    assert masks.protocol["data_hash"] == depths.protocol["data_hash"] == card.protocol["data_hash"]
     assert len({each.protocol["targets_hash"] for each in (card, masks, depths)}) == 3
 
     # The two heads read the two kinds of features of this one network.
@@ -293,13 +294,13 @@ def test_figures_say_what_they_were_measured_on(repository, folders, network, ti
     assert card.provenance["date"] and (card.provenance["data"], card.provenance["targets"]) == ("images", "masks")
     pixels = read_pixels([folders / "images" / f"{index}.png" for index in range(COUNT)], SIDE)
     levels = to_uint8(pixels).permute(0, 2, 3, 1).numpy()
-    assert card.protocol["images_hash"] == hash_digests(image_digests(levels))
+    assert card.protocol["data_hash"] == hash_digests(image_digests(levels))
 
     def differences(other: ResultCard) -> set[str]:
         return {sentence.split()[0] for sentence in compare_cards(["a", "b"], [card, other]).incomparable}
 
     assert differences(measured(batch_size=2, neighbours=2)) == set()
-    hashes = {"images_hash", "targets_hash"}
+    hashes = {"data_hash", "targets_hash"}
     assert differences(measured(num_tested=3)) == hashes | {"num_tested"}
     assert differences(measured(num_annotated=2, num_tested=5)) == {"num_annotated", "num_tested"}
     assert differences(measured(resolution=16)) == hashes | {"resize_rule", "image_size"}

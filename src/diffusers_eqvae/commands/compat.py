@@ -32,7 +32,7 @@ from ..latents import LatentNormalization
 from ..metrics.image_sets import hash_digests, image_digests
 from ..metrics.result_card import ResultCard, is_card_of
 from ..options import Checked, inputs_of
-from ..provenance import autoencoder_identity, hardware
+from ..provenance import autoencoder_identity, hardware, hub_commit
 from ..training_utils.command_line import parse
 from ..training_utils.console import start_logging
 from ..training_utils.launch import require_device
@@ -101,7 +101,12 @@ def result_card(
             "relative_distance.base": reference,
         },
         settings={"model": arguments.new, "model_class": type(new).__name__, "autoencoder": autoencoder_identity(new)},
-        provenance={"data": Path(arguments.data_dir).name, "base": arguments.base, **hardware(arguments.device)},
+        provenance={
+            "data": Path(arguments.data_dir).name,
+            "base": arguments.base,
+            "hub_commit": hub_commit(arguments.new),
+            **hardware(arguments.device),
+        },
         task="reconstruction",
         details={
             "base": reference,

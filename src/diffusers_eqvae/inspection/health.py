@@ -15,7 +15,7 @@ from ..metrics.autoencoder import OFFERS, RECONSTRUCTION_METRICS, measure_autoen
 from ..metrics.base import Measurement, build_metrics
 from ..metrics.members.lpips import PerceptualDistance
 from ..metrics.result_card import ResultCard
-from ..provenance import autoencoder_identity, model_revision
+from ..provenance import autoencoder_identity
 
 # EQ-VAE (arXiv 2502.09509), equivariance errors of SD-VAE on ImageNet 256 before and after EQ fine-tuning: the paper's
 # first and third version state others.
@@ -107,7 +107,6 @@ def inspect_autoencoder(
         "downsampling_factor": factor,
         "posterior": "point" if is_deterministic(vae) else "Gaussian, measured at its mean",
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
-        "revision": model_revision(vae),
         "autoencoder": autoencoder_identity(vae),
         "seconds": round(time.perf_counter() - start, 2),
     }
@@ -122,7 +121,7 @@ def result_card(
     Args:
         model: its directory or Hub name.
         protocol: `data_hash` and `resize_rule`.
-        provenance: where and when, as `provenance.hardware` says it.
+        provenance: where and when, as `provenance.hardware` says it, and `hub_commit`.
 
     Example:
         >>> result_card(inspection, "madebyollin/taesd", protocol=protocol, provenance=hardware()).save("card.json")
@@ -134,7 +133,7 @@ def result_card(
         measured,
         num_images=inspection.figures["num_images"],
         settings={**settings, "dtype": "float32"},
-        provenance={**provenance, "revision": described["revision"]},
+        provenance=provenance,
         **protocol,
     )
 

@@ -21,7 +21,7 @@ from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests
 from ..metrics.result_card import is_card_of
 from ..options import Checked, inputs_of
-from ..provenance import hardware
+from ..provenance import hardware, hub_commit
 from ..training_utils.command_line import parse
 from ..training_utils.console import start_logging
 from ..training_utils.launch import require_device
@@ -139,12 +139,13 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         for vae, name in zip(vaes, names, strict=True)
     ]
     output.claim("card.html", "card.png", *_card_names(names))
+    commits = {"/".join(filter(None, each)): hub_commit(each[0], subfolder=each[1]) for each in locations}
     for file, model, inspection in zip(_card_names(names), models, inspections, strict=True):
-        result_card(inspection, model, protocol=protocol, provenance=provenance).save(folder / file)
+        own = provenance | {"hub_commit": commits[model]}
+        result_card(inspection, model, protocol=protocol, provenance=own).save(folder / file)
     write_png(folder / "card.png", inspections, strips(vaes, images[evenly_spaced(len(images), SHOWN_IMAGES)]))
-    write_html(
-        folder / "card.html", inspections, {"images": len(images), **protocol, "posterior": "mean", **provenance}
-    )
+    said = {"images": len(images), **protocol, "posterior": "mean", **provenance, "hub_commit": commits}
+    write_html(folder / "card.html", inspections, said)
     output.release()
     return inspections
 

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import provenance
 from ..files import read_weights
 from ..images import UINT8_RULE
 from ..models.feature_teacher import load_vision_model
+from ..provenance import hash_file, weights_hash
 from .cifar_resnet import CifarResNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,7 +46,7 @@ class FeatureNetwork(nn.Module, ABC):
     Attributes:
         name: as a result states it.
         suffix: what its numbers' names end with; None for the one network that FID is defined by.
-        weights_hash: of the weights, first 16 hex digits.
+        weights_hash: identity of the weights (`provenance.weights_hash`), whatever file they came from.
         input_rule: how an image is brought to the network's size and range.
 
     Example:
@@ -95,22 +95,19 @@ class InceptionFID(FeatureNetwork):
 
     Args:
         state: weights; None draws them at random from `seed`, for tests without the file.
-        weights_hash: of the file they came from.
+        genuine: whether they are those that FID is defined by, which their file's SHA-256 says.
     """
 
     input_rule = "TensorFlow 1 bilinear to 299 px, (x - 128) / 128"
 
-    def __init__(
-        self, state: dict[str, Tensor] | None = None, *, weights_hash: str | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, state: dict[str, Tensor] | None = None, *, genuine: bool = False, seed: int = 0) -> None:
         super().__init__()
         self.network = _inception_network()
         if state is None:
             _randomize(self.network, seed)
         else:
             self.network.load_state_dict(state)
-        self.weights_hash = weights_hash or provenance.weights_hash(self.network)
-        genuine = self.weights_hash.startswith(INCEPTION_SHA256)
+        self.weights_hash = weights_hash(self.network)
         self.suffix = None if genuine else f"inception_{self.weights_hash[:8]}"
         self.name = "inception-v3-compat" + ("" if genuine else f" with other weights ({self.weights_hash[:8]})")
         self._spatial: Tensor | None = None
@@ -127,7 +124,7 @@ class InceptionFID(FeatureNetwork):
         """
         file = _existing(path, "FID's Inception weights, which no others can stand for,", INCEPTION_URL)
         with _weights_of("FID's Inception", file):
-            return cls(read_weights(file), weights_hash=provenance.hash_file(file))
+            return cls(read_weights(file), genuine=hash_file(file).startswith(INCEPTION_SHA256))
 
     def _keep_spatial(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]
@@ -177,7 +174,6 @@ class ModuleFeatures(FeatureNetwork):
         name: of the network; becomes part of the name of every number.
         image_size: side in pixels that images are resized to (bicubic with antialiasing); None leaves them.
         mean, std: of the normalisation of [0, 1].
-        weights_hash: default: a hash of the module's tensors.
         select: takes the features out of what the module returns.
         classifier: gives logits (B, K) of the features.
     """
@@ -193,7 +189,6 @@ class ModuleFeatures(FeatureNetwork):
         image_size: int | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
-        weights_hash: str | None = None,
         select: Callable[[Any], Tensor] | None = None,
         classifier: nn.Module | None = None,
     ) -> None:
@@ -206,7 +201,7 @@ class ModuleFeatures(FeatureNetwork):
         self.image_size = image_size
         self.select = select
         self.classifier = classifier
-        self.weights_hash = weights_hash or provenance.weights_hash(module)
+        self.weights_hash = weights_hash(module)
         resize = "as they are" if image_size is None else f"antialiased bicubic to {image_size} px"
         self.input_rule = f"{resize}, mean {mean}, std {std}"
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -266,9 +261,7 @@ def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
     network = squeezenet1_1(weights=None)
     with _weights_of("SqueezeNet 1.1", path):
         network.load_state_dict(read_weights(path))
-    return ModuleFeatures(
-        network.features, name="squeezenet1_1", image_size=224, weights_hash=provenance.hash_file(path)
-    )
+    return ModuleFeatures(network.features, name="squeezenet1_1", image_size=224)
 
 
 def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
@@ -292,7 +285,6 @@ def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures
         network.features,
         name=f"cifar10_resnet{6 * blocks + 2}",
         image_size=32,
-        weights_hash=provenance.hash_file(path),
         classifier=network.linear,
     )
 

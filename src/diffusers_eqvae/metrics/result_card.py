@@ -13,7 +13,7 @@ from typing import Any
 from ..files import read_json, require_format_version, write_json
 from ..provenance import hash_file
 
-FORMAT_VERSION = 3  # 2 did not state the size of its images
+FORMAT_VERSION = 4  # 3 hashed weights in several ways
 # What was looked for and could not be known; never equal to anything.
 UNKNOWN = "unknown"
 _NETWORK = {
@@ -59,7 +59,7 @@ PROTOCOLS: dict[str, dict[str, str]] = {
     # What latents know of annotated images.
     "perception": {
         "annotation": "classes and depths, and what of them counts, have different metrics",
-        "images_hash": "metrics of other images are other metrics",
+        "data_hash": "metrics of other images are other metrics",
         "targets_hash": "other annotations are another truth",
         "num_annotated": "more annotated images teach more",
         "num_tested": "metrics of other images are other metrics",
@@ -116,7 +116,8 @@ class ResultCard:
         caveats: reason by name, for numbers not to be trusted.
         protocol: what `PROTOCOLS[task]` lists, and "METRIC.KEY" of further metrics; what is not stated is unknown.
         settings: what `SETTINGS` lists; `autoencoder` and `transformer` identify weights.
-        provenance: name of the reference, hash of the samples, hardware, versions, extensions, date.
+        provenance: name of the reference, `data_hash` of the samples, `hub_commit` of the model where it came from
+            the Hub, hardware, versions, extensions, date.
         task: "generation", "reconstruction" or "perception".
         details: what is measured beside numbers, such as spectra.
         errors: standard error by name, as far as it is known.

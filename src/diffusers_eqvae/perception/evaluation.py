@@ -63,7 +63,7 @@ class AnnotatedReader:
             "annotation": "; ".join(task.annotation for task in self.tasks),
             "image_size": f"{self.resolution}x{self.resolution}",
             "resize_rule": f"ADM centre crop to {self.resolution} px",
-            "images_hash": hash_digests(torch.cat(images)),
+            "data_hash": hash_digests(torch.cat(images)),
             "targets_hash": hash_digests(torch.cat([digest for digests in annotations for digest in digests])),
         }
 

@@ -12,7 +12,7 @@ from ...models.alignment_network import AlignmentNetwork
 from ...perception.evaluation import AnnotatedReader
 from ...perception.heads import LinearDepthHead, LinearHead, LinearSegmentationHead
 from ...perception.tasks import DepthTask, SegmentationTask, Task
-from ...provenance import autoencoder_identity, hash_file, weights_hash
+from ...provenance import autoencoder_identity, weights_hash
 from .arguments import PerceptionArguments
 
 Rows = list[tuple[Path, ...]]
@@ -80,13 +80,13 @@ def load_heads(
         path = getattr(arguments, f"{task.name}_head")
         if path is None:
             continue
-        described[task.name] = {"name": path, "file_hash": hash_file(path)}
         if isinstance(task, SegmentationTask):
             segmentation = LinearSegmentationHead.from_file(path, teacher_type=kind)
             task.check_head(segmentation)
             heads[task.name] = segmentation
         else:
             heads[task.name] = LinearDepthHead.from_file(path, max_depth=arguments.max_depth, teacher_type=kind)
-            described[task.name]["max_depth"] = arguments.max_depth
         heads[task.name].to(arguments.device).check_network(network)
+        described[task.name] = {"name": path, "weights_hash": weights_hash(heads[task.name])}
+        described[task.name] |= {"max_depth": arguments.max_depth} if task.name == "depth" else {}
     return heads, described
