@@ -256,13 +256,14 @@ def test_wrong_arguments_end_with_a_sentence(more, message, tmp_path, images, ti
 
 
 def test_no_model_is_measured_where_another_does_not_fit(tmp_path, images, tiny_autoencoder_tiny, monkeypatch):
-    """The first has stride 4; the second, of stride 8, has no quarter of 16 px."""
+    """The first has stride 4, and 16 px have a quarter; the second, of stride 8, has none."""
+    widths = {f"{part}_block_out_channels": (8, 8, 8, 8) for part in ("encoder", "decoder")}
+    blocks = {f"num_{part}_blocks": (1, 1, 1, 1) for part in ("encoder", "decoder")}
     tiny_autoencoder_tiny.save_pretrained(tmp_path / "vae")
-    factors = [4, 8]
+    type(tiny_autoencoder_tiny)(latent_channels=4, **widths, **blocks).save_pretrained(tmp_path / "other")
     monkeypatch.setattr("diffusers_eqvae.inspection.run.inspect_autoencoder", pytest.fail)
-    monkeypatch.setattr("diffusers_eqvae.inspection.run.downsampling_factor", lambda _: factors.pop(0))
-    vae, out = str(tmp_path / "vae"), str(tmp_path / "out")
-    arguments = InspectArguments(vae=vae, compare=vae, data_dir=str(images), output_dir=out, resolution=16)
+    names = {"vae": str(tmp_path / "vae"), "compare": str(tmp_path / "other"), "output_dir": str(tmp_path / "out")}
+    arguments = InspectArguments(data_dir=str(images), resolution=16, **names)
     with pytest.raises(ValueError, match="stride 8 and at least 32; got 16"):
         run_inspection(arguments)
 
