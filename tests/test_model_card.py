@@ -98,6 +98,8 @@ def test_a_run_hands_the_licence_of_its_base_on_unless_it_has_its_own(tmp_path):
     assert stated_license(str(tmp_path)) == "mit"
     RunMetadata(model={"base_license": "mit", "license": "cc-by-4.0"}).save(tmp_path / METADATA_FILE)
     assert stated_license(str(tmp_path)) == "cc-by-4.0"
+    (tmp_path / METADATA_FILE).write_text("{}")
+    assert stated_license(str(tmp_path)) is None
 
 
 def test_an_unknown_licence_and_two_that_cannot_be_compared_are_said():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -166,8 +167,9 @@ def stated_license(source: str, revision: str | None = None) -> str | None:
     if license == "other":
         license = stated.get("license_name") or license
     if license is None and run is not None:
-        model = RunMetadata.load(run).model
-        license = model.get("license") or model.get("base_license")
+        with suppress(ValueError):
+            model = RunMetadata.load(run).model
+            license = model.get("license") or model.get("base_license")
     return None if license is None else " ".join(str(license).split())
 
 

@@ -22,6 +22,7 @@ from diffusers_eqvae.inspection.run import load_images
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
+from diffusers_eqvae.training_utils.autoencoder import save
 from diffusers_eqvae.training_utils.next_steps import NEXT
 
 from ..faults.test_autoencoder_classes import tiny
@@ -114,6 +115,18 @@ def test_the_card_says_what_fits_the_base_models_generators_and_its_licence(fold
     _, card = prepare_push(folder / "run", "me/eq-vae")
     assert f"| verdict | **{measured['verdict']}** |" in card and "vae` is under the licence `research-only`" in card
     assert f"| next | {NEXT[measured['verdict']][:20]}" in card
+
+
+def test_a_base_model_that_is_gone_at_the_end_costs_no_run(folder, tiny_autoencoder_kl, monkeypatch):
+    def gone(*_, **__):
+        raise OSError(f"{folder} is not an autoencoder")
+
+    monkeypatch.setattr(save, "load_autoencoder", gone)
+    run_script(SCRIPT, flags(folder, tiny_autoencoder_kl, max_train_steps=1))
+    model = RunMetadata.load(folder / "run/run_metadata.json").model
+    assert model["measured_compatibility"]["refused"].startswith("It could not be measured when the run ended")
+    card = prepare_push(folder / "run", "me/eq-vae")[1]
+    assert "It could not be measured when the run ended" in card and str(folder) not in card
 
 
 @pytest.mark.parametrize(

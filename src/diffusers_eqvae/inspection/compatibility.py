@@ -21,6 +21,10 @@ SWAP_LOSS_DB = 0.5
 AFFINE_RESIDUAL = 0.01
 
 
+class NotComparable(ValueError):
+    """Two autoencoders whose latents cannot be put beside each other, and why."""
+
+
 @dataclass(frozen=True)
 class Affine:
     """The affine map of latents that comes nearest to others, in the mean of squares.
@@ -112,7 +116,7 @@ def compatibility(new: Autoencoder, base: Autoencoder, images: Tensor) -> Compat
     x, y = map(torch.cat, latents)
     variance = (y - y.mean(0)).square().sum().item()
     if not variance > 0:
-        raise ValueError("BASE gives the same latents everywhere, so no distance to them has a unit; look at BASE.")
+        raise NotComparable("BASE gives the same latents everywhere, so no distance to them has a unit; look at BASE.")
     identities = [autoencoder_identity(vae) for vae in (new, base)]
     return Compatibility(
         (x - y).square().sum().item() / variance,
@@ -128,12 +132,12 @@ def require_comparable(new: Autoencoder, base: Autoencoder) -> None:
     shapes = [(latent_channels(vae), downsampling_factor(vae)) for vae in (new, base)]
     if shapes[0] != shapes[1]:
         (a, b), (c, d) = shapes
-        raise ValueError(
+        raise NotComparable(
             f"NEW has {a} latent channels of stride {b} and BASE {c} of stride {d}: no generator of the one reads "
             "latents of the other; train one from scratch on NEW's."
         )
     if has_codebook(new) or has_codebook(base):
-        raise ValueError(
+        raise NotComparable(
             "Tokens of a codebook are equal or are not, and have no distance; eqvae compat is for autoencoders "
             "without a codebook."
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...autoencoders import autoencoder_location, encode, evaluating, load_autoencoder
 from ...data.image_datasets import PixelDataset
 from ...images import CAPTIONS, evenly_spaced
-from ...inspection.compatibility import compatibility
+from ...inspection.compatibility import NotComparable, compatibility
 from ...latents import LatentNormalization, LatentStatistics
 from ...model_card import METADATA_FILE, RunMetadata, stated_license
 from ...randomness import preserved_global_state
@@ -33,6 +33,7 @@ from .trainable import WHOLE
 logger = logging.getLogger(__name__)
 
 NORMALIZATION_BATCH = 8
+NOT_COMPARED = "It could not be measured when the run ended; eqvae compat NEW BASE --data_dir IMAGES does it."
 CHECKED_IMAGES = 16  # where nothing is measured but whether the config is right
 MEASURED = {
     "psnr": "reconstruction from the posterior mean, dB",
@@ -127,14 +128,16 @@ def compared_with_base(vae: ModelMixin, model: AutoencoderArguments, held_out: T
     """
     name = model.pretrained_model_name_or_path
     assert name is not None
-    location = autoencoder_location(name, subfolder=model.subfolder, revision=model.revision)
     found: dict[str, Any] = {"num_images": len(held_out), "resolution_px": held_out.shape[-1]}
     with preserved_global_state(), evaluating(vae):
-        base = load_autoencoder(name, **location).to(vae.device)
         try:
+            location = autoencoder_location(name, subfolder=model.subfolder, revision=model.revision)
+            base = load_autoencoder(name, **location).to(vae.device)
             compared = compatibility(vae, base, held_out.to(vae.device))
-        except ValueError as error:
-            return {**found, "refused": str(error)}
+        except (ValueError, OSError, RuntimeError) as error:  # gone meanwhile, or no memory: that costs no run
+            logger.warning("Not compared with %s: %s", name, error)
+            # Of other errors the words may hold folders of this machine, and the card is published.
+            return {**found, "refused": str(error) if isinstance(error, NotComparable) else NOT_COMPARED}
     fits = {"per_channel": compared.per_channel, "one_by_one": compared.one_by_one}
     return {
         **found,
