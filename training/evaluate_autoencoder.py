@@ -15,6 +15,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from diffusers_eqvae.autoencoders import load_autoencoder
@@ -26,8 +27,8 @@ from diffusers_eqvae.metrics.autoencoder import (
     reconstruction_batches,
     reconstruction_card,
 )
-from diffusers_eqvae.metrics.base import METRICS, build_metrics, measure
-from diffusers_eqvae.metrics.feature_networks import FeatureNetwork, load_feature_network
+from diffusers_eqvae.metrics.base import METRICS, Measurement, build_groups, measure
+from diffusers_eqvae.metrics.feature_networks import load_feature_network
 from diffusers_eqvae.metrics.generation import ImageDigests
 from diffusers_eqvae.metrics.image_sets import ImageSet
 from diffusers_eqvae.metrics.result_card import ResultCard, is_card_of
@@ -72,8 +73,8 @@ class EvaluateArguments(Checked):
         default_factory=list,
         metadata={
             "reads": True,
-            "help": "NAME[=WEIGHTS] for rFID: inception gives rfid; dinov2, squeezenet and cifar_resnet name "
-            "themselves in the number.",
+            "help": "NAME[=WEIGHTS] ... for rFID, all in one pass: inception gives rfid; dinov2, squeezenet and "
+            "cifar_resnet name themselves in the number. Several have a card each, beside OUTPUT.",
         },
     )
     num_images: int | None = field(
@@ -92,13 +93,25 @@ class EvaluateArguments(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.feature_networks) > 1:
+        if len(set(self.card_names)) < len(self.card_names):
             raise ValueError(
-                "A card of reconstructions holds the numbers of one feature network; measure with another one in a "
-                f"second run. Got --feature_networks {' '.join(self.feature_networks)}."
+                "Each of several --feature_networks has a card that is called by its name, so each is named once; got "
+                f"{', '.join(self.feature_networks)}. Measure with another one of the same name in a second run."
             )
         if not self.sample_posterior:
             warn_without_effect(self, ("seed",), "the posterior's mean is reconstructed")
+
+    @property
+    def card_names(self) -> list[str]:
+        return [network.partition("=")[0] for network in self.feature_networks]
+
+    @property
+    def cards(self) -> list[Path]:
+        """--output, or where there are several networks one beside it for each."""
+        output = Path(self.output)
+        if len(self.card_names) < 2:
+            return [output]
+        return [output.with_name(f"{output.stem}.{name}{output.suffix}") for name in self.card_names]
 
 
 def chosen_metrics(given: Mapping[str, Any]) -> list[Choice]:
@@ -118,7 +131,8 @@ def metric_names(arguments: EvaluateArguments, options: Mapping[str, Any]) -> li
     return [name for name in RECONSTRUCTION_METRICS if name not in without]
 
 
-def main(argv: list[str] | None = None) -> ResultCard | None:
+def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
+    """The card, or those of several networks; None on processes other than the first."""
     arguments, data, options = parse(
         EvaluateArguments, ImageArguments, argv=argv, description=__doc__, choices=chosen_metrics, script=__file__
     )
@@ -127,11 +141,10 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     subject = {"task": "reconstruction", "model": arguments.vae, "num_images": arguments.num_images}
     subject |= {"data": data.name, "posterior": "sample" if arguments.sample_posterior else "mean"}
     ours = partial(is_card_of, **subject)
-    require_replaceable(arguments.output, inputs=inputs_of(arguments, data), ours=ours)
+    require_replaceable(*arguments.cards, inputs=inputs_of(arguments, data), ours=ours)
     vae = load_autoencoder(arguments.vae).requires_grad_(False).to(state.device)
     networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
-    network: FeatureNetwork | None = networks[0] if networks else None
-    metrics = build_metrics(metric_names(arguments, options), options, offers=OFFERS, network=network)
+    shared, groups = build_groups(metric_names(arguments, options), options, offers=OFFERS, networks=networks)
     with state.main_process_first():
         images = ImageSet(data.load(), name=data.name, resolution=data.resolution, limit=arguments.num_images)
 
@@ -139,30 +152,33 @@ def main(argv: list[str] | None = None) -> ResultCard | None:
     noise_seed = arguments.seed if arguments.sample_posterior else None
     own = progress_bar(images.batches(arguments.batch_size, state), disable=not state.is_main_process)
     batches = reconstruction_batches(vae, own, networks=networks, noise_seed=noise_seed, labels=images.labels)
-    measured = measure([*metrics, digests], batches, state)
+    measure([*shared, *(metric for group in groups for metric in group), digests], batches, state)
 
-    card = None
+    cards, common = [], Measurement(shared)
     if state.is_main_process:
         settings = {"model": arguments.vae, "model_class": type(vae).__name__, "dtype": "float32"}
         settings |= {"autoencoder": autoencoder_identity(vae)}
         settings |= {"seed": arguments.seed} if arguments.sample_posterior else {}
         provenance = {"data": images.name, "split": data.split, "hub_commit": hub_commit(arguments.vae)}
-        card = reconstruction_card(
-            measured,
-            data_hash=digests.hash,
-            num_images=len(digests),
-            image_size=digests.image_size,
-            resize_rule=images.resize_rule,
-            posterior="sample" if arguments.sample_posterior else "mean",
-            settings=settings,
-            provenance={**provenance, "extensions": loaded_extensions(), **hardware(state.device)},
-        )
-        print(card.summary(), flush=True)  # first: a disk that is full now takes no card
-        card.save(arguments.output)
-        print(f"card: {arguments.output}")
+        provenance |= {"extensions": loaded_extensions(), **hardware(state.device)}
+        for group, output in zip(groups, arguments.cards, strict=True):
+            card = reconstruction_card(
+                common | Measurement(group),
+                data_hash=digests.hash,
+                num_images=len(digests),
+                image_size=digests.image_size,
+                resize_rule=images.resize_rule,
+                posterior="sample" if arguments.sample_posterior else "mean",
+                settings=settings,
+                provenance=provenance,
+            )
+            print(card.summary(), flush=True)  # first: a disk that is full now takes no card
+            card.save(output)
+            print(f"card: {output}")
+            cards.append(card)
     state.wait_for_everyone()
     state.destroy_process_group()
-    return card
+    return cards if len(cards) > 1 else next(iter(cards), None)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,8 @@ def test_metrics_are_chosen_by_name(repository, vae, images, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(repository, vae, images, tmp_path / "x.json", "--metrics", *names)
-    with pytest.raises(ValueError, match=r"one feature network; .* Got --feature_networks squeezenet dinov2"):
-        run(repository, vae, images, tmp_path / "x.json", "--feature_networks", "squeezenet", "dinov2")
+    with pytest.raises(ValueError, match=r"so each is named once; got squeezenet=a, squeezenet=b\. Measure with ano"):
+        run(repository, vae, images, tmp_path / "x.json", "--feature_networks", "squeezenet=a", "squeezenet=b")
 
 
 EXTENSION = """
@@ -229,6 +229,34 @@ def test_rfid_comes_from_the_same_pass(repository, vae, images, resnet, tmp_path
     assert "13 samples for 64 dimensions" in content["caveats"]["rfd_cifar10_resnet8"]
     protocol = content["protocol"]
     assert protocol["data_hash"] == parts[1].hash and protocol["feature_network"] == "cifar10_resnet8"
+
+
+def test_several_networks_have_a_card_each_from_one_pass(repository, vae, images, resnet, tmp_path, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
+    networks = [f"cifar_resnet={resnet}", f"squeezenet={tmp_path / 'squeezenet.pth'}"]
+    more = ["--metrics", "psnr", "rfid", "--num_images", "7", "--feature_networks"]
+    calls, real = Counter(), AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *given: calls.update(decode=1) or real(*given))
+    main = runpy.run_path(str(script(repository)))["main"]
+    flags = [
+        "--vae",
+        str(vae),
+        "--data_dir",
+        str(images),
+        "--output",
+        str(tmp_path / "card.json"),
+        "--resolution",
+        "32",
+    ]
+    cards = main([*flags, *more, *networks])
+    assert calls["decode"] == 1 and not (tmp_path / "card.json").exists()
+    for card, name, network in zip(cards, ("cifar_resnet", "squeezenet"), networks, strict=True):
+        written = ResultCard.load(tmp_path / f"card.{name}.json")
+        alone = run(repository, vae, images, tmp_path / "alone.json", *more, network)
+        assert written == card and len(card.metrics) == 2
+        assert (card.metrics, card.errors, card.protocol) == (alone["metrics"], alone["errors"], alone["protocol"])
+    assert cards[0].protocol["feature_network_weights"] != cards[1].protocol["feature_network_weights"]
 
 
 def test_cards_are_compared_by_what_they_share(repository, vae, images, resnet, tmp_path, capsys):

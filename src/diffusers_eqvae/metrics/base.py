@@ -195,6 +195,26 @@ def build_metrics(
     return built
 
 
+def build_groups(
+    names: Iterable[str],
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    offers: frozenset[str],
+    networks: Iterable[Any],
+) -> tuple[list[Metric], list[list[Metric]]]:
+    """Metrics that read no features, and the others once for each feature network; all of them take one pass.
+
+    Example:
+        >>> shared, groups = build_groups(["psnr", "rfid"], offers=OFFERS, networks=[inception, dinov2])
+        >>> [len(shared), len(groups)]
+        [1, 2]
+    """
+    reads = {name: bool(METRICS[name].needs & {"features", "reconstructed_features"}) for name in names}
+    own, others = ([name for name in reads if reads[name] is asked] for asked in (True, False))
+    groups = [build_metrics(own, arguments, offers=offers, network=each) for each in list(networks) or [None]]
+    return build_metrics(others, arguments, offers=offers), groups
+
+
 class Measurement:
     """Metrics that have seen their images: `figures`, `details` and `protocol` of all of them, computed when read."""
 
@@ -213,6 +233,14 @@ class Measurement:
                     logger.warning("%s = %.4g is not comparable: %s.", name, figure.value, figure.caveat)
                 found[name] = figure
         return found
+
+    def __or__(self, other: Measurement) -> Measurement:
+        """Both, without computing again what either has computed."""
+        joined = Measurement([*self.metrics, *other.metrics])
+        if shared := sorted(self.figures.keys() & other.figures.keys()):
+            raise ValueError(f"Two of the metrics compute {shared[0]!r}; leave one of them out.")
+        joined.figures = self.figures | other.figures
+        return joined
 
     @property
     def details(self) -> dict[str, Any]:

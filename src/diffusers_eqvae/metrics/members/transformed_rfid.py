@@ -20,7 +20,7 @@ class TransformedRFID(FeatureMetric):
     `rfd_NAME_at_...`. Nine decodings and eighteen forwards of the network an image, so not among the defaults.
     """
 
-    needs = frozenset({"images", "posteriors", "autoencoder"})
+    needs = frozenset({"images", "posteriors", "autoencoder", "features"})
     what = "images"
 
     def rows(self, batch):
