@@ -329,6 +329,15 @@ def test_help_is_short_and_shows_every_option_once_and_what_is_required_first(ca
         assert "--output_dir" in lines[0]
 
 
+def test_help_fits_a_narrow_terminal_but_for_commands_to_copy(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("evaluate-perception", "sample"):
+        with pytest.raises(SystemExit):
+            eqvae_command.main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert not [line for line in lines if len(line) > 80 and not line.startswith((" " * 4, "eqvae "))]
+
+
 @pytest.mark.parametrize(
     "name", ["a b", "a/b/c", "-x", "x..y", "owner/"], ids=["space", "slashes", "dash", "dots", "half"]
 )

@@ -83,7 +83,8 @@ class OptionParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         width = max(shutil.get_terminal_size(IN_A_FILE).columns, 40)
-        lines = [self.format_usage(), (self.description or "").strip(), "", *textwrap.wrap(HOW_TO_READ, width)]
+        usage = textwrap.wrap(self.format_usage(), width, subsequent_indent=" " * 4, break_on_hyphens=False)
+        lines = [*usage, "", *_wrapped(self.description or "", width), "", *textwrap.wrap(HOW_TO_READ, width)]
         groups = [("required", self._required())]
         for kind in self.types:
             title = str(kind.__doc__).splitlines()[0].rstrip(".")
@@ -94,11 +95,22 @@ class OptionParser(argparse.ArgumentParser):
                 text = f"{_invocation(option)}  {_sentence(option)}"
                 lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=" " * 4)
         extension = "--extension FILE_OR_MODULE  Python file or module that adds a method or a model; repeatable."
-        lines += ["", "every script:", f"  {extension}", "  --help  This page.", *("", *self.notes())]
+        extension = textwrap.fill(extension, width, initial_indent="  ", subsequent_indent=" " * 4)
+        lines += ["", "every script:", extension, "  --help  This page.", ""]
+        lines += [line for note in self.notes() for line in textwrap.wrap(note, width, subsequent_indent=" " * 4)]
         return "\n".join(lines) + "\n"
 
     def _required(self) -> list[Option]:
         return [option for kind in self.types for option in options_of(kind).values() if option.is_required]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The paragraphs of a text, set anew; commands to copy, which are indented or begin with the program, are kept."""
+    lines: list[str] = []
+    for block in text.strip().split("\n\n"):
+        kept = any(line.startswith((" ", "eqvae ")) for line in block.splitlines())
+        lines += ["", *(block.splitlines() if kept else textwrap.wrap(" ".join(block.split()), width))]
+    return lines[1:]
 
 
 def _underscored(word: str) -> str:
