@@ -115,7 +115,8 @@ class EvaluateArguments(Checked):
 
 
 def chosen_metrics(given: Mapping[str, Any]) -> list[Choice]:
-    return [Choice(METRICS, tuple(given["metrics"] or RECONSTRUCTION_METRICS), "metrics")]
+    names = tuple(given["metrics"] or RECONSTRUCTION_METRICS)
+    return [Choice(METRICS, names, "metrics", lambda metric: metric.needs <= OFFERS)]
 
 
 def metric_names(arguments: EvaluateArguments, options: Mapping[str, Any]) -> list[str]:

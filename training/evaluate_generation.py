@@ -148,7 +148,7 @@ def card_path(arguments: EvaluationArguments, network: str | None) -> Path:
 
 
 def chosen_metrics(given: Mapping[str, Any]) -> list[Choice]:
-    return [Choice(METRICS, tuple(given["metrics"]), "metrics")]
+    return [Choice(METRICS, tuple(given["metrics"]), "metrics", lambda metric: metric.needs <= OFFERS)]
 
 
 def references(

@@ -131,12 +131,20 @@ def test_metrics_are_chosen_by_name(repository, vae, images, tmp_path):
     for names, message in (
         (["blur"], "There is no metric 'blur'"),
         (["rfid"], "RFID needs a feature network"),
-        (["fid"], "'fid' needs reference; what is measured here gives autoencoder"),
+        (["fid"], "The metric fid does not fit here; --metrics takes .*latent_statistics, .*rfid, .*transformed_rfid"),
     ):
         with pytest.raises(ValueError, match=message):
             run(repository, vae, images, tmp_path / "x.json", "--metrics", *names)
     with pytest.raises(ValueError, match=r"so each is named once; got squeezenet=a, squeezenet=b\. Measure with ano"):
         run(repository, vae, images, tmp_path / "x.json", "--feature_networks", "squeezenet=a", "squeezenet=b")
+
+
+def test_help_offers_the_metrics_that_can_be_measured_here(capsys):
+    with pytest.raises(SystemExit):
+        eqvae_command.main(["evaluate-autoencoder", "--help"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Other choices of --metrics: ")]
+    offered = set(line.rstrip(".").partition(": ")[2].split(", "))
+    assert "transformed_rfid" in offered and not offered & {"fid", "kid", "precision_recall"}
 
 
 EXTENSION = """
