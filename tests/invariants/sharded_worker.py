@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def main(output: Path) -> None:
     }
     if rank == 0:
         output.write_text(json.dumps(result))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads of the mesh may outlive the group, and abort an ordinary exit
 
 
 if __name__ == "__main__":
