@@ -93,11 +93,6 @@ class EvaluateArguments(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(set(self.card_names)) < len(self.card_names):
-            raise ValueError(
-                "Each of several --feature_networks has a card that is called by its name, so each is named once; got "
-                f"{', '.join(self.feature_networks)}. Measure with another one of the same name in a second run."
-            )
         if not self.sample_posterior:
             warn_without_effect(self, ("seed",), "the posterior's mean is reconstructed")
 

@@ -208,6 +208,8 @@ def test_several_networks_measure_in_one_pass(script, material, tmp_path, monkey
         assert ResultCard.load(tmp_path / f"samples.{name}.json") == card
         alone = script.main([*common, "--feature_networks", network, "--output", str(tmp_path / "alone.json")])
         assert (alone.metrics, alone.protocol, alone.caveats) == (card.metrics, card.protocol, card.caveats)
+    with pytest.raises(ValueError, match=r"squeezenet\.json would be written twice"):
+        script.main([*common, "--feature_networks", "squeezenet=a", "squeezenet=b"])
     with pytest.raises(ValueError, match="leave --output and --save_reference out"):
         script.main([*common, "--feature_networks", *networks, "--output", str(tmp_path / "card.json")])
 

@@ -352,6 +352,23 @@ def test_the_best_is_a_checkpoint_where_no_other_is_written(make_run, make_model
     assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_weights_that_are_not_finite_are_not_the_best(make_run, make_model, numbers):
+    """Whatever is measured of them: the figure is of one module's average, and another may be broken."""
+    run = make_run(keep_best="psnr", checkpointing_steps=0, max_train_steps=3)
+    run.best.require({"psnr": "higher"}, by="validation_steps")
+    wrapped, other = run.add("model", make_model()), make_model()
+    run.add("other", other)
+    with pytest.raises(ValueError, match="weights of other, or their average, are NaN"):
+        for batch in run.steps(run.loader(numbers())):
+            if run.step == 2:
+                with torch.no_grad():
+                    next(other.parameters()).fill_(math.nan)
+            run.log_figures({"psnr": float(run.step)})
+            run.backward(wrapped(batch["x"]).square().mean())
+        run.save_checkpoint()
+    assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 REFUSED = [
     ("psnr", {}, "--keep_best psnr needs measurements to choose by; give --validation_steps."),
     ("ssim", {"psnr": "higher"}, "--keep_best must be one of the figures that --validation_steps measures: psnr; got"),

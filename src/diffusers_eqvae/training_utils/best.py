@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..metrics.base import Better
 from .checkpoints import checkpoint_directory
+from .optimization import OptimizedModule
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,11 @@ class BestCheckpoint:
                 f"--keep_best must be one of the figures that --{by} measures: {names}; got {self.metric}."
             )
 
-    def improves(self, step: int, values: Mapping[str, float]) -> bool:
-        """Whether the weights after `step` steps are better than all before; those of step 0 are not the run's."""
+    def improves(self, step: int, values: Mapping[str, float], entries: Iterable[OptimizedModule]) -> bool:
+        """Whether the weights after `step` steps are better than all before, and finite.
+
+        Those of step 0 are not the run's.
+        """
         if self.metric is None or step == 0:
             return False
         named = {name.rpartition("/")[2]: value for name, value in values.items()}
@@ -57,6 +61,8 @@ class BestCheckpoint:
             )
         value, sign = named[self.metric], 1 if self._better == "higher" else -1
         if not math.isfinite(value) or (self.value is not None and sign * value <= sign * self.value):
+            return False
+        if not all(entry.is_finite() for entry in entries):
             return False
         self.value, self.step = value, step
         return True

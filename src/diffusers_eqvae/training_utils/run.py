@@ -302,7 +302,7 @@ class TrainingRun:
         """
         if self._tracking is not None:
             self._tracking.figures(self.step, values)
-        if self.is_main and self.best.improves(self.step, values):
+        if self.is_main and self.best.improves(self.step, values, self.modules.values()):
             self._save()
 
     def log_images(self, name: str, images: np.ndarray | Sequence[Image.Image]) -> None:
