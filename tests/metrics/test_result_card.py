@@ -129,6 +129,22 @@ def test_a_summary_shows_errors_and_caveats():
     assert shown.splitlines() == ["psnr = 20 +- 0.12", "fid = 3 (too few)"]
 
 
+def test_of_two_autoencoders_the_parts_that_differ_are_shown():
+    identity = {
+        "class": "AutoencoderKL",
+        "encoder": {"float32": "aaaa", "float16": "bbbb"},
+        "decoder": {"float32": "c"},
+    }
+    others = (
+        {**identity, "encoder": {"float32": "dddd", "float16": "bbbb"}},
+        {**identity, "codebook": {"float32": "e"}},
+    )
+    table = compare_cards("xyz", [card(autoencoder=each) for each in (identity, *others)]).table
+    assert [line.split(None, 1)[1] for line in table if line.startswith("autoencoder")] == [
+        "encoder aaaa, codebook None  encoder dddd, codebook None  encoder aaaa, codebook e"
+    ]
+
+
 def test_a_reconstruction_is_not_compared_with_a_sample():
     found = compare_cards(["a", "b"], [reconstruction(metrics=("fid",)), card()])
     (sentence,) = found.incomparable

@@ -265,7 +265,7 @@ def compare_cards(names: Sequence[str], cards: Sequence[ResultCard]) -> Comparis
         starred = ["*" if metric in card.caveats else "" for card in cards]
         rows.append([metric, *("-" if v is None else f"{v:.6g}{s}" for v, s in zip(values, starred, strict=True))])
     for key, values in _differences(cards):
-        rows.append([key, *map(_shown, values)])
+        rows.append([key, *map(_shown, _told_apart(values))])
     caveats = [
         f"* {metric} of {name}: {reason}"
         for name, card in zip(names, cards, strict=True)
@@ -305,6 +305,19 @@ def _incomparable(names: Sequence[str], cards: Sequence[ResultCard]) -> list[str
     if not shared:
         sentences.append("no number stands on all cards")
     return sentences
+
+
+def _told_apart(values: Sequence[Any]) -> Sequence[Any]:
+    """Of identities with parts those parts that differ, each by one of its hashes; anything else as it is."""
+    if not all(isinstance(value, Mapping) for value in values):
+        return values
+    parts = dict.fromkeys(part for value in values for part in value)
+    differing = [part for part in parts if any(value.get(part) != values[0].get(part) for value in values)]
+    return [", ".join(f"{part} {_one_hash(value.get(part))}" for part in differing) for value in values]
+
+
+def _one_hash(part: Any) -> Any:
+    return next(iter(part.values()), None) if isinstance(part, Mapping) else part
 
 
 def _shown(value: Any) -> str:
