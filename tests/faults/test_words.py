@@ -30,6 +30,7 @@ from diffusers_eqvae.directories import OutputDirectory
 from diffusers_eqvae.errors import explain, run_program
 from diffusers_eqvae.files import npz_keys, open_npz_array, read_json, read_npz
 from diffusers_eqvae.latents import LatentNormalization
+from diffusers_eqvae.metrics import result_card
 from diffusers_eqvae.metrics.result_card import ResultCard
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
@@ -96,7 +97,10 @@ def test_json_that_is_not_a_mapping_is_named_with_its_file(reader, content, said
 OTHER_SHAPES = [
     pytest.param("result_card", {"metrics": {}}, "must hold 'protocol'", id="card_without_protocol"),
     pytest.param(
-        "result_card", {"metrics": 3, "protocol": {}, "format_version": 3}, "its metrics is a int", id="number"
+        "result_card",
+        {"metrics": 3, "protocol": {}, "format_version": result_card.FORMAT_VERSION},
+        "its metrics is a int",
+        id="number",
     ),
     pytest.param("autoencoder", {"act_fn": "silu"}, "must hold '_class_name'", id="config_without_class"),
     pytest.param("autoencoder", {"_class_name": 3}, "'_class_name' of .* must be a text", id="class_is_a_number"),
