@@ -14,6 +14,9 @@ INIT = (ROOT / "src/diffusers_eqvae/__init__.py").read_text("utf-8")
 LAZY = runpy.run_path(str(ROOT / "src/diffusers_eqvae/_lazy.py"))
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.M).group(1)
 
+# Of the public repository, e.g. https://github.com/OWNER/diffusers_eqvae: empty until it has one.
+ADDRESS = ""
+
 # The core imports without torchvision, datasets and tensorboard; each extra adds one job (see CONTRIBUTING.md).
 CORE = [
     "torch>=2.6",
@@ -39,6 +42,24 @@ DEV = ["pytest", "pytest-xdist", "hypothesis", "scikit-image", "ruff", "mypy", "
 
 # Folder of the repository -> package that it is installed as, with presets and templates.
 INSTALLED = {"training": "training", "pipelines": "sampling", "model_cards": "model_cards"}
+
+
+def long_description(readme: str, address: str) -> str:
+    """README for an index of packages, which holds none of its files: links and images lead to the public repository.
+
+    Without an address a link is its text, and an image is left out.
+    """
+
+    def replace(match: re.Match) -> str:
+        image, text, target = match.groups()
+        if re.match(r"\w+:", target):
+            return match[0]
+        if not address:
+            return "" if image else text
+        place = target if target.startswith("#") else f"/{'raw' if image else 'blob'}/main/{target}"
+        return f"{image}[{text}]({address}{place})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", replace, readme)
 
 
 def stub(init: Path) -> str:
@@ -75,9 +96,10 @@ setup(
     name="diffusers_eqvae",
     version=VERSION,
     description="EQ-VAE and ReaLS autoencoders and SiT/DiT generators as native Hugging Face diffusers components.",
-    long_description=(ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else "",
+    long_description=long_description((ROOT / "README.md").read_text("utf-8"), ADDRESS),
     long_description_content_type="text/markdown",
     author="The diffusers_eqvae authors",
+    project_urls={"Repository": ADDRESS} if ADDRESS else {},
     keywords="diffusion, diffusers, vae, autoencoder, equivariance, eq-vae, reals, sit, dit, maskgit, latent",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,24 @@ def test_every_package_of_the_extras_is_pinned_within_its_bound_for_the_figures(
     for name, bound in needed.items():
         have, least = ([int(part) for part in text.split(".")] for text in (pinned[name], bound or "0"))
         assert have >= least, name
+
+
+def test_an_index_of_packages_shows_a_readme_without_a_dead_link(monkeypatch):
+    """It holds none of the repository's files."""
+    import setuptools
+
+    root, given = Path(__file__).parents[1], {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    monkeypatch.chdir(root)
+    packaging = runpy.run_path(str(root / "setup.py"))
+    targets = re.findall(r"\]\(([^)\s]+)", given["long_description"])
+    assert targets and all(target.startswith("https://") for target in targets), targets
+    text = "see [Fine-tune](docs/a.md#run), [below](#numbers) and [x](https://x.org)\n![an image](docs/b.jpg)"
+    assert packaging["long_description"](text, "") == "see Fine-tune, below and [x](https://x.org)\n"
+    assert packaging["long_description"](text, "https://h.org/me/it") == (
+        "see [Fine-tune](https://h.org/me/it/blob/main/docs/a.md#run), [below](https://h.org/me/it#numbers) and "
+        "[x](https://x.org)\n![an image](https://h.org/me/it/raw/main/docs/b.jpg)"
+    )
 
 
 @pytest.mark.slow
