@@ -14,9 +14,9 @@ import yaml
 
 from ..remote_code import copy_with_code
 from ..training_utils.checkpoints import MARKER, complete_checkpoints, read_marker
+from ..training_utils.command_line import RESOLVED_ARGUMENTS
 from . import command_parser
 
-ARGUMENTS = "resolved_arguments.yaml"
 # What the script shall not do again beside writing the result.
 QUIET = {"validation_steps": 0, "checkpointing_steps": 0, "report_to": "none", "push_to_hub": "false"}
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     checkpoint = _checkpoint(Path(options.source))
     run = checkpoint.parent.parent
-    if not (run / ARGUMENTS).is_file():
-        raise ValueError(f"{run} holds no {ARGUMENTS}, which says how to build what {checkpoint.name} holds.")
-    trained = yaml.safe_load((run / ARGUMENTS).read_text())
+    if not (run / RESOLVED_ARGUMENTS).is_file():
+        raise ValueError(f"{run} holds no {RESOLVED_ARGUMENTS}, which says how to build what {checkpoint.name} holds.")
+    trained = yaml.safe_load((run / RESOLVED_ARGUMENTS).read_text())
     transformer = "model" in trained
     words = QUIET | {"output_dir": options.destination, "resume_from_checkpoint": checkpoint}
     words["max_train_steps"] = read_marker(checkpoint)["step"]  # all of them are done
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         f"..training.train_{'transformer' if transformer else 'autoencoder'}", __package__
     )
     flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
-    script.main([str(run / ARGUMENTS), *flags, "--allow_changes", *allowed])
+    script.main([str(run / RESOLVED_ARGUMENTS), *flags, "--allow_changes", *allowed])
     if options.with_code:
         copy_with_code(Path(options.destination), Path(f"{options.destination}-code"))
     return 0

@@ -24,6 +24,7 @@ from .presets import find_preset, installed_presets, located, read_preset
 logger = logging.getLogger(__name__)
 
 YAML_SUFFIXES = (".yaml", ".yml")
+RESOLVED_ARGUMENTS = "resolved_arguments.yaml"  # in a run's directory: a preset that repeats it
 
 
 @dataclass(frozen=True)
@@ -316,6 +317,6 @@ def resolved(*arguments: Any) -> dict[str, Any]:
 
 
 def save_resolved(values: dict[str, Any], directory: Path) -> None:
-    """Writes `resolved_arguments.json` and `.yaml` (which is a preset that repeats the run)."""
+    """Writes `resolved_arguments.json` and `.yaml`, which is a preset that repeats the run."""
     write_text(directory / "resolved_arguments.json", json.dumps(values, indent=2) + "\n")
-    write_text(directory / "resolved_arguments.yaml", yaml.safe_dump(values, sort_keys=False))
+    write_text(directory / RESOLVED_ARGUMENTS, yaml.safe_dump(values, sort_keys=False))

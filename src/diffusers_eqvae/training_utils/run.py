@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 OWN = (
     "checkpoints",
     "resolved_arguments.json",
-    "resolved_arguments.yaml",
+    command_line.RESOLVED_ARGUMENTS,
     METRICS_FILE,
     "logs",
     "validation",

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from diffusers_eqvae.commands import diagnose as command
-from diffusers_eqvae.commands.diagnose import RULES, Curves, diagnose
+from diffusers_eqvae.training_utils.diagnosis import RULES, Curves, diagnose, read_curves
 
 from ..invariants.trajectories import ROOT, as_flags, run_script
 
@@ -197,7 +197,7 @@ def trained(tmp_path, tiny_autoencoder_kl):
             "cache_dir": tmp_path / "cache",
         }
         run_script(SCRIPT, as_flags({**defaults, **options}))
-        return {each.symptom: each.evidence for each in diagnose(command.read_curves(tmp_path / "run"))[0]}
+        return {each.symptom: each.evidence for each in diagnose(read_curves(tmp_path / "run"))[0]}
 
     return run
 
