@@ -202,10 +202,21 @@ One preset per published row, with the figure that its paper states and the sour
 here in full**: that takes ImageNet and GPU days. "Run here: yes" is a run whose figures stand on these pages; "no"
 means that the preset is read by its script and describes a model that exists, and that the same code trains tiny
 models in the tests.
-The file is written from the comments of `training/configs/*.yaml` by `make api`.
+The file is written from the comments of `training/configs/*.yaml` by `make api`. A preset says `base: NAME` where it
+differs from another in a few flags; its comment then says what differs, and all else stands in the base.
 
 | preset | what | published | run here |
 |---|---|---|---|
+"""
+ROWS_END = """
+Published rows without a preset:
+
+| row | why |
+|---|---|
+| EQ-VAE, table 6: SD-VAE and its fine-tuned FT-EMA | published weights; nothing is trained |
+| EQ-VAE, table 7: which of the two explicit forms gave gFID 141 | not known here; both have a preset |
+| EQ-VAE, figure 5: gFID after each epoch | the run of `eqvae_t1_sd`; `eqvae export` takes each checkpoint |
+| ReaLS: other loss weights and depths of its network | its values are not known here |
 """
 RUN_HERE = {
     "autoencoder_emoji": "yes, [measured](../src/diffusers_eqvae/demo/autoencoder/README.md)",
@@ -219,9 +230,12 @@ def rows() -> str:
         text = path.read_text()
         comment = " ".join(line.lstrip("# ") for line in re.match(r"(?:#.*\n)+", text)[0].splitlines())
         what, _, rest = comment.partition(". ")
+        words = [line for line in text.splitlines() if not line.startswith("#")]
+        if words[0].startswith("base: "):
+            what = f"{what.rstrip('.')} ({', '.join(f'`{line}`' for line in words)})"
         figures = [each for each in re.split(r"(?<=[.)]) (?=[A-Z])", rest) if re.search(r"FID|figure", each)]
         lines.append(f"| `{path.stem}` | {what.rstrip('.')} | {' '.join(figures)} | {RUN_HERE.get(path.stem, 'no')} |")
-    return ROWS_HEAD + "\n".join(lines) + "\n"
+    return ROWS_HEAD + "\n".join(lines) + "\n" + ROWS_END
 
 
 def test_the_page_of_published_rows_is_what_the_presets_say():

@@ -1,5 +1,6 @@
 """Flags, presets and what is refused at the command line."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,6 +104,22 @@ def test_a_preset_of_another_script_is_not_this_ones(script, capsys):
     with pytest.raises(SystemExit):
         parse(RunArguments, argv=["--help"], script=script)
     assert "Presets that are installed: careful, quick.\n" in capsys.readouterr().out
+
+
+def test_a_preset_takes_from_its_base_what_it_does_not_say(script, tmp_path):
+    configs = tmp_path / "installed" / "configs"
+    (configs / "row.yaml").write_text("base: careful\nseed: 9\n")
+    (given,) = parse(RunArguments, argv=["row", "--output_dir", "a"], script=script)
+    assert (given.seed, given.learning_rate) == (9, 1e-5)
+    for base, said in (
+        ("row", "has the base row, which has one itself: careful. Name that one."),
+        ("nothing", "has the base nothing, and no nothing.yaml lies beside it."),
+        ("../configs/careful", "has the base ../configs/careful, and no ../configs/careful.yaml lies beside it."),
+    ):
+        path = configs / "wrong.yaml"
+        path.write_text(f"base: {base}\n")
+        with pytest.raises(ValueError, match=re.escape(said)):
+            parse(RunArguments, argv=[str(path), "--output_dir", "a"])
 
 
 @dataclass

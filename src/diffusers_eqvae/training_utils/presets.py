@@ -12,6 +12,7 @@ from ..options import options_of
 from .option_parser import nearest
 
 FOLDER = "configs"
+BASE = "base"  # the one key that is not a flag
 
 
 def installed_presets(script: str, keys: Collection[str]) -> dict[str, Path]:
@@ -26,7 +27,7 @@ def installed_presets(script: str, keys: Collection[str]) -> dict[str, Path]:
         ['autoencoder_taesd_cpu', 'vqgan_f16']
     """
     files = sorted((Path(script).parent / FOLDER).glob("*.yaml"))
-    return {path.stem: path for path in files if set(_content(path)) <= set(keys)}
+    return {path.stem: path for path in files if set(read_preset(path)) <= set(keys)}
 
 
 def find_preset(word: str, list_installed: Callable[[], Mapping[str, Path]]) -> Path:
@@ -50,13 +51,28 @@ def find_preset(word: str, list_installed: Callable[[], Mapping[str, Path]]) -> 
 
 
 def read_preset(path: Path) -> dict[str, Any]:
-    """The flags of a preset.
+    """The flags of a preset: its own, over those of the preset beside it that it names as its `base`.
 
     Raises:
-        ValueError: it is not YAML, not a flat mapping, or names an extension.
+        ValueError: it is not YAML, not a flat mapping, or names an extension; its base is absent or has one itself.
     """
+    content = _content(path)
+    base = content.pop(BASE, None)
+    if base is None:
+        return content
+    beside = {other.stem: other for other in path.parent.glob("*.yaml")}
+    if base not in beside:
+        raise ValueError(f"The preset {path} has the base {base}, and no {base}.yaml lies beside it.")
+    below = _content(beside[base])
+    if BASE in below:
+        raise ValueError(f"The preset {path} has the base {base}, which has one itself: {below[BASE]}. Name that one.")
+    return below | content
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What one file says."""
     try:
-        content = _content(path)
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(
             f"The preset {path} is not YAML: {' '.join(str(error).split())}. Write one `flag: value` a line."
@@ -91,7 +107,3 @@ def _beside(folder: Path, value: Any, reading: bool) -> Any:
     there = folder / path
     found = path and (there.exists() if reading else there.is_file())
     return f"{name}{equals}{there}" if found else value
-
-
-def _content(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
