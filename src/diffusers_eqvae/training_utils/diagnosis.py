@@ -265,7 +265,7 @@ def _steps_are_skipped(curves: Curves) -> str | None:
 @_sickness(
     "divergence",
     needs=("learning_rate",),
-    remedy="Go back to a checkpoint before it; lower --learning_rate, lengthen --lr_warmup_steps, set --max_grad_norm.",
+    remedy="Go back to a checkpoint before; lower --learning_rate, lengthen --lr_warmup_steps, set --max_grad_norm.",
 )
 def _diverges(curves: Curves) -> str | None:
     """A loss that ends at twice its lowest quarter, and above the first."""
