@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from harness import save_result
 from PIL import Image
 
 from diffusers_eqvae.data.image_datasets import load_image_dataset
@@ -39,9 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num_files", type=int, default=100_000)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "eqvae_many_files")
+    parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     directory = given.directory / str(given.num_files)
     write_files(directory, given.num_files)
+    rounds = []
     for _ in range(2):
         before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         source = load_image_dataset(train_data_dir=directory, require_labels=True)
@@ -49,10 +52,12 @@ def main() -> None:
         identity = source.identity
         done = time.perf_counter()
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        rounds.append({"open": opened - begun, "identity": done - opened, "extra_peak_mib": grown})
         print(
             f"{len(source)} files in {len(source.id2label)} classes: opened in {opened - begun:.1f} s, identity of "
             f"{len(identity)} entries in {done - opened:.1f} s, {grown:.0f} MiB more at the peak (pid {os.getpid()})"
         )
+    save_result(given.output, device="cpu", arguments=vars(given), rounds=rounds)
 
 
 if __name__ == "__main__":
