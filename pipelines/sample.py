@@ -1,9 +1,9 @@
 r"""Samples many images of a saved pipeline into samples.npz, on any number of processes, resumably.
 
-    python pipelines/sample.py --model runs/sit --num_samples 64 --output_dir runs/samples --save_png
-    accelerate launch pipelines/sample.py --model runs/sit --num_samples 50000 --output_dir runs/samples \
+    eqvae sample --model runs/sit --num_samples 64 --output_dir runs/samples --save_png
+    eqvae sample --model runs/sit --num_samples 50000 --output_dir runs/samples \
         --label_policy balanced --guidance_scale 1.8 --guidance_interval 0 0.75 --scheduler sde
-    torchrun --nproc_per_node 2 pipelines/sample.py --model runs/sit --output_dir runs/samples
+    torchrun --nproc_per_node 2 -m diffusers_eqvae.sampling.sample --model runs/sit --output_dir runs/samples
 
 Image n depends on (seed, n) alone, so the set does not depend on how many processes made it. A killed run continues
 where it stopped when it is started again with the same flags.

@@ -240,3 +240,12 @@ def rows() -> str:
 
 def test_the_page_of_published_rows_is_what_the_presets_say():
     assert ROWS.read_text() == rows(), "run `make api`"
+
+
+def test_no_page_and_no_help_needs_a_checkout():
+    """`pip install` brings no file by the name training/train_autoencoder.py."""
+    scripts = [path for folder in ("training", "pipelines") for path in (ROOT / folder).glob("*.py")]
+    told = [ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md") if page.stem != "results"), *scripts]
+    for path in told:  # the commands of results.md are those that ran
+        found = re.findall(r"(?:python|launch|torchrun)\b[^`\n]* (?:training|pipelines)/\w+\.py", path.read_text())
+        assert not found, f"{path.name}: {found}; `eqvae COMMAND`, or `-m diffusers_eqvae.training.SCRIPT`"

@@ -1,6 +1,6 @@
 r"""Encodes a data set once into a store of posteriors, or of tokens, that train_transformer.py reads.
 
-    accelerate launch training/encode_latents.py --vae runs/eq-vae --train_data_dir IMAGES \
+    eqvae encode-latents --vae runs/eq-vae --train_data_dir IMAGES \
         --resolution 256 --dtype bf16 --flip --output_dir latents/images
 
 The finished directory holds the shards, manifest.json, mean_std.json and vae/ (the autoencoder with the measured

@@ -1,8 +1,8 @@
 r"""Measures generated images against a reference in one pass: FID, sFID, Inception score, KID, precision, recall.
 
-    python training/evaluate_generation.py --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256.npz \
+    eqvae evaluate-generation --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256.npz \
         --feature_networks inception=weights-inception-2015-12-05-6726825d.pth
-    python training/evaluate_generation.py --samples runs/sit --num_samples 1000 --reference IMAGES \
+    eqvae evaluate-generation --samples runs/sit --num_samples 1000 --reference IMAGES \
         --resolution 256 --feature_networks dinov2=facebook/dinov2-large
 
 Samples are an .npz (arr_0 uint8 NHWC), a folder of images, or a saved pipeline, which is sampled in memory; --metrics

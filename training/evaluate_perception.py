@@ -1,6 +1,6 @@
 r"""Measures what latents know about classes and depths: a few annotated images are carried over to the others.
 
-    python training/evaluate_perception.py --vae runs/eq-vae --images IMAGES --masks MASKS --depths DEPTHS \
+    eqvae evaluate-perception --vae runs/eq-vae --images IMAGES --masks MASKS --depths DEPTHS \
         --num_annotated 5 --output perception.json
 
 Nothing is trained: each latent position takes the label, or the depth, of the most similar annotated positions. Beside

@@ -1,7 +1,6 @@
 r"""Fine-tunes any diffusers autoencoder, or trains a new one, with latent-space regularizers.
 
-    accelerate launch training/train_autoencoder.py \
-        --pretrained_model_name_or_path stabilityai/sd-vae-ft-mse --train_data_dir IMAGES \
+    eqvae train-autoencoder --pretrained_model_name_or_path stabilityai/sd-vae-ft-mse --train_data_dir IMAGES \
         --regularizers equivariance --output_dir runs/eq-vae
 
 EQ-VAE (arXiv 2502.09509) is `--regularizers equivariance`, ReaLS (arXiv 2502.00359) `alignment`; both compose.

@@ -1,11 +1,10 @@
 r"""Trains a class-conditional generator on the latents of any diffusers autoencoder and leaves a complete pipeline.
 
-    accelerate launch training/train_transformer.py training/configs/sit_b_2.yaml \
-        --latents_dir stores/imagenet256 --output_dir runs/sit-b-2
+    eqvae train-transformer sit_b_2 --latents_dir stores/imagenet256 --output_dir runs/sit-b-2
 
 The objective follows the model; a SiT's (arXiv 2401.08740) is the mean square of the predicted velocity
 d x / d sigma, with x = alpha(sigma) * latents + beta(sigma) * noise. Latents come from a store of
-training/encode_latents.py (--latents_dir), or are encoded on the fly (--vae with --train_data_dir or --dataset_name:
+`eqvae encode-latents` (--latents_dir), or are encoded on the fly (--vae with --train_data_dir or --dataset_name:
 centre crops, mirrored with --random_flip).
 The finished directory loads with `import diffusers_eqvae` and `DiffusionPipeline.from_pretrained`.
 """
