@@ -250,7 +250,9 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         if not finished:
             besides = {name: getattr(arguments, name) for name in BESIDES}
-            metadata = {"model": arguments.model, "besides": besides, **hardware(state.device)}
+            drawn = {"seed": arguments.seed, "policy": arguments.label_policy}
+            classes = sampling.sampled_classes(pipeline, arguments.num_samples, class_ids, **drawn)
+            metadata = {"model": arguments.model, "besides": besides, **hardware(state.device), **classes.to_config()}
             sampling.finish(output_dir, blocks, settings=settings, metadata=metadata)
         samples = sampling.open_samples(output_dir / sampling.SAMPLES_FILE)
         image_grid(list(samples[:GRID_SAMPLES]), gap_px=0).save(output_dir / "grid.png")

@@ -30,6 +30,7 @@ from diffusers_eqvae.metrics.generation import (
     ImageDigests,
     Reference,
     load_reference,
+    require_same_classes,
     sample_batches,
 )
 from diffusers_eqvae.metrics.image_sets import ImageSet, open_images
@@ -179,16 +180,19 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     require_replaceable(*outputs, companions=kept, inputs=inputs_of(arguments), ours=ours)
     networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
 
+    settings, rules, classes = sampling_settings(path)
     made, resize_rule = None, "none"
     if is_pipeline(arguments.samples):
         made = generated(arguments, sampling, state)
-        batches = zip(made.blocks, made, strict=True)
+        batches, classes = zip(made.blocks, made, strict=True), made.classes
     else:
         warn_without_effect(sampling, vars(sampling), "the samples exist already")
         resolution = arguments.resolution if path.is_dir() else None
         images = open_images(path, limit=arguments.num_samples, resolution=resolution)
         batches, resize_rule = images.batches(arguments.batch_size, state), images.resize_rule
+        classes = classes or images.classes
     targets = references(arguments, networks, state)
+    require_same_classes(targets, classes)
     groups = [
         build_metrics(arguments.metrics, options, offers=OFFERS, network=network, reference=target)
         for network, target in zip(networks or [None], targets or [None], strict=True)
@@ -198,9 +202,7 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     measure([*(metric for group in groups for metric in group), digests], checked, state)
     if not state.is_main_process:
         return None
-    if made is None:
-        settings, rules = sampling_settings(path)
-    else:
+    if made is not None:
         settings, rules = {**made.settings, "model": str(path), **run_settings(path)}, made.protocol
     cards = []
     for group, target, output in zip(groups, targets or [None], outputs, strict=True):
@@ -210,10 +212,12 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
         asked = {"samples": arguments.samples, "compared_with": arguments.reference}
         provenance = asked | {
             "data_hash": digests.hash,
+            "classes": classes.images,
             "extensions": loaded_extensions(),
             **hardware(state.device),
         }
-        provenance |= {} if target is None else {"reference": target.name}
+        if target is not None:
+            provenance |= {"reference": target.name, "reference_classes": target.classes.images}
         card = ResultCard(protocol=protocol, settings=settings, provenance=provenance, **measured.card_parts())
         print(card.summary(), flush=True)  # first: a disk that is full now takes no card
         card.save(output)

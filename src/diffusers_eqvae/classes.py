@@ -64,6 +64,11 @@ class ClassTable:
         return dict(enumerate(self.names))
 
     @property
+    def images(self) -> dict[str, int | None]:
+        """Images by name, as a card states them; None where nobody counted."""
+        return dict(zip(self.names, self.counts or [None] * len(self), strict=True))
+
+    @property
     def present(self) -> list[int]:
         """The ids that have images; all where nobody counted."""
         return [each for each in range(len(self)) if self.counts is None or self.counts[each]]
@@ -100,6 +105,38 @@ class ClassTable:
             pairs = [f"{each} is {self.names[each]!r} there and {given.names[each]!r} here" for each in differing]
             what = f"{len(differing)} of {len(self)} names differ{order}: {listed(pairs)}"
         raise ValueError(f"The classes of {whose} are not those of these data: {what}; {remedy}.")
+
+    def uncovered(self, given: ClassTable, *, whose: str, remedy: str) -> str | None:
+        """Which of these classes `given` has no images of, as a sentence; None where all are there, or it is unknown.
+
+        Names are compared, synonyms too, whatever their ids. A single class says nothing, and so do ids for names
+        where the other side has words.
+
+        Raises:
+            ValueError: images of a class that is not one of these.
+
+        Example:
+            >>> ClassTable(("cat", "dog")).uncovered(ClassTable(("dog",)), whose="the reference x", remedy="")
+            'Of 1 of 2 classes of the reference x there is no image: cat.'
+        """
+        numbered = [all(map(is_integer, table.names)) for table in (self, given)]
+        if min(len(self), len(given)) < 2 or numbered[0] != numbered[1]:
+            return None
+        ours, theirs = (
+            {table.names[each]: set(parse_id2label(table.id2label)[each]) for each in table.present}
+            for table in (self, given)
+        )
+        strange = [name for name, names in theirs.items() if not any(names & known for known in ours.values())]
+        if strange:
+            raise ValueError(
+                f"The classes of {whose} are others: {len(strange)} of {len(theirs)} here are none of its {len(ours)} "
+                f"({listed(list(ours))}): {listed(strange)}. {remedy}."
+            )
+        seen = set().union(*theirs.values())
+        missing = [name for name, names in ours.items() if not names & seen]
+        if not missing:
+            return None
+        return f"Of {len(missing)} of {len(ours)} classes of {whose} there is no image: {listed(missing)}."
 
     def rows_from(self, saved: ClassTable | None) -> dict[int, int]:
         """id -> id in `saved` of the class of the same name; a name that several classes share is nobody's."""

@@ -1,18 +1,23 @@
 """Numbers of another evaluator are not taken for one's own: what a reference does not say is unknown, marked, and
 never equal; samples and references of different sizes are not compared."""
 
+import json
+import logging
 import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from diffusers_eqvae.classes import ClassTable
 from diffusers_eqvae.metrics.feature_networks import ModuleFeatures
 from diffusers_eqvae.metrics.generation import (
     Reference,
     evaluate_generation,
     feature_statistics,
     load_reference,
+    require_same_classes,
     sample_batches,
 )
 from diffusers_eqvae.metrics.image_sets import extract, open_images
@@ -114,6 +119,59 @@ def test_sizes_that_differ_are_refused_and_both_are_named(source, tmp_path):
         next(sample_batches([(range(10), samples)], [net], references=[reference], resolution="--resolution"))
     with pytest.raises(ValueError, match="is 8x8, and here it is 4x4"):
         evaluate_generation(extract(net, [samples]), reference, net)
+
+
+def folder_of(path, **classes):
+    for name, count in classes.items():
+        (path / name).mkdir(parents=True)
+        for index, each in enumerate(images_uint8(count)):
+            Image.fromarray(each).save(path / name / f"{index}.png")
+    return path
+
+
+OTHER_CLASSES = {
+    "others": ({"owl": 3, "fox": 2}, "2 of 2 here are none of its 2 .cat, dog.: owl, fox. Take a reference of these"),
+    "one more": ({"cat": 3, "owl": 1}, "1 of 2 here are none of its 2 .cat, dog.: owl"),
+}
+SAME_CLASSES = {
+    "the same": ({"cat": 3, "dog": 1}, []),
+    "in another order": ({"dog": 3, "cat": 1}, []),
+    "with synonyms": ({"cat, Felis catus": 3, "dog": 1}, []),
+    "one less": ({"cat": 3, "dog": 0}, ["Of 1 of 2 classes of the reference images there is no image: dog."]),
+    "by numbers": ({"0": 3, "1": 1}, []),
+    "only one, as of no classes": ({"image": 4}, []),
+    "unknown": ({}, []),
+}
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["folder", "saved statistics"])
+@pytest.mark.parametrize("case", {**OTHER_CLASSES, **SAME_CLASSES})
+def test_samples_of_other_classes_than_the_reference_are_refused_by_name(case, saved, tmp_path, caplog):
+    net = network()
+    reference = load_reference(folder_of(tmp_path / "images", cat=2, dog=1), net)
+    if saved:
+        reference.save(tmp_path / "saved.npz")
+        reference = load_reference(tmp_path / "saved.npz", net)
+    assert reference.classes.images == {"cat": 2, "dog": 1}
+    counts, said = {**OTHER_CLASSES, **SAME_CLASSES}[case]
+    samples = ClassTable(tuple(counts), tuple(counts.values()))
+    if case in OTHER_CLASSES:
+        with pytest.raises(ValueError, match=f"classes of the reference images are others: {said}"):
+            require_same_classes([reference], samples)
+    else:
+        with caplog.at_level(logging.WARNING):
+            require_same_classes([None, reference], samples)
+        assert caplog.messages == said
+
+
+@pytest.mark.parametrize("labels", ["images beside the folders", "labels in a file", "no folders"])
+def test_folders_that_are_not_classes_say_nothing_of_them(labels, tmp_path):
+    folder_of(tmp_path, cat=2, dog=1)
+    if labels == "images beside the folders":
+        (tmp_path / "cat" / "0.png").rename(tmp_path / "preview.png")
+    elif labels == "labels in a file":
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": []}))
+    assert open_images(tmp_path / "cat" if labels == "no folders" else tmp_path).classes == ClassTable()
 
 
 BROKEN = {

@@ -182,7 +182,7 @@ def test_what_sampling_json_says(tmp_path):
     (tmp_path / "png").mkdir()
     record |= {"uint8_rule": "truncated", "autoencoder": {"encoder": "1"}, "transformer": "2"}
     (tmp_path / "sampling.json").write_text(json.dumps(record))
-    settings, rules = sampling_settings(tmp_path / "samples.npz")
+    settings, rules, _ = sampling_settings(tmp_path / "samples.npz")
     assert rules == {"label_policy": "balanced", "uint8_rule": "truncated"}
     assert (settings["autoencoder"], settings["transformer"]) == ({"encoder": "1"}, "2")
     assert settings["scheduler"] == {"solver": "heun"}
@@ -193,7 +193,7 @@ def test_what_sampling_json_says(tmp_path):
     card(**settings)
     # Nothing is known of files that sampling.json does not describe, even beside it.
     (tmp_path / "images").mkdir()
-    nothing = ({}, {"label_policy": None, "uint8_rule": None})
+    nothing = ({}, {"label_policy": None, "uint8_rule": None}, None)
     for stranger in ("others.npz", "images", "model/samples.npz"):
         assert sampling_settings(tmp_path / stranger) == nothing
 

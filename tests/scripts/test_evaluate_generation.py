@@ -125,6 +125,25 @@ def test_a_pipeline_is_sampled_in_memory(script, material, tiny_sit, tiny_autoen
         script.main(words(material, samples=tmp_path / "model"))
 
 
+def test_a_pipeline_of_other_classes_than_the_reference_is_refused_and_cards_state_both(
+    script, material, tiny_sit, tiny_autoencoder_kl, tmp_path
+):
+    id2label = {class_id: f"class {class_id}" for class_id in range(10)}
+    pipeline = ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler(), id2label=id2label)
+    pipeline.save_pretrained(tmp_path / "model")
+    reference = tmp_path / "images"
+    for index, each in enumerate(images_uint8(4, 1)):
+        (reference / f"class {index}").mkdir(parents=True)
+        Image.fromarray(each).save(reference / f"class {index}" / "0.png")
+    options = {"samples": tmp_path / "model", "num_samples": 3, "num_inference_steps": 1, "resolution": 16}
+    options |= {"reference": reference, "label_policy": "balanced", "output": tmp_path / "card.json"}
+    card = script.main(words(material, **options))
+    assert card.provenance["reference_classes"] == {f"class {index}": 1 for index in range(4)}
+    assert list(card.provenance["classes"].values()) == [1, 1, 1, *[0] * 7]
+    with pytest.raises(ValueError, match=r"reference images are others: 1 of 5 here .*: class 4\. Take"):
+        script.main(words(material, **options | {"num_samples": 5, "output": tmp_path / "other.json"}))
+
+
 def test_a_foreign_pipeline_is_refused(script, material, tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 

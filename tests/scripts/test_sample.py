@@ -98,8 +98,9 @@ def test_samples_their_labels_and_their_record(script, model, tmp_path):
     assert record["nfe"] == 2 + 2 * 3 and record["seconds"] > 0
     assert record["settings"]["seed"] == 7 and record["settings"]["scheduler_config"]["last_step"] == "Mean"
     assert set(record["versions"]) == {"diffusers_eqvae", "diffusers", "torch", "python"}
-    settings, rules = sampling_settings(tmp_path / "set" / "samples.npz")
+    settings, rules, classes = sampling_settings(tmp_path / "set" / "samples.npz")
     assert settings["autoencoder"]["encoder"] and isinstance(settings["transformer"], str)
+    assert classes.counts == tuple(np.bincount(labels, minlength=10))
     assert rules == {"label_policy": record["settings"]["label_policy"], "uint8_rule": UINT8_RULE}
 
 

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 
 from ..classes import in_order
-from .image_files import IMAGE_SUFFIXES, ImageFiles, find_images
+from .image_files import IMAGE_SUFFIXES, ImageFiles, class_folders, find_images
 from .label_files import read_label_files
 from .report import DataReport
 
@@ -177,8 +177,8 @@ def _image_folder(root: Path, split: str, *, label_column: str, report: DataRepo
         columns[label_column] = labels
         features[label_column] = datasets.Value("int64" if isinstance(labels[0], int) else "string")
     elif labels is None:
-        beside = [path for path in found.images if os.path.dirname(path) == str(top)]
-        folders = [os.path.relpath(path, top).split(os.sep)[0] for path in found.images]
+        folders = class_folders(top, found.images)
+        beside = [path for path, folder in zip(found.images, folders, strict=True) if not folder]
         if not beside:
             columns["label"], features["label"] = folders, datasets.ClassLabel(names=in_order(folders))
         elif len(beside) < len(found.images):

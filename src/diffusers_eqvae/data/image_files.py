@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +216,17 @@ def image_files(directory: str | os.PathLike[str]) -> Iterator[Path]:
     found.require_mostly_taken()
     found.report.log()
     return map(Path, found.images)
+
+
+def class_folders(root: str | os.PathLike[str], images: Iterable[str]) -> list[str]:
+    """The folder below `root` that each image lies in, which is its class; "" of those that lie beside the folders.
+
+    Example:
+        >>> class_folders("photographs", ["photographs/daisy/0001.jpg", "photographs/preview.png"])
+        ['daisy', '']
+    """
+    parts = (os.path.relpath(each, root).partition(os.sep) for each in images)
+    return [name if inside else "" for name, inside, _ in parts]
 
 
 def note_small(report: DataReport, small: Mapping[str, int], resolution: int, *, seen: int, total: int) -> None:

@@ -22,6 +22,7 @@ from .references import (
     evaluator_identity,
     feature_statistics,
     load_reference,
+    require_same_classes,
     require_same_evaluator,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate_reconstruction",
     "feature_statistics",
     "load_reference",
+    "require_same_classes",
     "sample_batches",
 ]
 

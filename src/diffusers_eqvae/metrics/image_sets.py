@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..classes import ClassTable, in_order
 from ..data.image_datasets import START_CHECKS, ImageSource, model_files
-from ..data.image_files import DECODE_ERRORS, image_files, note_small, read_image, sizes_of
+from ..data.image_files import DECODE_ERRORS, class_folders, image_files, note_small, read_image, sizes_of
+from ..data.label_files import LABEL_FILES
 from ..data.report import DataReport
 from ..files import npz_keys, open_npz_array
 from ..images import UINT8_RULE, adm_center_crop
@@ -37,6 +39,7 @@ class ImageSet:
         resolution: side in pixels that files and datasets are cropped to (ADM centre crop); None takes files as they
             are, which must then be equally large.
         limit: measure the first `limit` images only.
+        classes: of the images, where it is known; a dataset knows its own.
 
     Example:
         >>> images = ImageSet(np.zeros((5, 32, 32, 3), dtype=np.uint8), name="black")
@@ -51,6 +54,7 @@ class ImageSet:
         name: str,
         resolution: int | None = None,
         limit: int | None = None,
+        classes: ClassTable | None = None,
     ) -> None:
         if isinstance(images, np.ndarray):
             _require_uint8(images, name)
@@ -67,6 +71,7 @@ class ImageSet:
         self.name = name
         self.resolution = resolution
         self.count = len(images) if limit is None else limit
+        self.classes = images.classes if isinstance(images, ImageSource) else classes or ClassTable()
         self._size: tuple[int, ...] | None = None
         self.report = images.report if isinstance(images, ImageSource) else DataReport()
         if isinstance(images, ImageSource) and resolution is not None:
@@ -170,12 +175,24 @@ def open_images(path: str | os.PathLike[str], *, resolution: int | None = None, 
                 f"{path} holds {', '.join(found)}: it is a model's directory, and images in it are not a set to "
                 "measure. Give an .npz with arr_0, a folder of images or, as samples, a pipeline."
             )
-        return ImageSet(list(image_files(path)), name=path.name, resolution=resolution, limit=limit)
+        files = list(image_files(path))
+        return ImageSet(
+            files, name=path.name, resolution=resolution, limit=limit, classes=_folder_classes(path, files[:limit])
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither an .npz nor a folder of images.")
     if "arr_0" not in npz_keys(path):
         raise ValueError(f"{path} must hold the images as arr_0; it holds {', '.join(npz_keys(path))}.")
     return ImageSet(open_npz_array(path, "arr_0"), name=path.name, resolution=resolution, limit=limit)
+
+
+def _folder_classes(root: Path, files: Sequence[Path]) -> ClassTable | None:
+    """Of class folders; None of a folder whose labels are not those."""
+    folders = class_folders(root, map(str, files))
+    names = in_order(folders)
+    if "" in names or any((root / name).is_file() for name in LABEL_FILES):
+        return None
+    return ClassTable(tuple(names), tuple(map(folders.count, names)))
 
 
 @dataclass

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..classes import ClassTable
 from ..files import npz_keys, open_npz_array, read_npz, require_format_version, write_npz
 from .distances import FeatureStatistics
 from .feature_networks import FeatureNetwork
 from .image_sets import Features, ImageSet, extract, open_images
 from .result_card import UNKNOWN
+
+logger = logging.getLogger(__name__)
 
 # Changes when the same images and weights would give other numbers.
 PROTOCOL_VERSION = "1 (ADM)"
@@ -77,6 +81,19 @@ def require_same_evaluator(
         raise ValueError(f"The {_CALLED[part]} of {whose} is {pair[0]}, and here it is {pair[1]}. {remedy}.")
 
 
+def require_same_classes(references: Iterable[Reference | None], classes: ClassTable) -> None:
+    """Refuses samples of other classes than a reference's, by name, and warns of those of its classes without samples.
+
+    Example:
+        >>> require_same_classes([reference], sampled_classes(pipeline, 50000, pipeline.class_ids, seed=0))
+    """
+    remedy = "Take a reference of these classes, or sample those it has"
+    for reference in filter(None, references):
+        whose = f"the reference {reference.name}"
+        if said := reference.classes.uncovered(classes, whose=whose, remedy=remedy):
+            logger.warning("%s", said)
+
+
 @dataclass(frozen=True)
 class Reference:
     """What samples are compared with.
@@ -90,6 +107,7 @@ class Reference:
         spatial_mean, spatial_covariance: likewise, or None.
         features: (M, D) for precision, recall and KID, or None.
         doubt: why it is not known that mean and covariance are this network's; None where it is.
+        classes: names and counts of its images' classes; empty where nothing says them.
     """
 
     name: str
@@ -103,6 +121,7 @@ class Reference:
     spatial_covariance: Tensor | None = None
     features: Tensor | None = None
     doubt: str | None = None
+    classes: ClassTable = field(default_factory=ClassTable)
 
     @property
     def weights_hash(self) -> str:
@@ -110,7 +129,15 @@ class Reference:
         return self.evaluator.get("weights", UNKNOWN)
 
     @classmethod
-    def of(cls, images: Features, *, name: str, evaluator: Mapping[str, str], resize_rule: str = UNKNOWN) -> Reference:
+    def of(
+        cls,
+        images: Features,
+        *,
+        name: str,
+        evaluator: Mapping[str, str],
+        resize_rule: str = UNKNOWN,
+        classes: ClassTable | None = None,
+    ) -> Reference:
         """The statistics of a set of images; precision, recall and KID use its first 10 000."""
         statistics = feature_statistics(images.outputs["features"])
         spatial = feature_statistics(images.outputs["spatial"]) if "spatial" in images.outputs else None
@@ -125,6 +152,7 @@ class Reference:
             None if spatial is None else spatial.mean,
             None if spatial is None else spatial.covariance,
             images.outputs["features"][:REFERENCE_FEATURES],
+            classes=classes or ClassTable(),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -133,7 +161,7 @@ class Reference:
         arrays |= {"mu_s": self.spatial_mean, "sigma_s": self.spatial_covariance}
         stored: dict[str, Any] = {key: value.numpy() for key, value in arrays.items() if value is not None}
         said = {"name": self.name, "hash": self.hash, "evaluator": dict(self.evaluator), "count": self.count}
-        said |= {"resize_rule": self.resize_rule, "doubt": self.doubt}
+        said |= {"resize_rule": self.resize_rule, "doubt": self.doubt, "classes": self.classes.to_config()}
         write_npz(path, format_version=np.int64(FORMAT_VERSION), reference=json.dumps(said), **stored)
 
     @classmethod
@@ -146,6 +174,7 @@ class Reference:
             said = json.loads(str(read_npz(Path(path), "reference")["reference"]))
             who, rule, doubt = said["evaluator"], str(said["resize_rule"]), said["doubt"]
             identity, count = (str(said["name"]), str(said["hash"])), said["count"]
+            classes = ClassTable.from_config(said.get("classes", {})) or ClassTable()
             require_same_evaluator(who, evaluator_identity(network), whose=f"the reference {name}")
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} does not say what its statistics are of ({error}); compute it again.") from error
@@ -156,7 +185,7 @@ class Reference:
         if features is not None and (features.ndim != 2 or features.shape[1] != len(mean)):
             raise ValueError(f"features of {path} must be (M, {len(mean)}); got {tuple(features.shape)}.")
         spatial = _moments(Path(path), keys, "mu_s", "sigma_s")
-        return cls(*identity, who, rule, count, mean, covariance, *spatial, features, doubt)
+        return cls(*identity, who, rule, count, mean, covariance, *spatial, features, doubt, classes)
 
     def statement(self) -> dict[str, str]:
         """What a result card's protocol says about the reference."""
@@ -197,7 +226,8 @@ def load_reference(
     if isinstance(source, ImageSet):
         features = extract(network, source, batch_size=batch_size, processes=processes)
         who = evaluator_identity(network, features.image_size)
-        return Reference.of(features, name=source.name, evaluator=who, resize_rule=source.resize_rule)
+        rule, classes = source.resize_rule, source.classes
+        return Reference.of(features, name=source.name, evaluator=who, resize_rule=rule, classes=classes)
     path = Path(source)
     keys = npz_keys(path) if path.is_file() else []
     if {"format_version", "reference", "weights_hash"} & set(keys):

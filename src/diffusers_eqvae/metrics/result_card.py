@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..classes import ClassTable
 from ..files import read_json, require_format_version, write_json
 from ..provenance import hash_file
 
@@ -201,13 +202,13 @@ def is_card_of(path: str | os.PathLike[str], **subject: Any) -> bool:
     return all(said.get(key) == value for key, value in subject.items() if value is not None)
 
 
-def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `pipelines/sample.py` wrote down beside its samples: settings of a card, and label policy and uint8 rule.
+def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], ClassTable | None]:
+    """What `pipelines/sample.py` wrote beside its samples: settings of a card, label policy and uint8 rule, classes.
 
     It is read for the set it describes, which is samples.npz in the folder of sampling.json, its folder png/ or that
-    folder itself; samples.npz must be the file that was written. Of any other file nothing is known: {} and None for
-    both rules. Whether the weights are an average is read from the run's `resolved_arguments.json`, where the model is
-    a local directory.
+    folder itself; samples.npz must be the file that was written. Of any other file nothing is known: {}, None for
+    both rules, and None. Whether the weights are an average is read from the run's `resolved_arguments.json`, where
+    the model is a local directory.
     """
     samples = Path(samples)
     folder = samples if samples.is_dir() and samples.name != "png" else samples.parent
@@ -224,7 +225,8 @@ def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], 
     if "scheduler_config" in known:  # what the flag's word meant
         settings["scheduler"] = known["scheduler_config"]
     settings |= run_settings(str(settings.get("model")))
-    return settings, {key: known.get(key) for key in ("label_policy", "uint8_rule")}
+    rules = {key: known.get(key) for key in ("label_policy", "uint8_rule")}
+    return settings, rules, ClassTable.from_config(content)
 
 
 def run_settings(model: str | os.PathLike[str]) -> dict[str, Any]:

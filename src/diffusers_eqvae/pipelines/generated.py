@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..images import UINT8_RULE
-from .sampling import identities, plan_blocks, sample_block, scheduler_settings
+from .sampling import identities, plan_blocks, sample_block, sampled_classes, scheduler_settings
 
 
 class GeneratedImages:
@@ -24,6 +24,7 @@ class GeneratedImages:
 
     Attributes:
         settings: of the sampler, for a result card; `nfe` is there once a batch has been made.
+        classes: of the whole set, by names and counts.
         protocol: label policy and uint8 rule, for a result card.
 
     Example:
@@ -51,6 +52,7 @@ class GeneratedImages:
                 "processes. Take smaller batches or fewer processes."
             )
         self.blocks = blocks[rank * len(blocks) // world_size : (rank + 1) * len(blocks) // world_size]
+        self.classes = sampled_classes(pipeline, num_samples, pipeline.class_ids, seed=seed, policy=label_policy)
         self.protocol = {"label_policy": label_policy, "uint8_rule": UINT8_RULE}
         self.settings: dict[str, Any] = {
             **options,

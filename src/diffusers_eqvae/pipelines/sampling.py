@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import _registration
+from ..classes import ClassTable
 from ..directories import OutputDirectory
 from ..files import (
     atomic_path,
@@ -125,6 +126,19 @@ def sample_labels(class_ids: Sequence[int], indices: Sequence[int], *, seed: int
     if policy == "balanced":
         return [class_ids[index % len(class_ids)] for index in indices]
     return [class_ids[int(numpy_generator(seed, index, _LABEL).integers(len(class_ids)))] for index in indices]
+
+
+def sampled_classes(
+    pipeline: Any, count: int, class_ids: Sequence[int], *, seed: int, policy: str = "random"
+) -> ClassTable:
+    """Names of a pipeline's classes and how many of the images 0 .. count-1 of a set are of each.
+
+    Example:
+        >>> sampled_classes(pipeline, 50000, pipeline.class_ids, seed=0).counts
+    """
+    labels, named = sample_labels(class_ids, range(count), seed=seed, policy=policy), pipeline.id2label
+    names = [named[each][0] if each in named else str(each) for each in range(pipeline.transformer.config.num_classes)]
+    return ClassTable.of_labels(np.array(labels), names)
 
 
 def sample_block(

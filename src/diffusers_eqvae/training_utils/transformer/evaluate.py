@@ -11,11 +11,19 @@ from ...data.latent_store import LatentStore
 from ...metrics.base import Better, build_metrics, measure
 from ...metrics.diffusability import linear_predictor_loss
 from ...metrics.feature_networks import FeatureNetwork, load_feature_network
-from ...metrics.generation import GENERATION_METRICS, OFFERS, Reference, load_reference, sample_batches
+from ...metrics.generation import (
+    GENERATION_METRICS,
+    OFFERS,
+    Reference,
+    load_reference,
+    require_same_classes,
+    sample_batches,
+)
 from ...objectives.base import Objective
 from ...objectives.flow_matching import FlowMatchingObjective
 from ...pipelines.generated import GeneratedImages
 from ...pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ...pipelines.sampling import sampled_classes
 from ..run import TrainingRun
 from .arguments import GenerationEvaluationArguments, SamplingArguments
 
@@ -89,6 +97,8 @@ class GenerationEvaluation:
         self.references = {
             network: load_reference(str(arguments.evaluation_reference), network, **options) for network in networks
         }
+        seed, count = run.arguments.seed, arguments.num_evaluation_samples
+        require_same_classes(self.references.values(), sampled_classes(pipeline, count, pipeline.class_ids, seed=seed))
 
     @property
     def measured(self) -> dict[str, Better]:
