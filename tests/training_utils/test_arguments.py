@@ -115,6 +115,7 @@ def test_a_preset_takes_from_its_base_what_it_does_not_say(script, tmp_path):
         ("row", "has the base row, which has one itself: careful. Name that one."),
         ("nothing", "has the base nothing, and no nothing.yaml lies beside it."),
         ("../configs/careful", "has the base ../configs/careful, and no ../configs/careful.yaml lies beside it."),
+        ("[careful]", "has the base ['careful'], and no ['careful'].yaml lies beside it."),
     ):
         path = configs / "wrong.yaml"
         path.write_text(f"base: {base}\n")

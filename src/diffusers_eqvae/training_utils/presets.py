@@ -61,7 +61,7 @@ def read_preset(path: Path) -> dict[str, Any]:
     if base is None:
         return content
     beside = {other.stem: other for other in path.parent.glob("*.yaml")}
-    if base not in beside:
+    if base not in list(beside):  # a list of words cannot be looked up
         raise ValueError(f"The preset {path} has the base {base}, and no {base}.yaml lies beside it.")
     below = _content(beside[base])
     if BASE in below:
