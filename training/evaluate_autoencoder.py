@@ -33,6 +33,7 @@ from diffusers_eqvae.metrics.generation import ImageDigests
 from diffusers_eqvae.metrics.image_sets import ImageSet
 from diffusers_eqvae.metrics.result_card import ResultCard, is_card_of
 from diffusers_eqvae.options import Checked, inputs_of
+from diffusers_eqvae.perception.annotated_images import ImageMasks
 from diffusers_eqvae.provenance import autoencoder_identity, hardware, hub_commit
 from diffusers_eqvae.training_utils.arguments import DataArguments, warn_without_effect
 from diffusers_eqvae.training_utils.command_line import Choice, parse
@@ -87,6 +88,13 @@ class EvaluateArguments(Checked):
     sample_posterior: bool = field(
         default=False, metadata={"help": "Reconstruct a sample of the posterior instead of its mean."}
     )
+    masks: str | None = field(
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Folder of 8-bit masks named as the images, for SRSS: 0 is background, 255 does not count.",
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "Of the samples; every image has noise of its own.", "range": "[0, 2**64)"}
     )
@@ -140,14 +148,22 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     require_replaceable(*arguments.cards, inputs=inputs_of(arguments, data), ours=ours)
     vae = load_autoencoder(arguments.vae).requires_grad_(False).to(state.device)
     networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
-    shared, groups = build_groups(metric_names(arguments, options), options, offers=OFFERS, networks=networks)
+    names = metric_names(arguments, options)
+    if not any("masks" in METRICS[name].uses for name in names):
+        warn_without_effect(arguments, ("masks",), "none of --metrics uses masks")
+    shared, groups = build_groups(names, options, offers=OFFERS, networks=networks)
     with state.main_process_first():
-        images = ImageSet(data.load(), name=data.name, resolution=data.resolution, limit=arguments.num_images)
+        source = data.load()
+        images = ImageSet(source, name=data.name, resolution=data.resolution, limit=arguments.num_images)
+        masks = None
+        if arguments.masks is not None:
+            masks = ImageMasks(source, arguments.masks, resolution=data.resolution, places=range(len(images)))
 
     digests = ImageDigests()
     noise_seed = arguments.seed if arguments.sample_posterior else None
     own = progress_bar(images.batches(arguments.batch_size, state), disable=not state.is_main_process)
-    batches = reconstruction_batches(vae, own, networks=networks, noise_seed=noise_seed, labels=images.labels)
+    given = {"networks": networks, "noise_seed": noise_seed, "labels": images.labels, "masks": masks}
+    batches = reconstruction_batches(vae, own, **given)
     measure([*shared, *(metric for group in groups for metric in group), digests], batches, state)
 
     cards, common = [], Measurement(shared)

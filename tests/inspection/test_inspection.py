@@ -279,3 +279,34 @@ def test_images_are_evenly_spaced_and_none_is_replaced(images, caplog):
     broken.write_bytes(broken.read_bytes()[:900])
     with pytest.raises(ValueError, match=f"{broken.name} cannot be read"):
         load_images(images, resolution=16, num_images=12)
+
+
+def test_classes_and_masks_reach_the_card(tmp_path, tiny_autoencoder_kl, capsys):
+    """Class folders: VIV over classes and LNC; masks of the same names: SRSS. Without them clusters are named."""
+    tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
+    mask = np.zeros((40, 48), dtype=np.uint8)
+    mask[:, 20:] = 7
+    for index in range(12):
+        array = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        for name, image in (("images", array), ("masks", mask)):
+            (tmp_path / name / f"class {index % 2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / name / f"class {index % 2}" / f"{index}.png")
+    (tmp_path / "plain").mkdir()
+    for index in range(12):
+        array = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(array).save(tmp_path / "plain" / f"{index:02d}.png")
+
+    def card(data: str, *more: str) -> ResultCard:
+        words = ["inspect", "--vae", tmp_path / "vae", "--data_dir", tmp_path / data, "--resolution", 32]
+        assert (
+            eqvae_command.main([str(word) for word in [*words, "--output_dir", tmp_path / f"{data} out", *more]]) == 0
+        )
+        return ResultCard.load(tmp_path / f"{data} out" / "card.vae.json")
+
+    known = card("images", "--masks", str(tmp_path / "masks"))
+    said = capsys.readouterr().out
+    assert known.protocol["viv.groups"] == "2 classes" and 0 <= known.metrics["lnc"] <= 1
+    assert -2 <= known.metrics["srss"] <= 2 and "VIV over 2 classes" in said and "SRSS" in said
+    unknown = card("plain")
+    assert "k-means cluster" in unknown.protocol["viv.groups"] and not {"lnc", "srss"} & set(unknown.metrics)
+    assert "k-means cluster" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusers_eqvae.autoencoders import Posterior
 from diffusers_eqvae.metrics.base import METRICS, measure
@@ -204,6 +205,33 @@ def test_nearest_cells_are_those_of_other_images():
     assert nearest_class_share(noise, ids % 2, ids).mean().item() == pytest.approx(0.5, abs=0.02)
     with pytest.raises(ValueError, match="5 are left beside the largest image"):
         nearest_class_share(cells[:10], classes[:10], images[:10])
+
+
+def test_regions_of_masks_are_their_most_frequent_labels_and_void_counts_for_nothing():
+    """Cells of 2 px: one vector in the foreground, one at right angles to it behind, so that SRSS is 1 - 0."""
+    masks = torch.zeros(3, 8, 8, dtype=torch.int64)
+    masks[0, :, :4], masks[0, 0, 0], masks[0, :2, 6:] = 3, 0, 255  # one pixel of four; one cell of void
+    masks[1] = 1  # no background
+    latents = torch.zeros(3, 2, 4, 4)
+    latents[:, 0, :, :2], latents[:, 1, :, 2:] = 1.0, 1.0
+    latents -= latents.mean((0, 2, 3), keepdim=True)  # what normalising does; the two are then opposite
+    latents[0, :, 0, 3] = latents[0, :, 0, 0]  # the void cell looks like the foreground
+    metric = METRICS["diffusability"]()
+    metric.update({"posteriors": Posterior(latents[:2], None), "masks": masks[:2]}, range(2))
+    figure = measure([metric], []).figures["srss"]
+    normalized = channel_normalized(latents[:2])[0]
+    cells = F.normalize(normalized.flatten(1), dim=0)
+    front, back = cells.view(2, 4, 4)[:, :, :2].flatten(1), cells.view(2, 4, 4)[:, :, 2:].flatten(1)
+    back = back[:, [0, 2, 3, 4, 5, 6, 7]]  # without the void
+    within = sum(float(front[:, i] @ front[:, j]) for i in range(8) for j in range(8) if i != j) / 56
+    assert figure.value == pytest.approx(within - float((front.T @ back).mean()), abs=1e-5)
+    assert figure.n == 1 and figure.caveat == "1 of 2 images left out, whose masks lack foreground or background"
+    nothing = METRICS["diffusability"]()
+    nothing.update({"posteriors": Posterior(latents, None), "masks": torch.ones(3, 8, 8, dtype=torch.int64)}, range(3))
+    undefined = measure([nothing], []).figures["srss"]
+    assert math.isnan(undefined.value) and "one of the background, which is 0" in undefined.caveat
+    hashes = {each.protocol()["srss.masks_hash"] for each in (metric, nothing)}
+    assert len(hashes) == 2
 
 
 def measured(latents: torch.Tensor, labels: torch.Tensor | None, *, batches: list[list[int]]):

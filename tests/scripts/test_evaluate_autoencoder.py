@@ -145,6 +145,7 @@ def test_help_offers_the_metrics_that_can_be_measured_here(capsys):
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Other choices of --metrics: ")]
     offered = set(line.rstrip(".").partition(": ")[2].split(", "))
     assert "transformed_rfid" in offered and not offered & {"fid", "kid", "precision_recall"}
+    assert "inception_score" not in offered  # it would be that of the originals
 
 
 EXTENSION = """
@@ -291,3 +292,26 @@ def test_nan_is_refused(repository, vae, images, tmp_path):
     with pytest.raises(ValueError, match="gave NaN or infinity"):
         run(repository, vae, images, tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
+
+
+def test_masks_give_srss_and_are_refused_by_name(repository, vae, images, tmp_path, caplog):
+    (tmp_path / "masks").mkdir()
+    for path in sorted(images.iterdir()):
+        mask = np.zeros((36, 48), dtype=np.uint8)
+        mask[: 10 + int(path.stem)] = 1
+        Image.fromarray(mask).save(tmp_path / "masks" / path.name)
+    wanted = ("--metrics", "diffusability", "--masks", str(tmp_path / "masks"))
+    card = run(repository, vae, images, tmp_path / "a.json", *wanted, "--batch_size", "3")
+    again = run(repository, vae, images, tmp_path / "b.json", *wanted, "--batch_size", "13")
+    assert card["metrics"]["srss"] == pytest.approx(again["metrics"]["srss"], abs=1e-5)
+    assert card["protocol"]["srss.masks_hash"] == again["protocol"]["srss.masks_hash"]
+    run(repository, vae, images, tmp_path / "c.json", "--metrics", "psnr", *wanted[2:])
+    assert "masks" in caplog.text and "none of --metrics uses masks" in caplog.text
+
+    (tmp_path / "masks" / "03.png").rename(tmp_path / "masks" / "x.png")
+    with pytest.raises(ValueError, match=r"one mask of the same name.* for 1 of 13: 03.png"):
+        run(repository, vae, images, tmp_path / "d.json", *wanted)
+    run(repository, vae, images, tmp_path / "e.json", *wanted, "--num_images", "3")  # the first three have theirs
+    Image.fromarray(np.zeros((48, 36), dtype=np.uint8)).save(tmp_path / "masks" / "03.png")
+    with pytest.raises(ValueError, match=r"03.png has 36x48 px.* 48x36 px. Crop or rotate it"):
+        run(repository, vae, images, tmp_path / "d.json", *wanted)

@@ -41,6 +41,8 @@ TABLE = {
     "viv_per_dimension": ("VIV per dimension", ".3f", "lower"),
     "sec": ("energy of fine patterns (SEC)", ".3f", "lower"),
     "lds": ("local similarity (LDS)", ".3f", "higher"),
+    "lnc": ("class of nearest cells (LNC)", ".3f", "higher"),
+    "srss": ("similarity inside objects (SRSS)", ".3f", "higher"),
 }
 # Own choice, not published: 3 dB is twice the squared error, 1 dB a quarter more of it.
 SMALL_GAP_DB, LARGE_GAP_DB = 1.0, 3.0
@@ -86,9 +88,18 @@ class Inspection:
 
 
 def inspect_autoencoder(
-    vae: nn.Module, images: Tensor, *, name: str, perceptual: nn.Module | None = None, batch_size: int = 1
+    vae: nn.Module,
+    images: Tensor,
+    *,
+    name: str,
+    perceptual: nn.Module | None = None,
+    annotations: Mapping[str, Tensor] | None = None,
+    batch_size: int = 1,
 ) -> Inspection:
     """Measures `vae` on images (N, 3, S, S) in [-1, 1], one at a time by default, which a CPU does fastest.
+
+    Args:
+        annotations: "labels" and "masks" of the images, as `measure_autoencoder` takes them.
 
     Example:
         >>> [finding.name for finding in inspect_autoencoder(vae, pixels, name="taesd").findings]
@@ -99,7 +110,7 @@ def inspect_autoencoder(
     start = time.perf_counter()
     names = [name for name in RECONSTRUCTION_METRICS if name not in ("lpips", "rfid")]
     metrics = build_metrics(names, offers=OFFERS) + ([] if perceptual is None else [PerceptualDistance(perceptual)])
-    measured = measure_autoencoder(vae, images.split(batch_size), metrics=metrics)
+    measured = measure_autoencoder(vae, images.split(batch_size), metrics=metrics, annotations=annotations)
     figures = {"num_images": len(images), **measured.values(), **measured.details}
     description = {
         "class": type(vae).__name__,
@@ -110,7 +121,8 @@ def inspect_autoencoder(
         "autoencoder": autoencoder_identity(vae),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return Inspection(name, description, figures, findings(figures, measured.card_parts()), measured)
+    parts = {**measured.card_parts(), "protocol": measured.protocol}
+    return Inspection(name, description, figures, findings(figures, parts), measured)
 
 
 def result_card(
@@ -147,13 +159,13 @@ def findings(figures: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[Find
 
     Args:
         figures: values and details.
-        parts: `errors` and `caveats` by name, of `Measurement.card_parts`.
+        parts: `errors` and `caveats` by name, of `Measurement.card_parts`, and its `protocol`.
 
     Example:
         >>> findings(inspection.figures, inspection.measurement.card_parts())[0].name
         'reconstruction'
     """
-    stated = _Stated(figures, parts.get("errors", {}), parts.get("caveats", {}))
+    stated = _Stated(figures, *(parts.get(each, {}) for each in ("errors", "caveats", "protocol")))
     return _reconstruction(stated), _equivariance(stated), _diffusability(stated), _channels(stated)
 
 
@@ -164,6 +176,7 @@ class _Stated:
     figures: Mapping[str, Any]
     errors: Mapping[str, float]
     caveats: Mapping[str, str]
+    protocol: Mapping[str, Any]
 
     def __call__(self, name: str, form: str = ".2f") -> str:
         value = self.figures.get(name, math.nan)
@@ -218,6 +231,9 @@ def _diffusability(stated: _Stated) -> Finding:
     evidence = [
         f"SEC {stated('sec', '.3f')} (white noise .5), LDS {stated('lds', '.3f')} (white noise 0)",
         f"share of high frequencies {stated('high_frequency', '.3f')}, white noise .80",
+        *([f"VIV over {stated.protocol['viv.groups']}"] if "viv.groups" in stated.protocol else []),
+        *([f"LNC {stated('lnc', '.3f')}: cells whose nearest are of its class"] if "lnc" in stated.figures else []),
+        *([f"SRSS {stated('srss', '.3f')}: within objects less across"] if "srss" in stated.figures else []),
         *([stated.caveats["viv"]] if "viv" in stated.caveats else []),
         "no limits: nobody has measured at how many of these a generator does well",
     ]

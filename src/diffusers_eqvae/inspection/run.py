@@ -21,6 +21,7 @@ from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests
 from ..metrics.result_card import is_card_of
 from ..options import Checked, inputs_of
+from ..perception.annotated_images import ImageMasks
 from ..provenance import hardware, hub_commit
 from ..training_utils.command_line import parse
 from ..training_utils.console import start_logging
@@ -61,6 +62,13 @@ class InspectArguments(Checked):
     compare_subfolder: str | None = field(default=None, metadata={"help": "The same for compare."})
     resolution: int = field(default=256, metadata={"help": "Side of the centre crops in pixels.", "range": "(0, inf)"})
     num_images: int = field(default=24, metadata={"help": "Images, evenly spaced in data_dir.", "range": "(0, inf)"})
+    masks: str | None = field(
+        default=None,
+        metadata={
+            "reads": True,
+            "help": "Folder of 8-bit masks named as the images, for SRSS: 0 is background, 255 does not count.",
+        },
+    )
     device: str = field(default="cpu", metadata={"help": "Where the networks run, e.g. cuda."})
     lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="squeeze", metadata={"help": "LPIPS network."})
     lpips_backbone_weights: str | None = field(
@@ -75,24 +83,43 @@ class InspectArguments(Checked):
 
 
 def load_images(directory: str | Path, *, resolution: int, num_images: int) -> Tensor:
-    """`num_images` evenly spaced images of a folder, as centre crops (N, 3, S, S) in [-1, 1].
-
-    A folder of fewer images gives all it has, with a warning; an image that cannot be read is an error.
+    """The "images" of `load_annotated_images`.
 
     Example:
         >>> load_images("kodak", resolution=256, num_images=24).shape
         torch.Size([24, 3, 256, 256])
     """
+    return load_annotated_images(directory, resolution=resolution, num_images=num_images)["images"]
+
+
+def load_annotated_images(
+    directory: str | Path, *, resolution: int, num_images: int, masks: str | Path | None = None
+) -> dict[str, Tensor]:
+    """`num_images` evenly spaced images of a folder, as centre crops, and what is known of them.
+
+    "images" (N, 3, S, S) in [-1, 1], "labels" (N,) where the images have classes, and "masks" (N, S, S) where a folder
+    of them is given (`ImageMasks`). A folder of fewer images gives all it has, with a warning; an image that cannot be
+    read is an error.
+
+    Example:
+        >>> load_annotated_images("imagenette", resolution=128, num_images=500)["labels"].shape
+        torch.Size([500])
+    """
     source = load_image_dataset(train_data_dir=directory)
     if len(source) < num_images:
         logger.warning("%s holds %d images, fewer than the %d asked for.", directory, len(source), num_images)
-    images = []
-    for index in evenly_spaced(len(source), num_images):
+    images, places = [], evenly_spaced(len(source), num_images)
+    for index in places:
         image, _, used = source.read(index)
         if used != index:
             raise ValueError(f"{source.name(index)} cannot be read, and a measurement replaces no image; remove it.")
         images.append(to_pixels(adm_center_crop(image, resolution)))
-    return torch.stack(images)
+    loaded = {"images": torch.stack(images)}
+    if source.labels is not None:
+        loaded["labels"] = torch.from_numpy(source.labels[places])
+    if masks is not None:
+        loaded["masks"] = ImageMasks(source, masks, resolution=resolution, places=places)(places)
+    return loaded
 
 
 def run_inspection(arguments: InspectArguments) -> list[Inspection]:
@@ -115,7 +142,10 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
     models = ["/".join(filter(None, location)) for location in locations]
     for file, model in zip(_card_names(names), models, strict=True):
         require_replaceable(folder / file, ours=partial(is_card_of, model=model, data=Path(arguments.data_dir).name))
-    images = load_images(arguments.data_dir, resolution=resolution, num_images=arguments.num_images)
+    annotations = load_annotated_images(
+        arguments.data_dir, resolution=resolution, num_images=arguments.num_images, masks=arguments.masks
+    )
+    images = annotations.pop("images")
     device = require_device(arguments.device)
     provenance = {"data": Path(arguments.data_dir).name}
     provenance |= hardware(device)
@@ -135,7 +165,7 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         require_fitting(resolution, vae, smallest=4 * downsampling_factor(vae))  # at half and a quarter too
     images = images.to(device)
     inspections = [
-        inspect_autoencoder(vae, images, name=name, perceptual=perceptual)
+        inspect_autoencoder(vae, images, name=name, perceptual=perceptual, annotations=annotations)
         for vae, name in zip(vaes, names, strict=True)
     ]
     output.claim("card.html", "card.png", *_card_names(names))

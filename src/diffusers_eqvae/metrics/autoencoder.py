@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ def reconstruction_batches(
     networks: Iterable[FeatureNetwork] = (),
     noise_seed: int | None = None,
     labels: np.ndarray | None = None,
+    masks: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
     """`reconstruct` of (places in the set, uint8 (B, H, W, 3)), with the features of images and reconstructions.
 
@@ -73,6 +74,7 @@ def reconstruction_batches(
         noise_seed: reconstruct samples of the posterior, each with noise of its own (`image_noise`); None
             reconstructs the mean.
         labels: class ids of the whole set, by place, where it has them.
+        masks: what gives (B, H, W) of places in the set, such as `ImageMasks`.
 
     Example:
         >>> measured = measure(metrics, reconstruction_batches(vae, images.batches(16)))
@@ -92,6 +94,8 @@ def reconstruction_batches(
         batch["digests"] = image_digests(images_uint8)
         if labels is not None:
             batch["labels"] = torch.from_numpy(labels[list(index)])
+        if masks is not None:
+            batch["masks"] = masks(index)
         reconstructed = to_uint8(batch["reconstructions"])
         batch["features"] = {network.name: _on_cpu(network(tensor)) for network in networks}
         batch["reconstructed_features"] = {network.name: _on_cpu(network(reconstructed)) for network in networks}
@@ -103,12 +107,17 @@ def _on_cpu(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def measure_autoencoder(
-    vae: nn.Module, batches: Iterable[Tensor], *, metrics: Sequence[Metric] | None = None
+    vae: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    metrics: Sequence[Metric] | None = None,
+    annotations: Mapping[str, Tensor] | None = None,
 ) -> Measurement:
     """Figures of an autoencoder over all `batches`, each (B, 3, H, W) in [-1, 1], with the posterior mean.
 
     Args:
         metrics: default: all that need no further weights.
+        annotations: "labels" (N,) and "masks" (N, H, W) of all images, as far as there are any.
 
     Example:
         >>> measure_autoencoder(vae, [pixels]).figures["psnr"]
@@ -120,8 +129,10 @@ def measure_autoencoder(
     def reconstructed() -> Iterator[tuple[range, dict[str, Any]]]:
         start = 0
         for pixels in batches:
-            yield range(start, start + len(pixels)), reconstruct(vae, pixels)
-            start += len(pixels)
+            index = slice(start, start + len(pixels))
+            of_these = {name: values[index] for name, values in (annotations or {}).items()}
+            yield range(start, index.stop), {**reconstruct(vae, pixels), **of_these}
+            start = index.stop
 
     with evaluating(vae):
         return measure(metrics, reconstructed())

@@ -72,11 +72,12 @@ class Metric(ABC):
 
     A batch is a dict; `needs` names the entries that `update` reads:
 
-    - "images": pixels (B, 3, H, W) in [-1, 1]; "labels": their class ids (B,), only where the set has them, so that no
-      metric can need them;
+    - "images": pixels (B, 3, H, W) in [-1, 1]; "labels": their class ids (B,), and "masks": their regions (B, H, W),
+      only where the set has them: a metric does not need them, it `uses` them;
     - "reconstructions": likewise, clamped; "posteriors": their `Posterior`; "autoencoder": the model that made both;
     - "features": name of a feature network -> what it gives of the images; "reconstructed_features": likewise;
-    - "reference": nothing of a batch, but a `Reference` at construction.
+    - "reference": nothing of a batch, but a `Reference` at construction; "samples": nothing either, but that the
+      images were generated, for figures that say nothing of others.
 
     Whatever reaches another process (`merge`) is pickled: leave networks out of it (`__getstate__`).
 
@@ -89,6 +90,7 @@ class Metric(ABC):
     Arguments: type | None = None
     prefixes: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
 
     @classmethod
     def from_arguments(cls, arguments: Any = None, *, network: Any = None, reference: Any = None) -> Metric:

@@ -41,7 +41,7 @@ __all__ = [
 
 # What `training/evaluate_generation.py` computes by default, and what its batches hold.
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "kid")
-OFFERS = frozenset({"images", "features", "reference"})
+OFFERS = frozenset({"images", "samples", "features", "reference"})
 NEIGHBOURS = 3
 SPLIT_SIZE = 5000
 

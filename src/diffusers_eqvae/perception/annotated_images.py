@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..classes import listed
 from ..data.hf_datasets import is_image
-from ..data.image_files import DECODE_ERRORS, open_image
+from ..data.image_datasets import ImageSource
+from ..data.image_files import DECODE_ERRORS, image_files, open_image
 from ..images import adm_center_crop, orientation, to_pixels, to_rgb, upright
 
 
@@ -39,15 +41,62 @@ def paired_files(images: str | os.PathLike[str], *annotations: str | os.PathLike
             )
     rows = [tuple(files[name] for files in found) for name in sorted(found[0])]
     for image, *targets in rows:
-        width, height = _upright_size(image)
         for target in targets:
-            own_width, own_height = _upright_size(target)
-            if abs(own_width * height - own_height * width) > max(width, height, own_width, own_height):
-                raise ValueError(
-                    f"An annotation must have its image's proportions; {target} has {own_width}x{own_height} px, "
-                    f"{image} {width}x{height} px. Crop or rotate it as the image was."
-                )
+            _require_proportions(image, target)
     return rows
+
+
+class ImageMasks:
+    """The masks of a set of images, which have their names (up to the suffix) and, in subfolders, their paths.
+
+    Called with places in the set it gives them as `read_annotations` does, (B, S, S).
+
+    Args:
+        source: the images, as files in a folder.
+        folder: of the masks, which may be more than images; all of it is looked through at once.
+        places: of the images that need one.
+
+    Example:
+        >>> masks = ImageMasks(source, "masks", resolution=256, places=[0, 1])
+        >>> masks([0, 1]).shape
+        torch.Size([2, 256, 256])
+    """
+
+    def __init__(
+        self, source: ImageSource, folder: str | os.PathLike[str], *, resolution: int, places: Sequence[int]
+    ) -> None:
+        self.resolution, root = resolution, source.root
+        names = {place: Path(source.name(place)) for place in places}
+        unnamed = [str(name) for name in names.values() if root is None or not (root / name).is_file()]
+        if root is None or unnamed:
+            raise ValueError(
+                f"Masks go by the names of image files, and these images have none ({listed(unnamed)}); give a folder "
+                "of image files, or leave the masks out."
+            )
+        own: dict[Path, list[Path]] = {}
+        for path in image_files(folder):
+            own.setdefault(path.relative_to(folder).with_suffix(""), []).append(path)
+        found = {place: own.get(name.with_suffix(""), []) for place, name in names.items()}
+        if wrong := [str(names[place]) for place, files in found.items() if len(files) != 1]:
+            raise ValueError(
+                f"{folder} must hold one mask of the same name and subfolder for each image; it has none, or several, "
+                f"for {len(wrong)} of {len(names)}: {listed(wrong)}."
+            )
+        self.pairs = {place: (root / name, found[place][0]) for place, name in names.items()}
+
+    def __call__(self, index: Sequence[int]) -> Tensor:
+        for place in index:
+            _require_proportions(*self.pairs[place])
+        return read_annotations([self.pairs[place][1] for place in index], self.resolution)
+
+
+def _require_proportions(image: Path, target: Path) -> None:
+    (width, height), (own_width, own_height) = _upright_size(image), _upright_size(target)
+    if abs(own_width * height - own_height * width) > max(width, height, own_width, own_height):
+        raise ValueError(
+            f"An annotation must have its image's proportions; {target} has {own_width}x{own_height} px, "
+            f"{image} {width}x{height} px. Crop or rotate it as the image was."
+        )
 
 
 def read_pixels(paths: Sequence[Path], resolution: int) -> Tensor:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ...options import Checked
 from ...perception.clusters import cluster_positions
+from ...perception.transfer import IGNORE_INDEX, position_labels
 from ..base import Figure, PerImageMetric, register_metric
 from ..diffusability import (
     FAR_CELLS,
@@ -16,19 +17,22 @@ from ..diffusability import (
     linear_predictor_loss,
     local_similarity,
     nearest_class_share,
+    region_similarity,
     spectral_energy,
     velocity_irreducible_variance,
 )
+from ..image_sets import hash_digests, image_digests
 
 CLUSTERS = 10  # own choice
 
 
 @register_metric("diffusability")
 class Diffusability(PerImageMetric):
-    """How hard the latents are to generate: `viv`, `viv_per_dimension`, `linear_loss`, `sec`, `lds` and `lnc`.
+    """How hard the latents are to generate: `viv`, `viv_per_dimension`, `linear_loss`, `sec`, `lds`, `lnc` and `srss`.
 
     See `metrics.diffusability` for each. VIV is the mean over classes, where the images have labels, else over
-    clusters (k-means of whole latents), which its protocol says; LNC needs labels. The latents are the posterior mean,
+    clusters (k-means of whole latents), which its protocol says; LNC needs labels, SRSS masks, in which 0
+    is the background and 255 nothing. The latents are the posterior mean,
     normalised per channel. VIV is compared between latents of one shape only; per dimension it may be between others.
 
     Args:
@@ -36,6 +40,7 @@ class Diffusability(PerImageMetric):
     """
 
     needs = frozenset({"posteriors"})
+    uses = frozenset({"labels", "masks"})
 
     @dataclass
     class Arguments(Checked):
@@ -56,14 +61,15 @@ class Diffusability(PerImageMetric):
 
     def rows(self, batch):
         labels = {"labels": batch["labels"]} if "labels" in batch else {}
-        return {"raw_latents": batch["posteriors"].mode(), **labels}
+        latents = batch["posteriors"].mode()
+        return {"raw_latents": latents, **labels, **_regions(batch.get("masks"), latents)}
 
     def _rows(self):
         return {name: values[: self.max_latents] for name, values in self.joined().items()}
 
     def compute(self):
         rows = self._rows()
-        return diffusability_figures(rows["raw_latents"], rows.get("labels"))
+        return diffusability_figures(rows["raw_latents"], rows.get("labels"), rows.get("regions"))
 
     def protocol(self):
         rows = self._rows()
@@ -77,11 +83,14 @@ class Diffusability(PerImageMetric):
             "sec.above": HIGH_SHARE,
             "lds.far": FAR_CELLS,
             **({} if labels is None else known),
+            **({"srss.masks_hash": _hash(rows["regions"])} if "regions" in rows else {}),
         }
 
 
-def diffusability_figures(raw_latents: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Figure]:
-    """What `Diffusability` computes of raw latents (N, C, h, w) and class ids (N,).
+def diffusability_figures(
+    raw_latents: torch.Tensor, labels: torch.Tensor | None = None, regions: torch.Tensor | None = None
+) -> dict[str, Figure]:
+    """What `Diffusability` computes of raw latents (N, C, h, w), class ids (N,) and regions (N, h, w).
 
     Example:
         >>> diffusability_figures(raw_latents, labels)["viv_per_dimension"].value
@@ -110,7 +119,32 @@ def diffusability_figures(raw_latents: torch.Tensor, labels: torch.Tensor | None
     }
     if labels is not None:
         figures["lnc"] = _nearest_classes(latents, labels)
+    if regions is not None:
+        figures["srss"] = _regions_apart(region_similarity(single, regions))
     return figures
+
+
+def _regions(masks: torch.Tensor | None, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of masks (B, S, S) the most frequent label of each cell; -1 where that is `IGNORE_INDEX`."""
+    if masks is None:
+        return {}
+    labels = position_labels(masks, (latents.shape[-2], latents.shape[-1]))
+    return {"regions": labels.masked_fill(labels == IGNORE_INDEX, -1)}
+
+
+def _hash(regions: torch.Tensor) -> str:
+    return hash_digests(image_digests(regions.numpy()))
+
+
+def _regions_apart(values: torch.Tensor) -> Figure:
+    """The mean over the images that have both a foreground and a background."""
+    both = values[values.isfinite()]
+    if not len(both):
+        reason = "undefined: no mask has two cells of the foreground and one of the background, which is 0"
+        return Figure(torch.nan, n=0, caveat=reason)
+    missing = len(values) - len(both)
+    caveat = f"{missing} of {len(values)} images left out, whose masks lack foreground or background"
+    return replace(Figure.mean(both, better="higher"), caveat=caveat if missing else None)
 
 
 def _nearest_classes(latents: torch.Tensor, labels: torch.Tensor) -> Figure:

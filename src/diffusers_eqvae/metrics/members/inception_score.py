@@ -10,6 +10,7 @@ from ..generation import SPLIT_SIZE, FeatureMetric
 class InceptionScore(FeatureMetric):
     """`inception_score` and its deviation over splits of 5000 images in order, where the network has logits."""
 
+    needs = frozenset({"features", "samples"})
     outputs = ("logits",)
 
     def compute(self):
