@@ -430,6 +430,36 @@ def test_pushes_on_the_way_run_beside_the_training_one_at_a_time(make_run, make_
     assert torch.equal(after, trained(output_dir=str(run.output_dir) + "-silent")[1])
 
 
+def test_a_run_goes_on_past_what_cannot_be_pushed_on_the_way(make_run, make_model, numbers, monkeypatch, caplog):
+    pushed = []
+    monkeypatch.setattr(
+        "diffusers_eqvae.training_utils.uploads.push_run",
+        lambda *args, **kw: pushed.append(kw["commit_message"]) or True,
+    )
+    run = make_run(push_to_hub=True, hub_model_id="me/x", push_every=1, max_train_steps=4)
+    wrapped = run.add("model", make_model())
+
+    def save(directory):
+        if run.step == 1:
+            raise OSError(28, "No space left on device")
+        (directory / "config.json").write_text("{}")
+
+    for batch in run.steps(run.loader(numbers())):
+        if run.step == 2:
+            with torch.no_grad():
+                run.module("model")[0].weight.fill_(float("inf"))
+        run.push_meanwhile(save)
+        if run.step == 2:
+            with torch.no_grad():
+                run.module("model")[0].weight.fill_(0)
+        run.backward(wrapped(batch["x"]).square().mean())
+    run._uploads._running.join()
+    assert pushed == ["Step 3"]
+    assert "Nothing is pushed of step 1: [Errno 28] No space left on device." in caplog.text
+    assert "Nothing is pushed of step 2: its weights are NaN or infinite." in caplog.text
+    assert sorted(path.name for path in run.output_dir.glob(".*")) == [".eqvae.json", ".eqvae.lock"]
+
+
 def test_a_finished_run_is_pushed_as_its_options_say(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(

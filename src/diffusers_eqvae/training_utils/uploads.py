@@ -38,14 +38,17 @@ class Uploads:
             return
         snapshot = self.output_dir / SNAPSHOT
         aside = temporary_sibling(snapshot)
-        aside.mkdir()
         try:
+            aside.mkdir()
             save(aside)
             for path in (self.output_dir / METRICS_FILE, *images_of(self.output_dir, step)):
                 target = aside / path.relative_to(self.output_dir)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
             replace_directory(aside, snapshot)
+        except OSError as error:  # a full disk, say, which need not end the training
+            logger.warning("Nothing is pushed of step %d: %s.", step, error)
+            return
         finally:
             delete(aside)
         self._running = threading.Thread(
