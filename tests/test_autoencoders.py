@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC
 
 from diffusers_eqvae.autoencoders import (
     autoencoder_location,
@@ -120,17 +120,6 @@ def test_a_size_fits_where_the_stride_divides_it(tiny_autoencoder_kl):
         require_fitting(12, tiny_autoencoder_kl, smallest=16)
     with pytest.raises(ValueError, match=r"The width of images must be a multiple of .* stride 4; got 18"):
         encode(tiny_autoencoder_kl, torch.zeros(1, 3, 16, 18))
-
-
-def test_an_autoencoder_of_other_than_rgb_images_is_refused_where_files_are_read():
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "in_channels": 1, "out_channels": 1}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**sizes, **kinds)
-    with pytest.raises(
-        ValueError, match=r"read as RGB, and this AutoencoderKL takes 1 channels; use .* encode tensors"
-    ):
-        require_fitting(16, vae)
-    assert decode(vae, encode(vae, torch.zeros(1, 1, 16, 16)).mode()).shape == (1, 1, 16, 16)
 
 
 def test_one_out_of_a_pipeline_and_one_alone_load_one_after_the_other(tmp_path, tiny_autoencoder_kl):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusers_eqvae.images import (
     CAPTIONS,
+    MODES,
     comparison_rows,
     evenly_spaced,
     grid,
     image_grid,
     latent_pca,
+    require_channels,
+    to_channels,
     to_image,
+    to_pixels,
     to_uint8,
 )
 
@@ -70,3 +76,35 @@ def test_image_grid_fills_rows_and_leaves_the_rest_white():
     )
     assert square.shape == (4, 6, 3)
     assert square[0, ::2, 0].tolist() == [0, 1, 2] and square[2, ::2, 0].tolist() == [3, 4, 255]
+
+
+def test_images_are_read_in_one_channel_three_or_four(tmp_path):
+    colours = np.array([[[255, 0, 0, 255], [10, 20, 30, 128]]], dtype=np.uint8)
+    seen, opaque = Image.fromarray(colours), Image.fromarray(colours[..., :3])
+    luma = [0.299 * 255, 0.299 * 10 + 0.587 * 20 + 0.114 * 30]  # ITU-R BT.601
+    assert np.abs(np.asarray(to_channels(opaque, 1)).astype(float) - luma).max() <= 1
+    assert np.array_equal(np.asarray(to_channels(seen, 4)), colours)
+    assert np.array_equal(np.asarray(to_channels(opaque, 4))[..., 3], [[255, 255]])
+    assert np.array_equal(np.asarray(to_channels(opaque, 3)), colours[..., :3])
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    assert np.array_equal(np.asarray(to_channels(grey, 1)), np.asarray(grey)), "grey values stay what they are"
+    for channels in MODES:
+        pixels = to_pixels(to_channels(seen, channels), channels)
+        assert pixels.shape == (channels, 1, 2)
+        assert np.array_equal(to_uint8(pixels)[0], np.asarray(to_channels(seen, channels)).reshape(1, 2, -1)[..., 0])
+        shown = np.asarray(to_image(pixels))
+        assert np.array_equal(shown, np.asarray(to_channels(seen, channels).convert("RGB")))
+
+
+def test_an_autoencoder_of_channels_that_no_image_is_read_with_is_refused():
+    def vae(channels):
+        sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "in_channels": channels, "out_channels": channels}
+        kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        return AutoencoderKL(**sizes, **kinds)
+
+    assert [require_channels(vae(channels)) for channels in MODES] == [1, 3, 4]
+    said = r"with 1 \(L\) or 3 \(RGB\) or 4 \(RGBA\) channels, and this AutoencoderKL takes 5; use .* encode tensors"
+    with pytest.raises(ValueError, match=said):
+        require_channels(vae(5))
+    with pytest.raises(ValueError, match=r"read here with 3 \(RGB\) channels, and this AutoencoderKL takes 1"):
+        require_channels(vae(1), 3)

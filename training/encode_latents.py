@@ -32,6 +32,7 @@ from diffusers_eqvae.data.latent_format import MANIFEST, StoreSettings
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.files import read_json, share
+from diffusers_eqvae.images import require_channels
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork
 from diffusers_eqvae.options import Checked, inputs_of
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     state = build_state()
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
     with state.main_process_first():
-        source = data.load()
+        source = data.load(channels=require_channels(vae))
     networks = networks_of(arguments, data, vae)
     settings = settings_of(arguments, data, vae, source, networks=networks)
     plan = f"{len(source)} images, {settings.num_shards} shard(s), {settings.bytes(len(source)) / 1e9:.3f} GB in all"

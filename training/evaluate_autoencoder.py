@@ -21,6 +21,7 @@ from typing import Any
 from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.directories import require_replaceable
 from diffusers_eqvae.extensions import loaded_extensions
+from diffusers_eqvae.images import require_channels
 from diffusers_eqvae.metrics.autoencoder import (
     OFFERS,
     RECONSTRUCTION_METRICS,
@@ -147,6 +148,7 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     ours = partial(is_card_of, **subject)
     require_replaceable(*arguments.cards, inputs=inputs_of(arguments, data), ours=ours)
     vae = load_autoencoder(arguments.vae).requires_grad_(False).to(state.device)
+    require_channels(vae, 3)
     networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
     names = metric_names(arguments, options)
     if not any("masks" in METRICS[name].uses for name in names):

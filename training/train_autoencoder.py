@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     images, held_out = build.load_images(given, objective)
     examples = build.training_data(given, images, objective)
     smallest_px = build.smallest_image_px(objective, given.data.resolution)
-    perceptual = build.build_perceptual(given.losses, smallest_px=smallest_px)
-    discriminator = build.build_discriminator(given.losses, smallest_px=smallest_px, compiled=given.run.compile)
+    seen = {"smallest_px": smallest_px, "channels": images.source.channels}
+    perceptual = build.build_perceptual(given.losses, **seen)
+    discriminator = build.build_discriminator(given.losses, **seen, compiled=given.run.compile)
 
     # Only wrapped modules are called in the step: DDP and autocast live in the wrapping.
     wrapped_objective = run.add("objective", objective, **given.optimizer.options, ema=True)
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def validate(run: TrainingRun, held_out: Tensor) -> dict[str, float]:
-    """Reconstruction and equivariance of the averaged weights on images (N, 3, S, S), and four of them drawn."""
+    """Reconstruction and equivariance of the averaged weights on images (N, C, S, S), and four of them drawn."""
     if not run.is_main:
         return {}
     vae = run.averaged("objective").model

@@ -221,7 +221,7 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Posterior:
     """
     row = class_of(vae)
     for name, size in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
-        _require_side(size, vae, name=f"The {name} of images", smallest=None)
+        require_fitting(size, vae, name=f"The {name} of images")
     return Posterior(*row.encode(vae, pixels))
 
 
@@ -269,7 +269,7 @@ def downsampling_factor(vae: Autoencoder) -> int:
 
 def require_fitting(size: int, vae: Autoencoder, *, name: str = "resolution", smallest: int | None = None) -> None:
     """Refuses a side in pixels that is not a positive multiple of the autoencoder's stride, or not the only one it
-    takes; and an autoencoder of other than RGB images, which is what files are read as.
+    takes.
 
     Args:
         smallest: least side, where images are encoded at smaller sizes too.
@@ -277,15 +277,6 @@ def require_fitting(size: int, vae: Autoencoder, *, name: str = "resolution", sm
     Example:
         >>> require_fitting(data.resolution, vae)
     """
-    if (channels := image_channels(vae)) != 3:
-        raise ValueError(
-            f"Images are read as RGB, and this {type(uncompiled(vae)).__name__} takes {channels} channels; use an "
-            "autoencoder of 3, or encode tensors of your own with diffusers_eqvae.autoencoders.encode."
-        )
-    _require_side(size, vae, name=name, smallest=smallest)
-
-
-def _require_side(size: int, vae: Autoencoder, *, name: str, smallest: int | None) -> None:
     stride, only = downsampling_factor(vae), class_of(vae).side(vae.config)
     least = max(stride, smallest or 0)
     if only is not None and (size != only or least > stride):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor, nn
 
-from .autoencoders import decode, encode, evaluating, takes_any_size
+from .autoencoders import decode, encode, evaluating, image_channels, takes_any_size, uncompiled
 from .equivariance import rotation, scaling
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 CAPTIONS = ("image", "reconstruction", "latent rotated 90°", "latent downscaled", "latent PCA")
 CAPTION_PX = 16
 UINT8_RULE = "clamp(127.5 x + 128), truncated"
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's, by the channels that an image is read with
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -32,9 +33,29 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
+def require_channels(vae: nn.Module, *channels: int) -> int:
+    """How many channels the autoencoder's images have; refused where it is none of these, or of `MODES`.
+
+    Example:
+        >>> source = load_image_dataset(train_data_dir="scans", channels=require_channels(vae))
+    """
+    own, known = image_channels(vae), channels or tuple(MODES)
+    if own not in known:
+        said = " or ".join(f"{count} ({MODES[count]})" for count in known)
+        raise ValueError(
+            f"Images are read here with {said} channels, and this {type(uncompiled(vae)).__name__} takes {own}; use "
+            "another autoencoder, or encode tensors of your own with diffusers_eqvae.autoencoders.encode."
+        )
+    return own
+
+
 def to_image(pixels: Tensor) -> Image.Image:
-    """A PIL image of finite pixels (3, H, W) in [-1, 1], by `to_uint8`: e.g. `to_image(pixels[0]).save("x.png")`."""
-    return Image.fromarray(to_uint8(pixels.detach().cpu()).permute(1, 2, 0).numpy())
+    """A PIL image of finite pixels (C, H, W) in [-1, 1], by `to_uint8`: e.g. `to_image(pixels[0]).save("x.png")`.
+
+    As RGB: one channel is grey, and of more than three the first three are shown.
+    """
+    shown = pixels.detach().cpu()[:3]
+    return Image.fromarray(to_uint8(shown.expand(3, -1, -1)).permute(1, 2, 0).numpy())
 
 
 def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -64,7 +85,7 @@ def latent_pca(latents: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def comparison_rows(vae: nn.Module, pixels: Tensor) -> list[list[Tensor]]:
-    """For each image of pixels (B, 3, H, W): the five images named in `CAPTIONS`, all (3, H, W).
+    """For each image of pixels (B, C, H, W): the five images named in `CAPTIONS`, (C, H, W) but for the colours.
 
     Grey stands for a downscaled latent where the autoencoder takes none (AutoencoderRAE).
 
@@ -89,7 +110,7 @@ def comparison_rows(vae: nn.Module, pixels: Tensor) -> list[list[Tensor]]:
 
 
 def grid(rows: list[list[Tensor]], captions: tuple[str, ...] = (), *, gap_px: int = 4) -> Image.Image:
-    """One image of rows of equally large pixels (3, H, W), with an optional caption above each column."""
+    """One image of rows of equally large pixels (C, H, W), with an optional caption above each column."""
     columns, images = len(rows[0]), [to_image(pixels) for row in rows for pixels in row]
     drawn = image_grid(images, columns, gap_px=gap_px)
     if not captions:
@@ -167,6 +188,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """As `to_rgb`, in one channel (its luma) or three; in four with its transparency, opaque where it has none.
+
+    Example:
+        >>> to_channels(Image.open("scan.png"), 1).mode
+        'L'
+    """
+    if channels == 4 and image.has_transparency_data:
+        return upright(image).convert("RGBA")
+    return to_rgb(image).convert(MODES[channels])
+
+
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of (size, size) pixels as ADM (Dhariwal & Nichol 2021) prepares ImageNet.
 
@@ -207,9 +240,10 @@ def random_crop_resize(
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """Pixels (3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
-    images_uint8 = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
+    """Pixels (C, H, W) float32 in [-1, 1]: x / 127.5 - 1, of one channel (grey), three, or four (with alpha)."""
+    values = np.array(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
+    images_uint8 = torch.from_numpy(values).permute(2, 0, 1)
     return images_uint8.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 

@@ -74,6 +74,11 @@ def test_is_symmetric_positive_and_per_image(lpips):
     torch.testing.assert_close(distance[1:], lpips(first[1:], second[1:]))
 
 
+def test_a_single_channel_is_seen_three_times(lpips):
+    first, second = torch.rand(2, 2, 1, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    assert torch.equal(lpips(first, second), lpips(first.repeat(1, 3, 1, 1), second.repeat(1, 3, 1, 1)))
+
+
 def test_gradient_reaches_the_image_and_not_the_weights(lpips):
     first, second = images()
     first.requires_grad_()

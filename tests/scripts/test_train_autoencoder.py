@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_eqvae.autoencoders import load_autoencoder
+from diffusers_eqvae.data.image_datasets import PixelDataset, load_image_dataset
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.hub import prepare_push
 from diffusers_eqvae.inspection.compatibility import compatibility
@@ -22,6 +23,7 @@ from diffusers_eqvae.inspection.run import load_images
 from diffusers_eqvae.latents import LatentNormalization
 from diffusers_eqvae.model_card import RunMetadata
 from diffusers_eqvae.models.alignment_network import AlignmentNetwork
+from diffusers_eqvae.models.discriminator import PatchDiscriminator
 from diffusers_eqvae.training_utils.autoencoder import save
 from diffusers_eqvae.training_utils.next_steps import NEXT
 
@@ -318,3 +320,59 @@ def test_a_new_model_is_of_the_class_that_its_config_says(folder, tiny_autoencod
     (folder / "vq.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match=r"the class 'UNet2DModel'; a new autoencoder is one of .*VQModel"):
         run_script(SCRIPT, [*words[:place], *words[place + 2 :], "--output_dir", str(folder / "other")])
+
+
+def autoencoder_of(channels: int) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_with_one_channel_or_with_transparency_are_trained_on(folder, channels):
+    """To the end: discriminator, validation, statistics, card; then resumed, and encoded."""
+    for path in sorted((folder / "images").iterdir())[:3]:
+        with Image.open(path) as image:
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+            image.save(path)
+    adversarial = {"disc_weight": 0.5, "disc_num_layers": 1, "disc_augment": ["color"]}
+    words = flags(folder, autoencoder_of(channels), validation_steps=1, **adversarial)
+    run_script(SCRIPT, words)
+    trained = AutoencoderKL.from_pretrained(folder / "run", latents_mean=None, latents_std=None)
+    assert trained.config.in_channels == channels
+    assert json.loads((folder / "run/discriminator/config.json").read_text())["in_channels"] == channels
+    with Image.open(next((folder / "run/validation").glob("*.png"))) as drawn:
+        assert drawn.mode == "RGB"
+    store = {"vae": folder / "run", "train_data_dir": folder / "images", "resolution": 32}
+    encode = ROOT / "training" / "encode_latents.py"
+    run_script(encode, as_flags(store | {"output_dir": folder / "store", "cache_dir": folder / "cache"}))
+    row = LatentStore(folder / "store").get_many([0])["moments"][0].float()
+    source = load_image_dataset(train_data_dir=folder / "images", channels=channels)
+    with torch.no_grad():
+        expected = trained.encode(PixelDataset(source, resolution=32)[0]["pixel_values"][None]).latent_dist.parameters
+    assert torch.allclose(row, expected[0], atol=0.05)
+
+
+def test_what_judges_rgb_images_alone_is_refused_beside_others(folder, tiny_autoencoder_kl):
+    four = flags(folder, autoencoder_of(4), perceptual_weight=1)
+    with pytest.raises(
+        ValueError, match=r"LPIPS compares RGB or grey images, and these have 4 .*--perceptual_weight 0"
+    ):
+        run_script(SCRIPT, four)
+    PatchDiscriminator(base_channels=8, num_layers=1).save_pretrained(folder / "judge")
+    with pytest.raises(ValueError, match="judges images of 3 channels, and these have 4; leave it out"):
+        run_script(SCRIPT, flags(folder, autoencoder_of(4), disc_weight=1, disc_pretrained=folder / "judge"))
+    Dinov2Model(
+        Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    ).save_pretrained(folder / "teacher")
+    aligned = {"regularizers": "alignment", "alignment_teacher": folder / "teacher", "alignment_image_size": 28}
+    with pytest.raises(ValueError, match=r"teacher of the regularizer alignment sees RGB or grey .* 4 channels"):
+        run_script(SCRIPT, flags(folder, autoencoder_of(4), **aligned))
+    run_script(SCRIPT, flags(folder, autoencoder_of(1), **aligned))
+    assert AlignmentNetwork.from_pretrained(folder / "run", subfolder="alignment_network")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..autoencoders import Autoencoder, load_autoencoder, require_fitting
 from ..directories import require_replaceable
-from ..images import to_uint8
+from ..images import require_channels, to_uint8
 from ..inspection.compatibility import (
     AFFINE_RESIDUAL,
     EQUAL_DISTANCE,
@@ -133,6 +133,7 @@ def main(argv: Sequence[str]) -> int:
     device = require_device(arguments.device)
     new, base = (load_autoencoder(name).to(device) for name in (arguments.new, arguments.base))
     require_comparable(new, base)
+    require_channels(new, 3)
     require_fitting(arguments.resolution, new)
     images = load_images(arguments.data_dir, resolution=arguments.resolution, num_images=arguments.num_images)
     found = compatibility(new, base, images.to(device))

@@ -20,6 +20,7 @@ from ..autoencoders import channels_last, load_autoencoder, require_fitting
 from ..data.image_datasets import PixelDataset, load_image_dataset
 from ..directories import OutputDirectory
 from ..files import share
+from ..images import require_channels
 from ..latents import LatentNormalization
 from ..options import Checked, inputs_of
 from ..stated_normalization import scale_complaint
@@ -76,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
     if has_codebook(vae):
         raise ValueError(f"{arguments.vae} has a codebook, and its tokens need no normalisation; name one without.")
     require_fitting(arguments.resolution, vae)
-    images = PixelDataset(load_image_dataset(train_data_dir=arguments.data_dir), resolution=arguments.resolution)
+    source = load_image_dataset(train_data_dir=arguments.data_dir, channels=require_channels(vae))
+    images = PixelDataset(source, resolution=arguments.resolution)
     statistics = measure_normalization(vae, images, arguments.num_images)
     came = LatentNormalization.from_vae(vae)
     normalization = LatentNormalization.from_statistics(statistics, scalar=arguments.normalization == "scalar")

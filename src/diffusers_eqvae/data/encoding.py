@@ -123,7 +123,7 @@ class _ImagesInOrder(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, label, used = self.source.read(index)
-        pixels = to_pixels(adm_center_crop(image, self.resolution))
+        pixels = to_pixels(adm_center_crop(image, self.resolution), self.source.channels)
         return {"pixels": pixels, "label": -1 if label is None else label, "index": index, "used": used}
 
 

@@ -43,6 +43,7 @@ class ImageSource:
         names: class names by id, or None.
         root: folder that image names are given relative to.
         report: what was left out before; what is enlarged or replaced is added to it.
+        channels: that images are read with: 3 for RGB, 1 for grey, 4 with transparency.
 
     More than 1 % unreadable images (at least 3 are allowed, a quarter of a smaller dataset) are an error: then
     something is wrong with the data as a whole.
@@ -60,6 +61,7 @@ class ImageSource:
         names: list[str] | None = None,
         root: Path | None = None,
         report: DataReport | None = None,
+        channels: int = 3,
     ) -> None:
         if not len(dataset):
             raise ValueError("The dataset holds no images; check the directory or the split.")
@@ -68,6 +70,7 @@ class ImageSource:
         self.labels = labels
         self.names = names
         self.root = root
+        self.channels = channels
         self.sizes: dict[int, tuple[int, int]] = {}
         self._report = DataReport() if report is None else report
         # In shared memory, so that the workers of a loader keep one count.
@@ -154,6 +157,7 @@ class ImageSource:
             names=list(self.classes.names) if labels is not None else None,
             root=self.root,
             report=self._report,
+            channels=self.channels,
         )
         rest.sizes = {new: self.sizes[old] for new, old in enumerate(kept.tolist()) if old in self.sizes}
         rest._unreadable[:] = self._unreadable[torch.from_numpy(kept)]
@@ -165,7 +169,7 @@ class ImageSource:
         note_small(self._report, small, resolution, seen=len(self.sizes), total=len(self))
 
     def get(self, index: int) -> tuple[Image.Image, int | None]:
-        """The RGB image and class id at `index`, or those of the next readable image."""
+        """The image and class id at `index`, or those of the next readable image."""
         image, label, _ = self.read(index)
         return image, label
 
@@ -177,7 +181,7 @@ class ImageSource:
                 continue
             record = self._record(used)
             try:
-                image = read_image(_image_of(record))
+                image = read_image(_image_of(record), self.channels)
             except DECODE_ERRORS as error:
                 self._count_unreadable(used, self._name(used, record), error)
                 continue
@@ -230,7 +234,7 @@ def _size(record: Any) -> int:
 
 
 class PixelDataset(Dataset):
-    """Square pixels of an `ImageSource`: {"pixel_values": (3, S, S) in [-1, 1], "class_labels": id where labelled}.
+    """Square pixels of an `ImageSource`: {"pixel_values": (C, S, S) in [-1, 1], "class_labels": id where labelled}.
 
     Args:
         source: the images.
@@ -298,7 +302,7 @@ class PixelDataset(Dataset):
         mirrored = generator is not None and self.random_flip and generator.random() < 0.5
         if mirrored:
             image = ImageOps.mirror(image)
-        example: dict[str, Any] = {"pixel_values": to_pixels(image)}
+        example: dict[str, Any] = {"pixel_values": to_pixels(image, self.source.channels)}
         if self.features is not None:
             stored = self.features.get_many([index], view=int(mirrored))
             example |= {name: values[0] for name, values in stored.items() if name.startswith("features.")}
@@ -317,6 +321,7 @@ def load_image_dataset(
     require_labels: bool = False,
     cache_dir: str | None = None,
     skip_below: int | None = None,
+    channels: int = 3,
 ) -> ImageSource:
     """Images of a Hub dataset, of a folder (one subfolder per class), or of parquet or tar files.
 
@@ -330,6 +335,7 @@ def load_image_dataset(
         require_labels: refuse a dataset without labels.
         cache_dir: of the `datasets` library.
         skip_below: leave out images whose shorter side has fewer pixels.
+        channels: that images are read with: 3 for RGB, 1 for grey, 4 with transparency.
 
     What is left out is logged and stands in the source's `report`. An unknown directory, split or column (the known
     ones are listed), an empty class folder, missing labels and too many unreadable images are refused.
@@ -371,6 +377,7 @@ def load_image_dataset(
         names=names,
         root=root.resolve() if root.is_dir() else None,
         report=report,
+        channels=channels,
     )
     source = _checked(source, skip_below)
     if note := source.classes.describe_empty():

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import evenly_spaced, to_rgb
+from ..images import evenly_spaced, to_channels
 from .report import DataError, DataReport
 
 IMAGE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -199,10 +199,10 @@ def open_image(source: Any, *, smallest: int = MIN_SIDE_PX) -> Image.Image:
     return image
 
 
-def read_image(source: Any) -> Image.Image:
-    """An image as RGB, of a path or of bytes; see `open_image` and `images.to_rgb`."""
+def read_image(source: Any, channels: int = 3) -> Image.Image:
+    """An image as RGB, grey or RGBA, of a path or of bytes; see `open_image` and `images.to_channels`."""
     with open_image(source) as image:
-        return to_rgb(image)
+        return to_channels(image, channels)
 
 
 def image_files(directory: str | os.PathLike[str]) -> Iterator[Path]:

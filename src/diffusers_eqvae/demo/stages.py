@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..autoencoders import downsampling_factor, load_autoencoder, require_fitting
 from ..directories import OutputDirectory
 from ..files import write_json
+from ..images import require_channels
 from ..options import Checked, inputs_of
 from ..training_utils.command_line import parse
 from ..training_utils.launch import claim
@@ -207,6 +208,7 @@ def plan(arguments: DemoArguments) -> list[list[Stage]]:
 def transformer_config(arguments: DemoArguments) -> dict[str, Any]:
     """The small SiT for the autoencoder's latents; refuses a resolution that the autoencoder cannot take."""
     vae = load_autoencoder(arguments.autoencoder)
+    require_channels(vae, 3)
     require_fitting(arguments.resolution, vae)
     side = arguments.resolution // downsampling_factor(vae)
     patch = next(size for size in range(max(1, side // TOKENS_A_SIDE), 0, -1) if side % size == 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..autoencoders import Autoencoder, downsampling_factor, encode, load_autoencoder, require_fitting
 from ..data.image_files import open_image
-from ..images import adm_center_crop, to_image, to_pixels, to_rgb
+from ..images import adm_center_crop, require_channels, to_image, to_pixels, to_rgb
 from ..inspection.card import Tile
 from ..inspection.figures import figures_html
 from ..inspection.latent_edits import EDIT_COLUMNS, LatentEdit, edit_latents
@@ -132,6 +132,7 @@ class Workbench:
         other_pixels = self._pixels(other, resolution, "second image") if wanted.share else None
         edited = {}
         for name, vae in self.vaes.items():
+            require_channels(vae, 3)
             require_fitting(resolution, vae)
             edited[name] = edit_latents(vae, pixels, wanted, other_pixels=other_pixels)
         html = figures_html([(name, each.tiles()) for name, each in edited.items()], EDIT_COLUMNS)
@@ -183,6 +184,7 @@ class Workbench:
         pixels = self._pixels(image, resolution)
         rows = []
         for name, vae in self.vaes.items():
+            require_channels(vae, 3)
             require_fitting(resolution, vae)
             with torch.no_grad():
                 latents = LatentNormalization.from_vae(vae).normalize(encode(vae, pixels).mode())

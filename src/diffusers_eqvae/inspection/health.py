@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor, is_deterministic, latent_channels, require_fitting
+from ..images import require_channels
 from ..metrics.autoencoder import OFFERS, RECONSTRUCTION_METRICS, measure_autoencoder, reconstruction_card
 from ..metrics.base import Measurement, build_metrics
 from ..metrics.members.lpips import PerceptualDistance
@@ -106,6 +107,7 @@ def inspect_autoencoder(
         ['reconstruction', 'equivariance', 'diffusability', 'channels']
     """
     factor = downsampling_factor(vae)
+    require_channels(vae, 3)
     require_fitting(images.shape[-1], vae, smallest=4 * factor)  # encoded at half and a quarter of it too
     start = time.perf_counter()
     names = [name for name in RECONSTRUCTION_METRICS if name not in ("lpips", "rfid")]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..autoencoders import channels_last, downsampling_factor, load_autoencoder, require_fitting
 from ..data.image_datasets import load_image_dataset
 from ..directories import OutputDirectory, require_replaceable
-from ..images import adm_center_crop, evenly_spaced, to_pixels, to_uint8
+from ..images import adm_center_crop, evenly_spaced, require_channels, to_pixels, to_uint8
 from ..losses.perceptual import LPIPS
 from ..metrics.image_sets import hash_digests, image_digests
 from ..metrics.result_card import is_card_of
@@ -162,6 +162,7 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         ).to(device)
     vaes = [channels_last(load_autoencoder(name, subfolder=inside)).to(device) for name, inside in locations]
     for vae in vaes:
+        require_channels(vae, 3)
         require_fitting(resolution, vae, smallest=4 * downsampling_factor(vae))  # at half and a quarter too
     images = images.to(device)
     inspections = [

@@ -169,13 +169,17 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (B,), float32, of pixels (B, 3, H, W) in [-1, 1]; >= 0, symmetric, 0 for equal images."""
+        """Distances (B,), float32, of pixels (B, 3, H, W) in [-1, 1]; >= 0, symmetric, 0 for equal images.
+
+        A single channel is taken three times.
+        """
         require_equal_shapes(first, second, ("The two batches of images", "each other"))
-        if first.ndim != 4 or first.shape[1] != 3 or min(first.shape[-2:]) < self.min_size_px:
+        if first.ndim != 4 or first.shape[1] not in (1, 3) or min(first.shape[-2:]) < self.min_size_px:
             raise ValueError(
                 f"LPIPS ({self.net}) compares images (B, 3, H, W) of at least {self.min_size_px} px; got "
                 f"{tuple(first.shape)}. Use a higher resolution, a larger smallest scale or another net."
             )
+        first, second = (pixels.expand(-1, 3, -1, -1) for pixels in (first, second))
         activations = zip(self._activations(first), self._activations(second), self.heads, strict=True)
         return torch.stack([_layer_distance(a, b, head) for a, b, head in activations]).sum(0)
 

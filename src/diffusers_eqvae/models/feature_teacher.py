@@ -124,8 +124,8 @@ class FeatureTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Patch features (B, D, h, w) and the global feature (B, D), float32, of pixels (B, 3, H, W) in [-1, 1]; None
-        where the model has no global one."""
+        """Patch features (B, D, h, w) and the global feature (B, D), float32, of pixels (B, 3 or 1, H, W) in [-1, 1];
+        None where the model has no global one."""
         size = self.input_size(*pixels.shape[-2:])
         images = ((pixels.float() + 1.0) / 2.0 - self.mean) / self.std
         if images.shape[-2:] != size:

@@ -304,7 +304,7 @@ class DataArguments(Checked):
         """Whether they lie on this machine, so that nobody knows who may see them."""
         return Path(str(self.dataset_name or self.train_data_dir)).exists()
 
-    def load(self, *, require_labels: bool = False) -> ImageSource:
+    def load(self, *, require_labels: bool = False, channels: int = 3) -> ImageSource:
         """The images; raises as `load_image_dataset` does."""
         return load_image_dataset(
             self.dataset_name,
@@ -316,6 +316,7 @@ class DataArguments(Checked):
             require_labels=require_labels,
             cache_dir=self.cache_dir,
             skip_below=self.resolution if self.skip_small else None,
+            channels=channels,
         )
 
 

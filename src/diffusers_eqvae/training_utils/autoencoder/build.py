@@ -11,20 +11,29 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ...autoencoders import autoencoder_location, channels_last, downsampling_factor, load_autoencoder, require_fitting
+from ...autoencoders import (
+    autoencoder_location,
+    channels_last,
+    downsampling_factor,
+    image_channels,
+    load_autoencoder,
+    require_fitting,
+)
 from ...conversion._discriminator import read_taming_discriminator
 from ...data.image_datasets import PixelDataset, load_image_dataset
 from ...data.latent_store import LatentStore
 from ...data.stored_images import StoredImages
 from ...files import read_json
+from ...images import require_channels
 from ...losses.perceptual import LPIPS
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ, as_class
 from ...models.autoencoder_vq_eq import VQModelEQ
 from ...models.discriminator import PatchDiscriminator
+from ...models.feature_teacher import FeatureTeacher
 from ...objectives._adversarial import ScoreMeans
 from ...objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective
 from ...pretrained import looking_for
-from ...regularizers.base import build_regularizers, require_reach
+from ...regularizers.base import Regularizer, build_regularizers, require_reach
 from ..arguments import warn_without_effect
 from ..command_line import read_model_config
 from ..lora import LORA
@@ -102,7 +111,7 @@ def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
 
 
 def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> tuple[PixelDataset, Tensor]:
-    """Training images with the stored features that regularizers read, and the validation images (N, 3, S, S).
+    """Training images with the stored features that regularizers read, and the validation images (N, C, S, S).
 
     Raises:
         ValueError: a resolution that the autoencoder's stride does not divide; see `load_image_dataset` for the rest.
@@ -111,7 +120,8 @@ def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> t
     validation_px = evaluation.validation_resolution or data.resolution
     for name, value in (("resolution", data.resolution), ("validation_resolution", validation_px)):
         require_fitting(value, objective.model, name=f"--{name}")
-    source = data.load()
+    channels = require_channels(objective.model)
+    source = data.load(channels=channels)
     store = LatentStore(given.regularizing.features_dir) if given.regularizing.features_dir else None
     if store is not None:
         store.read_features(*(name for each in objective.regularizers.values() for name in each.features))
@@ -123,7 +133,9 @@ def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> t
         features=store,
     )
     if evaluation.validation_data_dir:
-        source = load_image_dataset(train_data_dir=evaluation.validation_data_dir, cache_dir=data.cache_dir)
+        source = load_image_dataset(
+            train_data_dir=evaluation.validation_data_dir, cache_dir=data.cache_dir, channels=channels
+        )
     chosen = PixelDataset(source, resolution=validation_px)
     count = min(evaluation.num_validation_images, len(chosen))
     return images, torch.stack([chosen[index]["pixel_values"] for index in range(count)])
@@ -178,12 +190,22 @@ def build_objective(given: AutoencoderOptions) -> AutoencoderObjective:
         _require_features(store, regularizers, methods)
     for name, regularizer in regularizers.items():
         require_reach(name, regularizer, vae)
+        _require_seen(name, regularizer, image_channels(vae))
     objective = AutoencoderObjective(
         vae, regularizers, sample_posterior=arguments.sample_posterior, reduction=given.losses.reduction
     )
     if given.losses.disc_weight and given.losses.disc_lecam_weight:
         objective.scores = ScoreMeans()
     return objective
+
+
+def _require_seen(name: str, regularizer: Regularizer, channels: int) -> None:
+    """Refuses a teacher of RGB images beside images that are neither that nor grey, which it sees three times."""
+    if channels not in (1, 3) and any(isinstance(each, FeatureTeacher) for each in regularizer.frozen_modules()):
+        raise ValueError(
+            f"The teacher of the regularizer {name} sees RGB or grey images, and these have {channels} channels; "
+            "leave the regularizer out."
+        )
 
 
 def _require_features(store: LatentStore, regularizers: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
@@ -221,19 +243,26 @@ def build_loss_weights(arguments: AutoencoderLossArguments) -> AutoencoderLossWe
     )
 
 
-def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int) -> LPIPS | None:
+def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int, channels: int = 3) -> LPIPS | None:
     """LPIPS, or None where its weight is 0.
 
     Args:
         smallest_px: shortest side of the smallest image that it will see (see `smallest_image_px`).
+        channels: of the images; a single one is shown to it three times.
 
     Raises:
-        ValueError: that side is below what the network's strides need.
+        ValueError: that side is below what the network's strides need; images of other channels.
     """
     if not arguments.perceptual_weight:
         own = ("perceptual_net", "lpips_backbone_weights", "lpips_linear_weights")
         warn_without_effect(arguments, own, "--perceptual_weight is 0")
         return None
+    if channels not in (1, 3):
+        raise ValueError(
+            f"LPIPS compares RGB or grey images, and these have {channels} channels; give --perceptual_weight 0."
+        )
+    if channels == 1:
+        logger.info("LPIPS sees the one channel of the images three times.")
     perceptual = LPIPS.from_pretrained(
         arguments.perceptual_net,
         backbone_weights=arguments.lpips_backbone_weights,
@@ -244,16 +273,17 @@ def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int) -
 
 
 def build_discriminator(
-    arguments: AutoencoderLossArguments, *, smallest_px: int, compiled: bool = False
+    arguments: AutoencoderLossArguments, *, smallest_px: int, channels: int = 3, compiled: bool = False
 ) -> PatchDiscriminator | None:
     """The PatchGAN discriminator, or None where its weight is 0.
 
     Args:
         smallest_px: shortest side of the smallest image that it will see (see `smallest_image_px`).
+        channels: of the images.
         compiled: whether it will be.
 
     Raises:
-        ValueError: that side is below what the discriminator's strides need; R1 of a compiled one.
+        ValueError: that side is below what the discriminator's strides need; R1 of a compiled one; other channels.
     """
     if not arguments.disc_weight:
         own = [name for name in vars(arguments) if name.startswith("disc_") and name != "disc_weight"]
@@ -268,9 +298,17 @@ def build_discriminator(
         own = ["disc_channels", "disc_num_layers", "disc_norm"]
         warn_without_effect(arguments, own, "--disc_pretrained has its own")
         discriminator = _load_discriminator(arguments.disc_pretrained).train()
+        if (theirs := discriminator.config.in_channels) != channels:
+            raise ValueError(
+                f"--disc_pretrained {arguments.disc_pretrained} judges images of {theirs} channels, and these have "
+                f"{channels}; leave it out."
+            )
     else:
         discriminator = PatchDiscriminator(
-            base_channels=arguments.disc_channels, num_layers=arguments.disc_num_layers, norm=arguments.disc_norm
+            in_channels=channels,
+            base_channels=arguments.disc_channels,
+            num_layers=arguments.disc_num_layers,
+            norm=arguments.disc_norm,
         )
     if not arguments.disc_lecam_weight:
         warn_without_effect(arguments, ["disc_lecam_decay"], "--disc_lecam_weight is 0")

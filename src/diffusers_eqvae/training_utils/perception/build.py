@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...autoencoders import load_autoencoder
+from ...images import require_channels
 from ...models.alignment_network import AlignmentNetwork
 from ...perception.evaluation import AnnotatedReader
 from ...perception.heads import LinearDepthHead, LinearHead, LinearSegmentationHead
@@ -50,6 +51,7 @@ def load_models(
 ) -> tuple[AnnotatedReader, dict[str, LinearHead], dict[str, Any]]:
     """The reader of images, the heads by task, and what a result card says of all of them."""
     vae = load_autoencoder(arguments.vae).requires_grad_(False)
+    require_channels(vae, 3)
     settings: dict[str, Any] = {"model": arguments.vae, "model_class": type(vae).__name__, "dtype": "float32"}
     settings["autoencoder"] = autoencoder_identity(vae)
     network = None

@@ -17,6 +17,7 @@ from ...data.image_datasets import PixelDataset
 from ...data.latent_data import LatentData
 from ...data.latent_store import LatentStore
 from ...files import read_json
+from ...images import require_channels
 from ...models.alignment_network import AlignmentNetwork
 from ...models.backbone import Backbone
 from ...objectives.base import OBJECTIVES, Objective
@@ -94,7 +95,7 @@ def _from_images(arguments: TransformerArguments, data: DataArguments) -> Latent
     vae = load_autoencoder(arguments.vae)
     factor = downsampling_factor(vae)
     require_fitting(data.resolution, vae, name="--resolution")
-    source = data.load()
+    source = data.load(channels=require_channels(vae))
     remedy = "name their column by --label_column, or give each class its own folder"
     classes = source.classes or _one_class(arguments, f"The images of {data.name} have", remedy, len(source))
     dataset = PixelDataset(source, resolution=data.resolution, random_flip=data.random_flip)
