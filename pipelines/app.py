@@ -1,7 +1,7 @@
 """Opens an app in the browser: sample, edit an image's latent, inspect an autoencoder, see clusters.
 
     eqvae app
-    eqvae app --pipeline runs/demo/sit_eq --vae runs/demo/autoencoder_plain --other_vae runs/demo/autoencoder_eq
+    eqvae app --pipeline runs/sit --vae stabilityai/sd-vae-ft-mse --other_vae runs/eq-vae
 
 Computes on this machine and answers to it alone, unless server_name says otherwise. What is uploaded lies in a
 temporary folder that goes when the app ends.
@@ -23,9 +23,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers_eqvae.demo.stages import AUTOENCODER
+from diffusers_eqvae.demo.stages import AUTOENCODER, SHOWN_IN_APP, DemoArguments
 from diffusers_eqvae.demo.workbench import Workbench
 from diffusers_eqvae.errors import INTERRUPTED, explain
+from diffusers_eqvae.model_card import METADATA_FILE
 from diffusers_eqvae.options import Checked
 from diffusers_eqvae.training_utils.command_line import parse
 from diffusers_eqvae.training_utils.console import start_logging
@@ -39,9 +40,8 @@ OWN = "the package's own"  # name of the autoencoder that comes with it
 RESOLUTIONS = (64, 128, 256, 512)
 SAMPLED = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.75), "num_inference_steps": 25}
 SCALES, ENDS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), (0.25, 0.5, 0.75, 1.0)
-NO_PIPELINE = """No generator was named, so there is nothing to sample from. `eqvae demo` trains one in minutes; then
-
-    eqvae app --pipeline runs/demo/sit_eq --vae runs/demo/autoencoder_plain --other_vae runs/demo/autoencoder_eq
+NO_PIPELINE = """There is no generator to sample from. `eqvae demo` trains two in minutes, with their
+autoencoders; `eqvae app`, started again from the same directory, shows them. Name another with `--pipeline`.
 """
 
 
@@ -49,6 +49,13 @@ NO_PIPELINE = """No generator was named, so there is nothing to sample from. `eq
 class AppArguments(Checked):
     """Which models the app shows, and to whom."""
 
+    demo: str | None = field(
+        default=None,
+        metadata={
+            "help": "Show what `eqvae demo` has left in this directory; unset, and with no model named, what it has "
+            f"left in {DemoArguments.output_dir}."
+        },
+    )
     pipeline: str | None = field(
         default=None,
         metadata={"reads": "pipeline", "help": "Pipeline to sample from: a directory or Hub repository."},
@@ -88,6 +95,22 @@ class AppArguments(Checked):
             "address of this machine alone it is always so."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = any((self.pipeline, self.vae, self.other_vae))
+        if self.demo and named:
+            raise ValueError("--demo shows the models of a demo; leave it out, or --pipeline, --vae and --other_vae.")
+        demo = Path(self.demo or DemoArguments.output_dir)
+        parts = [demo / part for part in SHOWN_IN_APP]
+        missing = [part for part in parts if not (part / METADATA_FILE).is_file()]
+        if self.demo and missing:
+            raise ValueError(
+                f"{demo} is not a finished demo: {missing[0]} is missing or unfinished; "
+                f"eqvae demo --output_dir {demo} makes one."
+            )
+        if not (named or missing):
+            self.pipeline, self.vae, self.other_vae = map(str, parts)
 
     @property
     def names(self) -> dict[str, str]:

@@ -11,8 +11,8 @@ import pytest
 
 import eqvae_command
 from diffusers_eqvae.demo.emoji import is_held_out, write_emoji
-from diffusers_eqvae.demo.report import METRICS, app_command, verdict
-from diffusers_eqvae.demo.stages import DemoArguments, Stage, plan, run_branches
+from diffusers_eqvae.demo.report import METRICS, verdict
+from diffusers_eqvae.demo.stages import DemoArguments, Stage, app_command, plan, run_branches
 
 WRITES = """
 import os, pathlib, sys, time
@@ -170,6 +170,9 @@ def test_the_report_names_the_app_with_words_that_it_takes(tmp_path):
     from diffusers_eqvae.sampling.app import AppArguments
     from diffusers_eqvae.training_utils.command_line import parse
 
+    for part in ("sit_eq", "autoencoder_plain", "autoencoder_eq"):
+        (tmp_path / "a demo" / part).mkdir(parents=True)
+        (tmp_path / "a demo" / part / "run_metadata.json").touch()
     _, _, *words = shlex.split(app_command(tmp_path / "a demo"))
     (arguments,) = parse(AppArguments, argv=words)
     assert arguments.names == {

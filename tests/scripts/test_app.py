@@ -27,13 +27,33 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 QUIET += ["--disable-component-update", "--disable-sync"]
 
 
-def test_the_package_s_autoencoder_is_shown_where_none_is_named():
+def test_the_package_s_autoencoder_is_shown_where_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # which holds no demo
     assert app.AppArguments().names == {"the package's own": str(AUTOENCODER)}
     assert app.AppArguments(pipeline="runs/sit").names == {"sit": "runs/sit"}
     both = app.AppArguments(vae="a/vae", other_vae="b/vae")
     assert both.names == {"a/vae": "a/vae", "b/vae": "b/vae"}
     with pytest.raises(ValueError, match="--other_vae is the same as --vae, x; name another, or leave it out"):
         app.AppArguments(vae="x", other_vae="x").names  # noqa: B018
+
+
+def test_a_demo_that_has_run_is_shown_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("sit_eq", "autoencoder_plain", "autoencoder_eq"):
+        with pytest.raises(
+            ValueError, match=rf"elsewhere/{part} is missing.* eqvae demo --output_dir elsewhere makes"
+        ):
+            app.AppArguments(demo="elsewhere")
+        for demo in ("elsewhere", "runs/demo"):
+            assert app.AppArguments().pipeline is None, "a demo that has not ended"
+            (tmp_path / demo / part).mkdir(parents=True)
+            (tmp_path / demo / part / "run_metadata.json").touch()
+    for demo, arguments in (("runs/demo", app.AppArguments()), ("elsewhere", app.AppArguments(demo="elsewhere"))):
+        assert arguments.pipeline == f"{demo}/sit_eq"
+        assert list(arguments.names.values()) == [f"{demo}/autoencoder_plain", f"{demo}/autoencoder_eq"]
+    assert app.AppArguments(vae="x").names == {"x": "x"} and app.AppArguments(vae="x").pipeline is None
+    with pytest.raises(ValueError, match=r"--demo shows .* leave it out, or --pipeline, --vae and --other_vae"):
+        app.AppArguments(demo="elsewhere", vae="x")
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,14 @@ class Column(NamedTuple):
     colour: str = "#222222"
 
 
-def write_report(output_dir: Path, autoencoder: str, branches: Sequence[Sequence[Stage]]) -> None:
+def write_report(output_dir: Path, autoencoder: str, branches: Sequence[Sequence[Stage]], *, app: str) -> None:
     """Writes the report's files; what the stages have measured themselves is taken from them.
 
     Args:
         output_dir: the demo's directory.
         autoencoder: what both branches started from; its encoder gives the features of the generation figure.
         branches: the stages that have run, in the order of `BRANCHES`.
+        app: command that opens both branches in the browser.
     """
     figures = {branch: _figures(output_dir / f"autoencoder_{branch}") for branch in BRANCHES}
     distances = {branch: generation_distance(output_dir, branch, autoencoder) for branch in BRANCHES}
@@ -94,22 +95,10 @@ def write_report(output_dir: Path, autoencoder: str, branches: Sequence[Sequence
         figures={name: _embedded(output_dir / name) for name in FIGURES},
         commands=[(stage.name, stage.record["seconds"], "eqvae " + shlex.join(stage.command)) for stage in stages],
         seconds=seconds,
-        app=app_command(output_dir),
+        app=app,
         attribution=ATTRIBUTION if _shows_emoji(output_dir) else "",
     )
     write_text(output_dir / "report.html", page)
-
-
-def app_command(output_dir: Path) -> str:
-    """What opens both branches in the browser.
-
-    Example:
-        >>> app_command(Path("runs/demo")).split()[:4]
-        ['eqvae', 'app', '--pipeline', 'runs/demo/sit_eq']
-    """
-    parts = {"pipeline": "sit_eq", "vae": "autoencoder_plain", "other_vae": "autoencoder_eq"}
-    words = [word for flag, name in parts.items() for word in (f"--{flag}", str(output_dir / name))]
-    return shlex.join(["eqvae", "app", *words])
 
 
 def verdict(figures: dict[str, dict[str, float]], distances: dict[str, tuple[float, float]]) -> list[str]:

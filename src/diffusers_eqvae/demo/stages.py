@@ -6,6 +6,7 @@ digits, and training amplifies those; so more cores are left alone.
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from ..options import Checked, inputs_of
 from ..training_utils.command_line import parse
 from ..training_utils.launch import claim
 from .emoji import write_emoji
-from .report import BRANCHES, FILES, app_command, write_comparison, write_report
+from .report import BRANCHES, FILES, write_comparison, write_report
 from .stage import Stage, end_with_stages
 
 DESCRIPTION = """Shows on a CPU, in minutes, what EQ-VAE does, and writes report.html.
@@ -32,6 +33,8 @@ Two copies of a small autoencoder that comes with the package are fine-tuned for
 EQ-VAE's regularizer. A small SiT learns to generate the latents of each. Every stage is one `eqvae` command, printed
 before it runs; what has run before is not run again. Needs no GPU and uses two CPU threads.
 """
+# What the app shows of a demo: pipeline, first and second autoencoder.
+SHOWN_IN_APP = ("sit_eq", "autoencoder_plain", "autoencoder_eq")
 AUTOENCODER = Path(__file__).parent / "autoencoder"
 TRANSFORMER = {
     "_class_name": "SiTTransformer2DModel",
@@ -136,12 +139,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_images(arguments)
     write_json(output_dir / "transformer.json", transformer)
     run_branches(branches, after=lambda stage: show(stage, arguments))
-    write_report(output_dir, arguments.autoencoder, branches)
+    write_report(output_dir, arguments.autoencoder, branches, app=app_command(output_dir))
     tqdm.write(
         f"\nOpen {output_dir / 'report.html'} (or report.png); the numbers are in {output_dir / 'metrics.json'}, the "
         f"pipeline in {output_dir / 'sit_eq'}. To play with them: {app_command(output_dir)}"
     )
     return 0
+
+
+def app_command(output_dir: Path) -> str:
+    """What opens both branches in the browser.
+
+    Example:
+        >>> app_command(Path("runs/demo"))
+        'eqvae app --demo runs/demo'
+    """
+    return shlex.join(["eqvae", "app", "--demo", str(output_dir)])
 
 
 def run_branches(branches: list[list[Stage]], *, after: Callable[[Stage], object]) -> None:
