@@ -208,7 +208,7 @@ def what_decides_the_images(
     settings = {name: value for name, value in asdict(arguments).items() if name not in elsewhere}
     settings |= {"dtype": DTYPES[arguments.dtype], "class_ids": class_ids}
     settings["scheduler_config"] = sampling.scheduler_settings(pipeline.scheduler)
-    return settings | sampling.identities(pipeline) | {"options": sampling.options_hash(pipeline)}
+    return settings | sampling.identities(pipeline) | {"options": sampling.model_options(pipeline)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -96,6 +96,11 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
             files = _weight_files(name, location.get("subfolder"), location.get("revision"))
             found = [match for match in map(_VARIANT.fullmatch, (Path(file).name for file in files)) if match]
             variants = sorted({match["name"] for match in found})
+            if damaged := [file for file in files if file.endswith(".bin") and Path(file).name in str(error)]:
+                raise OSError(
+                    f"{damaged[0]} of {name} is not read: it is damaged, or needs code to be read, and none is run. "
+                    "Have its author save the tensors alone, as .safetensors."
+                ) from error
             if not variants:
                 raise
             if len(variants) > 1:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -44,6 +45,20 @@ def test_there_and_back_on_the_command_line(tmp_path, suffix, capsys):
     back = tmp_path / f"back.{suffix}"
     assert run(tmp_path / "ours", back, "--to", "sit") == 0
     assert same(load_file(back) if suffix == "safetensors" else torch.load(back, weights_only=True), published)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("num_attention_heads=[", r"A VALUE of --config must be YAML: .* in num_attention_heads=\[; quote text"),
+        ("num_attention_heads", "--config takes KEY=VALUE words"),
+        ("num_attention_heads=many", r"No SiTTransformer2DModel can be made of these options "),
+    ],
+)
+def test_options_that_make_no_model_are_a_sentence(option, message, tmp_path, capsys):
+    save_file(weights(), tmp_path / "published.safetensors")
+    assert run(tmp_path / "published.safetensors", tmp_path / "ours", "--from", "sit", "--config", option) == 2
+    assert re.search(message, said := capsys.readouterr().err) and "Traceback" not in said
 
 
 def test_the_transformer_of_a_pipeline_is_found(tmp_path, tiny_sit, tiny_autoencoder_kl):

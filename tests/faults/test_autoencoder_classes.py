@@ -358,3 +358,11 @@ def test_a_config_that_does_not_fit_the_weights_is_one_sentence(changes, said, t
     with pytest.raises(ValueError, match=said) as refused:
         load_autoencoder(str(tmp_path))
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_weights_that_need_code_are_refused_with_a_remedy(tmp_path, tiny_autoencoder_kl):
+    tiny_autoencoder_kl.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"encoder": print}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.bin of .* is not read: .*author save the tensors .*safetensors"):
+        load_autoencoder(str(tmp_path))

@@ -335,11 +335,13 @@ def test_help_is_short_and_shows_every_option_once_and_what_is_required_first(ca
 
 def test_help_fits_a_narrow_terminal_but_for_commands_to_copy(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ("evaluate-perception", "sample"):
+    commands = ("eqvae ", "python ", "accelerate ", "--")
+    argparse_commands = ("compare", "convert", "export", "push", "leaderboard", "diagnose", "prefetch")
+    for command in ("evaluate-perception", "sample", *argparse_commands):
         with pytest.raises(SystemExit):
             eqvae_command.main([command, "--help"])
         lines = capsys.readouterr().out.splitlines()
-        assert not [line for line in lines if len(line) > 80 and not line.startswith((" " * 4, "eqvae "))]
+        assert not [line for line in lines if len(line) > 80 and not line.strip().startswith(commands)]
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,8 @@ def test_half_precision_and_another_format_of_record(script, model, tmp_path):
     record = tmp_path / "set" / "sampling.json"
     content = json.loads(record.read_text())
     assert content["settings"]["dtype"] == "bfloat16" and content["format_version"] == sampling.FORMAT_VERSION
-    for version, message in ((1, "older than 2, .* choose another output directory"), (3, "newer than 2: update")):
+    older = "older than 3, .* choose another output directory"
+    for version, message in ((2, older), (4, "newer than 3: update")):
         record.write_text(json.dumps({**content, "format_version": version}))
         with pytest.raises(ValueError, match=f"sampling.json has format_version {version}, {message}"):
             script.main(words(model, tmp_path / "set", dtype="bf16"))
@@ -322,13 +323,12 @@ def test_what_is_left_of_another_set_gets_in_beside_no_new_image(script, model, 
     assert len(shown) == 4 and np.array_equal(np.stack(shown), samples) and not np.array_equal(samples, old[:4])
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae"])
-def test_other_options_of_the_same_weights_make_another_set(script, model, tmp_path, part):
+@pytest.mark.parametrize(("part", "option"), [("transformer", "norm_eps"), ("vae", "norm_num_groups")])
+def test_other_options_of_the_same_weights_make_another_set_and_are_named(script, model, tmp_path, part, option):
     script.main(words(model, tmp_path / "set"))
     config = model / part / "config.json"
-    changed = {"norm_eps": 0.5} if part == "transformer" else {"norm_num_groups": 2}
-    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
-    with pytest.raises(ValueError, match=r"made with other settings: .*options"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), option: 2}))
+    with pytest.raises(ValueError, match=rf"made with other settings: {part}\.\w+\.{option} \(\S+ -> 2\)\. Rep"):
         script.main(words(model, tmp_path / "set"))
 
 

@@ -5,6 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..training_utils.option_parser import wrapped
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Sets descriptions at the terminal's width as the scripts' do."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(wrapped(text, width))
+
 
 def command_parser(name: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
     """The parser of `eqvae NAME`, with the option that all commands have."""
@@ -12,7 +21,7 @@ def command_parser(name: str, description: str | None, **options: Any) -> argpar
         prog=f"eqvae {name}",
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         **options,
     )
     parser.add_argument(

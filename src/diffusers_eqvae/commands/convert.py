@@ -80,7 +80,11 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     for key, equals, _ in pairs:
         if not equals:
             raise ValueError(f"--config takes KEY=VALUE words; got {key!r}.")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise ValueError(f"A VALUE of --config must be YAML: {problem} in {' '.join(words)}; quote text.") from error
 
 
 def _load_model(directory: Path, layout: str) -> Any:

@@ -113,6 +113,8 @@ def from_published(tensors: Mapping[str, Tensor], *, layout: str | None = None, 
         config = converter.config(tensors, overrides)
     except KeyError as error:
         raise ValueError(f"The checkpoint lacks {error.args[0]}: it is not of this layout, or not whole.") from error
+    except (TypeError, ArithmeticError) as error:  # of options of another type, or 0
+        raise _no_model(converter, error) from error
     _require_tensors(converter, tensors, config)
     model = converter.target(**config)
     model.load_state_dict(converter.to_ours(tensors, config))
@@ -156,6 +158,13 @@ def _matching(tensors: Mapping[str, Tensor]) -> str:
     return found[0]
 
 
+def _no_model(converter: Converter, error: Exception) -> ValueError:
+    return ValueError(
+        f"No {converter.target.__name__} can be made of these options ({error}); give those that shapes do not tell, "
+        "such as norm_num_groups or num_attention_heads, as the model was made."
+    )
+
+
 def _require_options(target: type, overrides: Mapping[str, Any]) -> None:
     known = inspect.signature(target).parameters
     unknown = [name for name in overrides if name not in known]
@@ -165,8 +174,11 @@ def _require_options(target: type, overrides: Mapping[str, Any]) -> None:
 
 def _require_tensors(converter: Converter, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Compares names and shapes with those that a model of this config would be published with."""
-    with torch.device("meta"):
-        skeleton = converter.target(**config)
+    try:
+        with torch.device("meta"):
+            skeleton = converter.target(**config)
+    except Exception as error:  # whatever a constructor has against its options
+        raise _no_model(converter, error) from error
     try:
         expected = converter.from_ours(skeleton.state_dict(), config)
     except NotImplementedError:

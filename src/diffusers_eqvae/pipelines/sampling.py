@@ -9,7 +9,6 @@ uint8 by one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import zipfile
@@ -50,7 +49,7 @@ SETTINGS_FILE = "sampling.json"
 SAMPLES_FILE = "samples.npz"
 BEGUN = "settings.json"
 NAMES = (SAMPLES_FILE, SETTINGS_FILE, PARTS_DIR, "grid.png", "png")
-FORMAT_VERSION = 2  # 1 had no digest of the samples
+FORMAT_VERSION = 3  # 1 had no digest of the samples, 2 one for the options of all models
 # Independent streams of one image.
 _NOISE, _LABEL = 0, 1
 
@@ -216,7 +215,7 @@ def find_set(output_dir: str | Path, settings: Mapping[str, Any]) -> str | None:
         content = read_json(path, needs={"settings": dict})
         remedy = "choose another output directory"
         require_format_version(content.get("format_version"), FORMAT_VERSION, path=path, remedy=remedy)
-        present, wanted = content["settings"], json.loads(strict_json(settings))
+        present, wanted = _one_level(content["settings"]), _one_level(json.loads(strict_json(settings)))
         changed = [key for key in {**present, **wanted} if present.get(key) != wanted.get(key)]
         if changed:
             differences = ", ".join(f"{key} ({present.get(key)} -> {wanted.get(key)})" for key in changed)
@@ -231,6 +230,12 @@ def find_set(output_dir: str | Path, settings: Mapping[str, Any]) -> str | None:
             )
         return stage
     return None
+
+
+def _one_level(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of "options" by their own names."""
+    options = settings.get("options")
+    return {**settings, **({"options": None, **options} if isinstance(options, Mapping) else {})}
 
 
 def begin_set(output: OutputDirectory, settings: Mapping[str, Any]) -> bool:
@@ -350,9 +355,10 @@ def identities(pipeline: Any) -> dict[str, Any]:
     return made_by
 
 
-def options_hash(pipeline: Any) -> str:
-    """The identity of what the configs of a pipeline's models say, class names apart: 16 hexadecimal digits."""
-    models = (pipeline.transformer, pipeline.vae, pipeline.preview_decoder, pipeline.guide)
-    configs = [public_config(model) for model in models if model is not None]
-    said = [{key: value for key, value in config.items() if not key.endswith(".id2label")} for config in configs]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def model_options(pipeline: Any) -> dict[str, Any]:
+    """What the configs of a pipeline's models say, class names apart, as JSON values: "part.Class.option" -> value."""
+    parts = ("transformer", "vae", "preview_decoder", "guide")
+    models = {name: model for name in parts if (model := getattr(pipeline, name)) is not None}
+    said = {f"{name}.{key}": value for name, model in models.items() for key, value in public_config(model).items()}
+    named = {key: value for key, value in said.items() if not key.endswith(".id2label")}
+    return dict(json.loads(json.dumps(named, sort_keys=True, default=str)))

@@ -84,7 +84,7 @@ class OptionParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         width = max(shutil.get_terminal_size(IN_A_FILE).columns, 40)
         usage = textwrap.wrap(self.format_usage(), width, subsequent_indent=" " * 4, break_on_hyphens=False)
-        lines = [*usage, "", *_wrapped(self.description or "", width), "", *textwrap.wrap(HOW_TO_READ, width)]
+        lines = [*usage, "", *wrapped(self.description or "", width), "", *textwrap.wrap(HOW_TO_READ, width)]
         groups = [("required", self._required())]
         for kind in self.types:
             title = str(kind.__doc__).splitlines()[0].rstrip(".")
@@ -104,8 +104,13 @@ class OptionParser(argparse.ArgumentParser):
         return [option for kind in self.types for option in options_of(kind).values() if option.is_required]
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """The paragraphs of a text, set anew; commands to copy, which are indented or begin with the program, are kept."""
+def wrapped(text: str, width: int) -> list[str]:
+    """The paragraphs of a text, set anew; commands to copy, which are indented or begin with the program, are kept.
+
+    Example:
+        >>> wrapped("Fetches\\nweights.\\n\\n  eqvae prefetch NAME", 80)
+        ['Fetches weights.', '', '  eqvae prefetch NAME']
+    """
     lines: list[str] = []
     for block in text.strip().split("\n\n"):
         kept = any(line.startswith((" ", "eqvae ")) for line in block.splitlines())
