@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
+from diffusers_eqvae.pipelines import ClassConditionalPipeline
+from diffusers_eqvae.schedulers import FlowMatchODEScheduler
 from diffusers_eqvae.training_utils.launch import STOPPED
 
 from .tiny_latents import write_store
@@ -162,11 +164,11 @@ class Sometimes(GeneratorRegularizer):
 """
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffusion", "score", "adafactor", "muon")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffusion", "score", "adafactor", "muon", "lora")]
 
 
 @pytest.mark.parametrize("method", ["plain", "regularized", *SLOW])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, store, method):
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, store, method, tiny_autoencoder_kl):
     (tmp_path / "sometimes.py").write_text(SOMETIMES)
     score = {"model": store.parent / "score.json", "flow_path": "vp", "flow_weighting": "velocity"}
     options = {
@@ -176,7 +178,13 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, store, method):
         "score": score,
         "adafactor": {"optimizer": "adafactor"},
         "muon": {"optimizer": "muon"},
+        "lora": {"model": tmp_path / "base", "trainable": "lora", "lora_rank": 2},
     }[method]
+    if method == "lora":
+        model = save_model_without_zeros(tmp_path / "transformer")
+        ClassConditionalPipeline(model, tiny_autoencoder_kl, FlowMatchODEScheduler()).save_pretrained(
+            tmp_path / "base"
+        )
     worker = tmp_path / "worker.py"
     worker.write_text(f"""
 import importlib.util, os, sys, torch
@@ -200,6 +208,7 @@ script.main(sys.argv[1:])
     ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_equal(ranks[0], ranks[1])
     one = train(store, tmp_path / "one", train_batch_size=8, **options)
+    assert (method == "lora") == all(".lora_" in name for name in one["ema"])
     assert (method == "regularized") == ("regularizers.sometimes.head.weight" in one["module"])
     # Keys' biases have no gradient but rounding, which Adam makes as large as any; Muon computes its step in bfloat16.
     tolerance = {"plain": 1e-6, "muon": 1e-4}.get(method, 1e-5)
