@@ -18,6 +18,7 @@ from diffusers_eqvae.provenance import (
     hardware,
     hash_file,
     hub_commit,
+    portable,
     require_same_autoencoder,
     weights_hash,
 )
@@ -181,3 +182,22 @@ def test_hardware_states_the_versions_that_decide_numbers():
     assert stated["versions"]["diffusers_eqvae"] == diffusers_eqvae.__version__
     assert stated["versions"]["torch"] == torch.__version__
     assert stated["hardware"] and stated["date"].endswith("+00:00")
+
+
+def test_a_portable_path_says_nothing_of_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "work" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    here = str(tmp_path / "work" / "runs" / "vae")
+    given = {"a": here, "b": "/home/me/vae", "c": ["runs/vae", "madebyollin/taesd"], "d": ("../vae", 3, None)}
+    given |= {"e": "../work/runs/vae", "f": "ADM centre crop to 64 px", "g": {"name": "/x/heads/ade.pth"}, "h": "a..b"}
+    assert portable(given) == {
+        "a": "runs/vae",
+        "b": "vae",
+        "c": ["runs/vae", "madebyollin/taesd"],
+        "d": ("vae", 3, None),
+        "e": "runs/vae",
+        "f": "ADM centre crop to 64 px",
+        "g": {"name": "ade.pth"},
+        "h": "a..b",
+    }
+    assert portable(portable(given)) == portable(given)

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -340,6 +341,26 @@ def hash_file(path: str | os.PathLike[str]) -> str:
     """First 16 hex digits of a file's SHA-256, as `sha256sum FILE | cut -c -16` prints them."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def portable(value: Any) -> Any:
+    """A JSON value whose paths say nothing of this machine, for files that are shown to others.
+
+    A path below the working directory is given relative to it, any other absolute one (and one with "..") by its last
+    part. Hub names and all other text stay. What it is, hashes beside it say.
+
+    Example:
+        >>> portable({"model": "/home/me/vae", "vae": "runs/vae", "base": "madebyollin/taesd"})
+        {'model': 'vae', 'vae': 'runs/vae', 'base': 'madebyollin/taesd'}
+    """
+    if isinstance(value, Mapping):
+        return {key: portable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(portable, value))
+    if not isinstance(value, str) or not (os.path.isabs(value) or ".." in Path(value).parts):
+        return value
+    path = Path(os.path.abspath(value))
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
 
 
 def versions() -> dict[str, str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import pickle
 
 import pytest
 import torch
 from diffusers import VQModel
 
 from diffusers_eqvae.autoencoders import decode, encode
-from diffusers_eqvae.metrics.autoencoder import OFFERS, measure_autoencoder, reconstruct, reconstruction_batches
-from diffusers_eqvae.metrics.base import METRICS, build_metrics, measure
+from diffusers_eqvae.metrics.autoencoder import OFFERS, measure_autoencoder, reconstruct
+from diffusers_eqvae.metrics.base import METRICS, build_metrics
 from diffusers_eqvae.metrics.equivariance import measure_equivariance
 from diffusers_eqvae.metrics.latent_statistics import intrinsic_dimension
 from diffusers_eqvae.metrics.reconstruction import psnr
@@ -112,23 +111,3 @@ def test_the_intrinsic_dimension_is_taken_of_the_first_latents(tiny_autoencoder_
     assert value != pytest.approx(intrinsic_dimension(latents.flatten(1)), rel=1e-6)
     with pytest.raises(ValueError, match="max_points must be positive; got 0"):
         METRICS["intrinsic_dimension"].Arguments(intrinsic_dimension_max_points=0)
-
-
-@pytest.mark.parametrize("name", ["psnr", "ssim", "equivariance", "latent_statistics", "intrinsic_dimension"])
-def test_no_bit_depends_on_the_order_or_the_processes(name, tiny_autoencoder_kl):
-    """Three processes that saw the batches out of order, and one that saw none, merged through a pickle."""
-    uint8 = ((images() + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
-    batches = list(
-        reconstruction_batches(tiny_autoencoder_kl, [(range(k, k + 2), uint8[k : k + 2]) for k in range(0, 12, 2)])
-    )
-
-    def saw(*which: int):
-        (metric,) = build_metrics([name], offers=OFFERS)
-        measure([metric], [batches[k] for k in which])
-        return metric
-
-    alone, merged = saw(0, 1, 2, 3, 4, 5), saw(5, 3)
-    for other in (saw(), saw(4, 1, 0), saw(2)):
-        merged.merge(pickle.loads(pickle.dumps(other)))
-    assert merged.compute() == alone.compute() and merged.details() == alone.details()
-    assert saw(0, 1).compute() != alone.compute()

@@ -69,7 +69,7 @@ def test_the_default_metrics_have_what_they_need(names, offers):
 def test_each_file_of_the_folder_is_a_default_metric():
     """Or dear, and asked for by name."""
     files = {path.stem for path in Path(members.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == {*RECONSTRUCTION_METRICS, *GENERATION_METRICS, "transformed_rfid"}
+    assert files == {*RECONSTRUCTION_METRICS, *GENERATION_METRICS, "transformed_rfid", "ifid", "mind"}
 
 
 def test_a_metric_that_lacks_its_data_is_refused_by_name():

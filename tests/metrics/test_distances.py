@@ -13,7 +13,9 @@ from diffusers_eqvae.metrics.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    monge_distance,
     precision_recall,
+    sorted_projections,
 )
 
 
@@ -203,3 +205,23 @@ def test_undefined_statistics_are_named():
     measured.update(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="at least two"):
         _ = measured.covariance
+
+
+def test_the_monge_distance_of_a_shift_is_three_times_its_square():
+    """Along directions that are a basis the mean of (u.s)^2 is |s|^2 / D exactly; 3 d mu^2 for mu in each of d."""
+    given, dimension = rows(40, 6), 6
+    basis = torch.linalg.qr(rows(dimension, dimension, seed=3)).Q
+    for shift in (torch.full((dimension,), 0.7), torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 0.1])):
+        pair = [sorted_projections(each, basis)[0] for each in (given, given.flip(0) + shift)]
+        assert monge_distance(*pair, dimension) == pytest.approx(3 * float(shift.square().sum()))
+
+
+def test_the_monge_distance_is_that_of_sorted_projections():
+    first, second, directions = rows(15, 4), rows(15, 4, seed=1, shift=1.0), rows(5, 4, seed=2)
+    total = 0.0
+    for direction in directions.numpy():
+        pairs = zip(sorted(first.numpy() @ direction), sorted(second.numpy() @ direction), strict=True)
+        total += sum((one - other) ** 2 for one, other in pairs)
+    values, places = zip(*(sorted_projections(each, directions) for each in (first, second)), strict=True)
+    assert monge_distance(*values, 4) == pytest.approx(3 * 4 * total / (15 * 5))
+    assert torch.allclose((directions @ first.T).gather(1, places[0]), values[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -299,3 +300,20 @@ def test_the_hash_sees_every_pixel_and_the_order():
     assert len(hashes) == 3
     # The same bytes in another shape are another image.
     assert not torch.equal(image_digests(images), image_digests(images.reshape(5, 4, 16, 3)))
+
+
+def test_mind_of_shifted_features_and_of_sets_of_two_sizes():
+    """3 |s|^2 up to what 1000 directions leave of it; a larger set is cut to the smaller."""
+    network = TinyInception()
+    samples, reference = extract(network, [images_uint8(50)]), reference_of(network, 50, seed=0)
+    shift = torch.linspace(0.1, 0.8, 8)
+    features = samples.outputs["features"].double()
+    moved = replace(reference, features=features + shift)
+    figure = evaluate_generation(samples, moved, network, metrics=["mind"]).figures["mind"]
+    assert figure.value == pytest.approx(3 * float(shift.square().sum()), rel=0.15)
+    assert figure.error < 1e-6 and figure.n == 50 and figure.better == "lower"  # a shift is the same without any image
+    same = evaluate_generation(samples, replace(reference, features=features), network, metrics=["mind"]).figures
+    assert same["mind"].value == pytest.approx(0, abs=1e-9)
+    doubled = replace(reference, features=torch.cat([features + shift, features + shift]))
+    cut = evaluate_generation(samples, doubled, network, metrics=["mind"]).figures["mind"]
+    assert cut.n == 50 and figure.value * 0.5 < cut.value != figure.value

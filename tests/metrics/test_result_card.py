@@ -14,6 +14,7 @@ from diffusers_eqvae.metrics.result_card import (
     SETTINGS,
     ResultCard,
     compare_cards,
+    is_card_of,
     sampling_settings,
 )
 from diffusers_eqvae.provenance import hardware
@@ -209,3 +210,21 @@ def test_the_command_prints_and_judges(tmp_path, capsys):
     assert "may be compared" in capsys.readouterr().out
     for wrong in ([paths[0]], [paths[0], str(tmp_path / "absent.json")]):
         assert eqvae_command.main(["compare", *wrong]) == 2
+
+
+def test_a_card_holds_no_path_of_this_machine_and_is_still_found(tmp_path):
+    """Whoever commits or sends a card shows names, and hashes that say what they were."""
+    given = ResultCard(
+        {"psnr": 20.0},
+        {"num_images": 3},
+        settings={"model": str(tmp_path / "vae"), "head": {"name": str(tmp_path / "heads" / "ade.pth")}},
+        provenance={"samples": str(tmp_path / "samples.npz")},
+        details={"arguments": {"masks": str(tmp_path / "masks")}},
+        task="reconstruction",
+    )
+    given.save(tmp_path / "card.json")
+    assert str(tmp_path) not in (tmp_path / "card.json").read_text()
+    loaded = ResultCard.load(tmp_path / "card.json")
+    assert loaded == given and loaded.settings["model"] == "vae" and loaded.details["arguments"]["masks"] == "masks"
+    assert is_card_of(tmp_path / "card.json", model=str(tmp_path / "vae"), samples=str(tmp_path / "samples.npz"))
+    assert not is_card_of(tmp_path / "card.json", model=str(tmp_path / "other"))

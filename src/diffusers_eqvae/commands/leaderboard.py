@@ -25,8 +25,8 @@ MARK = "<!-- written by eqvae leaderboard -->"
 PARTS = {
     "reconstruction": ("psnr", "ssim", "lpips", "rfid", "rfd_"),
     "health": ("equivariance_rotation", "equivariance_scale", "gap_", "high_frequency", "intrinsic_dimension"),
-    "diffusability": ("viv_per_dimension", "linear_loss", "sec", "lds", "lnc"),
-    "generation": ("fid", "fd_", "sfid", "kid", "kd_", "inception_score", "precision", "recall"),
+    "diffusability": ("viv_per_dimension", "linear_loss", "sec", "lds", "lnc", "srss", "ifid", "ifd_"),
+    "generation": ("fid", "fd_", "sfid", "kid", "kd_", "mind", "inception_score", "precision", "recall"),
 }
 Table = list[tuple[str, ...]]
 

@@ -22,7 +22,7 @@ from ..metrics.image_sets import hash_digests, image_digests
 from ..metrics.result_card import is_card_of
 from ..options import Checked, inputs_of
 from ..perception.annotated_images import ImageMasks
-from ..provenance import hardware, hub_commit
+from ..provenance import hardware, hub_commit, portable
 from ..training_utils.command_line import parse
 from ..training_utils.console import start_logging
 from ..training_utils.launch import require_device
@@ -139,7 +139,7 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
     if arguments.compare is not None:
         locations.append((arguments.compare, arguments.compare_subfolder))
     names = _short_names([name for name, _ in locations])
-    models = ["/".join(filter(None, location)) for location in locations]
+    models = ["/".join(filter(None, (portable(name), inside))) for name, inside in locations]
     for file, model in zip(_card_names(names), models, strict=True):
         require_replaceable(folder / file, ours=partial(is_card_of, model=model, data=Path(arguments.data_dir).name))
     annotations = load_annotated_images(
@@ -170,12 +170,18 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         for vae, name in zip(vaes, names, strict=True)
     ]
     output.claim("card.html", "card.png", *_card_names(names))
-    commits = {"/".join(filter(None, each)): hub_commit(each[0], subfolder=each[1]) for each in locations}
-    for file, model, inspection in zip(_card_names(names), models, inspections, strict=True):
-        own = provenance | {"hub_commit": commits[model]}
+    commits = [hub_commit(name, subfolder=inside) for name, inside in locations]
+    for file, model, commit, inspection in zip(_card_names(names), models, commits, inspections, strict=True):
+        own = provenance | {"hub_commit": commit}
         result_card(inspection, model, protocol=protocol, provenance=own).save(folder / file)
     write_png(folder / "card.png", inspections, strips(vaes, images[evenly_spaced(len(images), SHOWN_IMAGES)]))
-    said = {"images": len(images), **protocol, "posterior": "mean", **provenance, "hub_commit": commits}
+    said = {
+        "images": len(images),
+        **protocol,
+        "posterior": "mean",
+        **provenance,
+        "hub_commit": dict(zip(models, commits, strict=True)),
+    }
     write_html(folder / "card.html", inspections, said)
     output.release()
     return inspections

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Measurement, PerImageMetric, build_metrics, measure
+from .base import Figure, Measurement, PerImageMetric, build_metrics, measure
+from .distances import FeatureStatistics, frechet_distance
+from .errors import jackknife_error, without_each
 from .feature_networks import FeatureNetwork
 from .image_sets import Features, hash_digests, image_digests, require_one_size, size_of, to_tensor
 from .references import (
@@ -140,6 +142,23 @@ def too_few(dimension: int, counts: Mapping[str, int | None]) -> str | None:
     """The caveat of a Fréchet distance of no more images than feature dimensions, which their number dominates."""
     few = [f"{n} {what} for {dimension} dimensions" for what, n in counts.items() if n is not None and n <= dimension]
     return "too few images: " + ", ".join(few) if few else None
+
+
+def paired_frechet(own: Tensor, images: Tensor, *, caveat: str | None = None) -> Figure:
+    """The Fréchet distance of features (N, D) to those of the images they go with, left out together for its error."""
+    theirs, its = feature_statistics(own), feature_statistics(images)
+    rest = zip(without_each(own), without_each(images), strict=True)
+    return Figure(
+        _frechet(theirs, its),
+        jackknife_error([_frechet(*pair) for pair in rest]),
+        len(own),
+        better="lower",
+        caveat=join_caveats(too_few(theirs.dimension, {"samples": len(own), "reference images": len(images)}), caveat),
+    )
+
+
+def _frechet(own: FeatureStatistics, images: FeatureStatistics) -> float:
+    return frechet_distance(own.mean, own.covariance, images.mean, images.covariance)
 
 
 def join_caveats(*caveats: str | None) -> str | None:

@@ -106,7 +106,8 @@ class ImageSet:
             raise ValueError(f"Batches must hold at least one image; got batch_size {batch_size}.")
         rank, world_size = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
         starts = range(0, self.count, batch_size)
-        mine = starts[rank * len(starts) // world_size : (rank + 1) * len(starts) // world_size]
+        ends = [-(-each * len(starts) // world_size) for each in (rank, rank + 1)]  # rounded up: the first has some
+        mine = starts[ends[0] : ends[1]]
         return Batches(self, [range(start, min(start + batch_size, self.count)) for start in mine])
 
     def read(self, index: range) -> np.ndarray:

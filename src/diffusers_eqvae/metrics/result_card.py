@@ -12,7 +12,7 @@ from typing import Any
 
 from ..classes import ClassTable
 from ..files import read_json, require_format_version, write_json
-from ..provenance import hash_file
+from ..provenance import hash_file, portable
 
 FORMAT_VERSION = 4  # 3 hashed weights in several ways
 # What was looked for and could not be known; never equal to anything.
@@ -68,7 +68,7 @@ PROTOCOLS: dict[str, dict[str, str]] = {
     },
 }
 # What matters only where all cards have a number whose name begins like this.
-_DISTANCES = ("fid", "fd_", "sfid", "sfd_", "precision", "recall", "kid", "kd_")
+_DISTANCES = ("mind", "fid", "fd_", "sfid", "sfd_", "precision", "recall", "kid", "kd_")
 CONCERNS: dict[str, dict[str, tuple[str, ...]]] = {
     "generation": {
         **dict.fromkeys(_NETWORK, (*_DISTANCES, "inception_score")),
@@ -79,7 +79,7 @@ CONCERNS: dict[str, dict[str, tuple[str, ...]]] = {
         "intrinsic_dimension_points": ("intrinsic_dimension",),
         "lpips_net": ("lpips",),
         "lpips_weights_hash": ("lpips",),
-        **dict.fromkeys((*_NETWORK, *_UINT8), ("rfid", "rfd_", "rsfid", "rsfd_")),
+        **dict.fromkeys((*_NETWORK, *_UINT8), ("rfid", "rfd_", "rsfid", "rsfd_", "ifid", "ifd_")),
     },
     "perception": {},
 }
@@ -110,7 +110,7 @@ SETTINGS = (
 
 @dataclass
 class ResultCard:
-    """Numbers and how they were made.
+    """Numbers and how they were made; paths in it are `portable`, since cards are shown to others.
 
     Attributes:
         metrics: number by name.
@@ -149,6 +149,7 @@ class ResultCard:
         ):
             if unknown := sorted(given - set(known)):
                 raise ValueError(f"A card's {name} holds {', '.join(known)}; got {', '.join(unknown)}.")
+        self.settings, self.provenance, self.details = map(portable, (self.settings, self.provenance, self.details))
 
     def summary(self) -> str:
         """A line per number, with its standard error and its caveat."""
@@ -199,7 +200,7 @@ def is_card_of(path: str | os.PathLike[str], **subject: Any) -> bool:
     except (OSError, ValueError):
         return False
     said = {**card.provenance, **card.settings, **card.protocol, "task": card.task}
-    return all(said.get(key) == value for key, value in subject.items() if value is not None)
+    return all(said.get(key) == portable(value) for key, value in subject.items() if value is not None)
 
 
 def sampling_settings(samples: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], ClassTable | None]:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 from ...images import UINT8_RULE
-from ..base import Figure, register_metric
-from ..distances import frechet_distance
-from ..errors import jackknife_error, without_each
-from ..generation import FeatureMetric, feature_statistics, join_caveats, network_protocol, too_few
+from ..base import register_metric
+from ..generation import FeatureMetric, network_protocol, paired_frechet
 
 
 @register_metric("rfid")
@@ -29,21 +27,8 @@ class RFID(FeatureMetric):
         for name, output in {"fid": "features", "sfid": "spatial"}.items():
             if output not in rows:
                 continue
-            images, own = feature_statistics(rows[output]), feature_statistics(rows[f"reconstructed_{output}"])
-            caveat = too_few(own.dimension, {"samples": own.count, "reference images": images.count})
-            figures[f"r{self.network.metric_name(name)}"] = Figure(
-                frechet_distance(own.mean, own.covariance, images.mean, images.covariance),
-                jackknife_error(
-                    [
-                        frechet_distance(theirs.mean, theirs.covariance, its.mean, its.covariance)
-                        for theirs, its in zip(
-                            without_each(rows[f"reconstructed_{output}"]), without_each(rows[output]), strict=True
-                        )
-                    ]
-                ),
-                own.count,
-                better="lower",
-                caveat=join_caveats(caveat, self.repeated(rows)),
+            figures[f"r{self.network.metric_name(name)}"] = paired_frechet(
+                rows[f"reconstructed_{output}"], rows[output], caveat=self.repeated(rows)
             )
         return figures
 
