@@ -24,8 +24,7 @@ lint: $(VENV)/.installed-dev
 api: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.test_api
 
-docs: $(VENV)/.installed-dev
-	$(PIP_INSTALL) -q -e ".[docs]"
+docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 $(VENV)/bin/python:
@@ -45,6 +44,10 @@ $(VENV)/.installed-demo: setup.py | $(VENV)/bin/python
 $(VENV)/.installed-dev: setup.py | $(VENV)/bin/python
 	$(PIP_INSTALL) -e ".[dev]"
 	@touch $(VENV)/.installed-demo $@
+
+$(VENV)/.installed-docs: setup.py | $(VENV)/bin/python
+	$(PIP_INSTALL) -e ".[docs]"
+	@touch $@
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -242,6 +242,11 @@ def test_the_page_of_published_rows_is_what_the_presets_say():
     assert ROWS.read_text() == rows(), "run `make api`"
 
 
+def test_the_site_s_navigation_holds_every_page_once():
+    listed = re.findall(r"^ +- (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
 def test_no_page_and_no_help_needs_a_checkout():
     """`pip install` brings no file by the name training/train_autoencoder.py."""
     scripts = [path for folder in ("training", "pipelines") for path in (ROOT / folder).glob("*.py")]
