@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from diffusers_eqvae.training_utils.dry_run import LiveTensors, first_examples, per_batch
+from diffusers_eqvae.training_utils.dry_run import LiveTensors, first_examples, per_batch, smallest_card
 
 from ..invariants.test_autoencoder_trajectories import SCRIPT as AUTOENCODER
 from ..invariants.test_autoencoder_trajectories import flags as autoencoder_flags
@@ -64,7 +64,9 @@ def estimated_and_needed(script, flags, capsys) -> tuple[float, float]:
     """What --dry_run says, and the largest sum of live tensors that torch.profiler sees in four steps, in MiB."""
     with pytest.raises(SystemExit):
         run_script(script, [*flags, "--dry_run"])
-    said = float(re.search(r"in all\s+([\d.]+) MiB", capsys.readouterr().out)[1])
+    printed = capsys.readouterr().out
+    said = float(re.search(r"in all\s+([\d.]+) MiB", printed)[1])
+    assert "it needs a card of 8 GB (estimated, not measured on one)." in printed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run_script(script, flags)
     events = profiled.profiler.kineto_results.events()
@@ -99,3 +101,17 @@ def test_it_says_what_an_autoencoder_needs(tmp_path, material, options, capsys):
     )
     said, needed = estimated_and_needed(AUTOENCODER, flags, capsys)
     assert said == pytest.approx(needed, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("gib", "said"),
+    [
+        (6.5, "a card of 8 GB"),
+        (6.6, "a card of 12 GB"),  # 6.6 * 1.15 + .5 = 8.09
+        (69, "a card of 80 GB"),
+        (70, "a card of 141 GB"),
+        (123, "none of 141 GB; lower --train_batch_size"),
+    ],
+)
+def test_the_card_holds_the_estimate_15_per_cent_and_the_framework(gib, said):
+    assert smallest_card(gib * 2**30) == said

@@ -19,6 +19,9 @@ from .optimization import OptimizedModule
 from .optimizers import FLOAT32_BYTES, state_bytes
 
 DRY_RUN_STEPS = 4  # what a step needs may depend on its random draw, so the largest of a few counts
+CARDS_GIB = (8, 12, 16, 24, 40, 48, 80, 141)  # memory of common GPUs
+FRAMEWORK_GIB = 0.5
+MARGIN = 1.15  # the estimate has been within 15 % of what a profiler sees (on a CPU)
 MEASURED = (2, 4)  # examples; what a micro-batch needs grows by as much with each
 
 
@@ -89,6 +92,18 @@ def readable(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
+def smallest_card(size: float) -> str:
+    """In words, the smallest common card whose memory holds `size` bytes with the margin and the framework.
+
+    Example:
+        >>> smallest_card(10 * 2**30)
+        'a card of 12 GB'
+    """
+    needed = size * MARGIN / 2**30 + FRAMEWORK_GIB
+    fitting = [card for card in CARDS_GIB if needed <= card]
+    return f"a card of {fitting[0]} GB" if fitting else f"none of {CARDS_GIB[-1]} GB; lower --train_batch_size"
+
+
 def per_batch(measured: Mapping[int, int], batch_size: int) -> int:
     """Bytes of a step of `batch_size` examples, from those of steps of one or two smaller sizes: a straight line.
 
@@ -131,8 +146,10 @@ def report(
     best = ", the best one" if best_kept else ""
     lines = ["Memory per device, estimated:"]
     lines += [f"  {part:<16}{readable(size):>12}" for part, size in parts.items() if size]
-    lines += [f"  {'in all':<16}{readable(sum(parts.values())):>12}, plus the framework (about 0.5 GiB on a GPU)"]
+    in_all = sum(parts.values())
+    lines += [f"  {'in all':<16}{readable(in_all):>12}, plus the framework (about {FRAMEWORK_GIB} GiB on a GPU)"]
     lines += [
+        f"With 15 % more for safety it needs {smallest_card(in_all)} (estimated, not measured on one).",
         f"Step: activations and temporary tensors ({readable(activations)}) measured in real steps of {sizes} "
         f"examples, for a micro-batch of {batch_size}; gradients ({readable(gradients)}) "
         + ("beside them." if accumulates else "after them."),
