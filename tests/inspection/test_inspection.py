@@ -67,6 +67,8 @@ def found(**changed):
         ({}, "equivariance", "poor", "looked at on 4 tokenizers, provisional"),
         ({"gap_rotated": 0.0, "gap_halved": 0.0, "psnr": 12.0}, "equivariance", None, "halved latents loses 0.0"),
         ({"psnr": 12.0}, "reconstruction", "poor", "PSNR 12.00 dB"),
+        ({}, "reconstruction", None, "limit 20 dB: own choice, looked at on 4 tokenizers, provisional"),
+        ({}, "channels", "good", "below 1% of the largest: own choice, looked at on 4 tokenizers, provisional"),
         ({}, "reconstruction", None, "PSNR 25.00 dB"),
         ({"channels": {"std": [1.0, 0.001]}}, "channels", "poor", "standard deviations 0.001 to 1"),
         ({}, "diffusability", None, "undefined: too few"),

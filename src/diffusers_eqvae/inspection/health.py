@@ -188,9 +188,16 @@ class _Stated:
         return f"{value:{form}}{error}"
 
 
+def _rest_on(limits: str) -> str:
+    """What a limit rests on, which every finding with a level ends with."""
+    provisional = ", provisional" if LIMITS_REST_ON < FIRM_FROM else ""
+    return f"{limits}: own choice, looked at on {LIMITS_REST_ON} tokenizers{provisional}"
+
+
 def _reconstruction(stated: _Stated) -> Finding:
     evidence = [f"PSNR {stated('psnr')} dB, SSIM {stated('ssim', '.3f')}"]
     evidence += [f"LPIPS {stated('lpips', '.3f')}"] if "lpips" in stated.figures else []
+    evidence.append(_rest_on(f"limit {POOR_PSNR_DB:g} dB"))
     poor = stated.figures["psnr"] < POOR_PSNR_DB
     says = f"plain reconstruction has {stated('psnr')} dB"
     says += f", below {POOR_PSNR_DB:g} dB: too poor to judge the latents by what is decoded" if poor else ""
@@ -210,10 +217,7 @@ def _equivariance(stated: _Stated) -> Finding:
             f"{key.removeprefix('equivariance_')} error {stated(key)}, around the channel means "
             f"{stated(f'{key}_centred')} (published on ImageNet 256, {values})"
         )
-    evidence.append(
-        f"limits {SMALL_GAP_DB:g} and {LARGE_GAP_DB:g} dB: own choice, looked at on {LIMITS_REST_ON} tokenizers"
-        + (", provisional" if LIMITS_REST_ON < FIRM_FROM else "")
-    )
+    evidence.append(_rest_on(f"limits {SMALL_GAP_DB:g} and {LARGE_GAP_DB:g} dB"))
     worst = max(stated.figures[name] for name in gaps.values())
     level: str | None = "mixed"
     says = "transformed latents decode, with a loss"
@@ -247,6 +251,7 @@ def _channels(stated: _Stated) -> Finding:
     stds = stated.figures["channels"]["std"]
     dead = [str(index) for index, std in enumerate(stds) if std <= DEAD_CHANNEL_SHARE * max(stds)]
     says = f"channels {', '.join(dead)} have collapsed" if dead else f"all {len(stds)} channels carry something"
-    evidence = f"standard deviations {min(stds):.3g} to {max(stds):.3g}; collapsed: below {DEAD_CHANNEL_SHARE:.0%} of "
+    evidence = f"standard deviations {min(stds):.3g} to {max(stds):.3g}"
+    limit = _rest_on(f"collapsed is below {DEAD_CHANNEL_SHARE:.0%} of the largest")
     meaning = "A collapsed latent space is equivariant too."
-    return Finding("channels", says, meaning, (evidence + "the largest",), "poor" if dead else "good")
+    return Finding("channels", says, meaning, (evidence, limit), "poor" if dead else "good")
