@@ -22,14 +22,14 @@ def card(psnr: float, **protocol) -> ResultCard:
         "decoder": {"float32": "d" * 16},
     }
     return ResultCard(
-        {"psnr": psnr, "sec": 0.2},
+        {"psnr": psnr, "mine": 3.0, "note": 1.0, "sec": 0.2},
         dict.fromkeys(PROTOCOLS["reconstruction"], "same") | {"num_images": 500} | protocol,
         {"model": "x", "autoencoder": autoencoder},
         {"sec": "few", "viv_per_dimension": "undefined: too few"},
         {"data": "a < b", "date": "2026-11-29T00:00:00"},
         task="reconstruction",
         errors={"psnr": 0.051},
-        better={"psnr": "higher", "sec": "lower"},
+        better={"psnr": "higher", "sec": "lower", "mine": "lower"},
     )
 
 
@@ -44,8 +44,8 @@ def write(tmp_path, output: str, **protocol) -> tuple[int, str]:
 def test_cards_of_one_protocol_share_a_table(tmp_path):
     status, text = write(tmp_path, "x.md")
     assert status == 0 and text.count("## reconstruction: 500 images of a &lt; b") == 1
-    assert "|  | psnr (more) | sec (less) |" in text
-    assert r"| plain | 24 ± 0.051 | 0.2\* |" in text and r"| eq | 23.5 ± 0.051 | 0.2\* |" in text
+    assert "|  | psnr (more) | sec (less) | mine (less) |" in text
+    assert r"| plain | 24 ± 0.051 | 0.2\* | 3 |" in text and r"| eq | 23.5 ± 0.051 | 0.2\* | 3 |" in text
     assert f"| eq | AutoencoderTiny | 4 | 8 | {'e' * 16} | {'d' * 16} | 500 | 2026-11-29 |" in text
     assert write(tmp_path, "x.md")[1] == text  # over its own
 

@@ -21,13 +21,14 @@ from ..templates import markdown
 from . import command_parser
 
 MARK = "<!-- written by eqvae leaderboard -->"
-# Part of a table -> the numbers in it, by how their names begin.
+# Part of a table -> the numbers in it, by how their names begin; further ones that may be ranked come after them.
 PARTS = {
     "reconstruction": ("psnr", "ssim", "lpips", "rfid", "rfd_"),
     "health": ("equivariance_rotation", "equivariance_scale", "gap_", "high_frequency", "intrinsic_dimension"),
     "diffusability": ("viv_per_dimension", "linear_loss", "sec", "lds", "lnc", "srss", "ifid", "ifd_"),
     "generation": ("fid", "fd_", "sfid", "kid", "kd_", "mind", "inception_score", "precision", "recall"),
 }
+LEFT_OUT = {"viv"}  # a sum over dimensions, which are more in one autoencoder than in another
 Table = list[tuple[str, ...]]
 
 
@@ -68,9 +69,9 @@ def tables(cards: dict[str, ResultCard]) -> tuple[Table, Table]:
     """Numbers and provenance of cards of one protocol, a row for each."""
     known = dict.fromkeys(name for card in cards.values() for name in card.metrics)
     columns = [name for starts in PARTS.values() for start in starts for name in known if name.startswith(start)]
-    columns = list(dict.fromkeys(columns))
-    signs = {"higher": " (more)", "lower": " (less)"}
     better = {name: sign for card in cards.values() for name, sign in card.better.items()}
+    columns = list(dict.fromkeys([*columns, *(name for name in known if better.get(name) and name not in LEFT_OUT)]))
+    signs = {"higher": " (more)", "lower": " (less)"}
     numbers = [("", *(f"{name}{signs.get(better.get(name, ''), '')}" for name in columns))]
     numbers += [(name, *(_number(card, column) for column in columns)) for name, card in cards.items()]
     head = ("", "class", "channels", "stride", "encoder", "decoder", "images", "measured")
