@@ -221,3 +221,20 @@ def test_a_real_run_whose_weights_do_not_move(trained):
 def test_a_real_run_whose_average_is_too_slow(trained):
     told = trained(ema_decay=0.9999)["moving average too slow"]
     assert told.startswith("with ema_decay 0.9999, 100% of the average after 24 steps")
+
+
+@pytest.mark.parametrize("line", ["[1]", "7", '{"step": "a", "loss": 1}', '{"step": 1, "loss": "b"}', '{"step": [1]}'])
+def test_lines_that_no_run_writes_are_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"Line 2 of .*metrics\.jsonl is not a training run's"):
+        read_curves(tmp_path)
+
+
+def test_what_is_not_text_and_options_without_names_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is empty"):
+        read_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "resolved_arguments.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="does not hold options by name"):
+        read_curves(tmp_path)

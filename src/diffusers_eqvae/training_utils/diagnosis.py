@@ -370,16 +370,26 @@ def read_curves(run: Path) -> Curves:
     if not path.is_file():
         raise ValueError(f"{run} holds no {METRICS_FILE}, which a training run writes; name the directory of a run.")
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(record, dict) or not all(map(_is_figure, record.values())):
+            raise ValueError(
+                f"Line {number} of {path} is not a training run's, names with numbers; name the directory of one."
+            )
+        records.append(record)
     if not records:
         raise ValueError(
             f"{path} is empty: the run has logged nothing yet (its first line comes after logging_steps)."
         )
-    arguments: Any = (
-        yaml.safe_load((run / RESOLVED_ARGUMENTS).read_text()) if (run / RESOLVED_ARGUMENTS).is_file() else {}
-    )
-    return Curves([record for record in records if math.isfinite(record.get("step", math.nan))], arguments or {})
+    resolved = run / RESOLVED_ARGUMENTS
+    arguments: Any = (yaml.safe_load(resolved.read_text()) if resolved.is_file() else None) or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{resolved} does not hold options by name, as a training run writes them; remove it.")
+    return Curves([record for record in records if math.isfinite(record.get("step", math.nan))], arguments)
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
