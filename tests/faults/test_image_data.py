@@ -194,10 +194,10 @@ def test_whatever_a_decoder_raises_counts_as_unreadable(tmp_path, monkeypatch, e
         save(tmp_path / f"{k}.png")
     source = load(tmp_path)
 
-    def broken(image):
+    def broken(image, channels):
         raise error("in a field of metadata")
 
-    monkeypatch.setattr("diffusers_eqvae.data.image_files.to_rgb", broken)
+    monkeypatch.setattr("diffusers_eqvae.data.image_files.to_channels", broken)
     with pytest.raises(ValueError, match=r"At most 2 of the 8 images may be unreadable.*Repair or remove them"):
         source.get(0)
 

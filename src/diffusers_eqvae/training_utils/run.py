@@ -342,17 +342,10 @@ class TrainingRun:
             sys.exit(1)
 
     def push_meanwhile(self, save: Callable[[Path], None]) -> None:
-        """Pushes what `save(directory)` writes now in the background, every --push_every steps; never fails.
-
-        Weights that are not finite are not pushed.
-        """
-        if not self.is_main or not self.due(self.arguments.push_every):
-            return
-        if not all(entry.is_finite() for entry in self.modules.values()):
-            logger.warning("Nothing is pushed of step %d: its weights are NaN or infinite.", self.step)
-            return
-        with self.validation():
-            self._uploads.start(self.step, save)
+        """Pushes what `save(directory)` writes now in the background, every --push_every steps; never fails."""
+        if self.is_main and self.due(self.arguments.push_every):
+            with self.validation():
+                self._uploads.start(self.step, save, self.modules.values())
 
     # ------------------------------------------------------------------ inside
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..files import delete, replace_directory, temporary_sibling
 from ..hub import push_run
 from .arguments import RunArguments
+from .optimization import OptimizedModule
 from .tracking import METRICS_FILE, images_of
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,16 @@ class Uploads:
         self.output_dir, self.arguments = output_dir, arguments
         self._running: threading.Thread | None = None
 
-    def start(self, step: int, save: Callable[[Path], None]) -> None:
-        """Saves by `save(directory)` and pushes that in the background; not while the last such push still goes on."""
+    def start(self, step: int, save: Callable[[Path], None], entries: Iterable[OptimizedModule] = ()) -> None:
+        """Saves by `save(directory)` and pushes that in the background; not while the last such push still goes on.
+
+        Nor where the weights of `entries` are not finite, or cannot be written.
+        """
         if self._running is not None and self._running.is_alive():
             logger.warning("The push before is still going on; there is none of step %d.", step)
+            return
+        if not all(entry.is_finite() for entry in entries):
+            logger.warning("Nothing is pushed of step %d: its weights are NaN or infinite.", step)
             return
         snapshot = self.output_dir / SNAPSHOT
         aside = temporary_sibling(snapshot)
