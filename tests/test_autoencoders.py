@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, AutoencoderKL
 
 from diffusers_eqvae.autoencoders import (
     autoencoder_location,
@@ -132,3 +132,12 @@ def test_one_out_of_a_pipeline_and_one_alone_load_one_after_the_other(tmp_path, 
     for name in ("pipeline", "alone", "pipeline"):
         loaded = load_autoencoder(str(tmp_path / name))
         assert all(map(torch.equal, loaded.parameters(), tiny_autoencoder_kl.parameters()))
+
+
+def test_the_kl_compiles_whatever_the_strides_of_the_moments():
+    """A traced encoder may give moments in another memory order than the trace says."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks)
+    pixels = torch.randn(4, 3, 16, 16)
+    compiled = torch.compile(lambda pixels: encode(vae, pixels).kl(), backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels), encode(vae, pixels).kl())

@@ -89,7 +89,7 @@ class Posterior:
             return self.mean.new_zeros(self.mean.shape[0])
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
-        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum((1, 2, 3))
 
 
 @dataclass(frozen=True)
