@@ -185,11 +185,16 @@ def test_hardware_states_the_versions_that_decide_numbers():
 
 
 def test_a_portable_path_says_nothing_of_the_machine(tmp_path, monkeypatch):
-    (tmp_path / "work" / "runs").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
-    here = str(tmp_path / "work" / "runs" / "vae")
+    (tmp_path / "project" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project")
+    here = str(tmp_path / "project" / "runs" / "vae")
     given = {"a": here, "b": "/home/me/vae", "c": ["runs/vae", "madebyollin/taesd"], "d": ("../vae", 3, None)}
-    given |= {"e": "../work/runs/vae", "f": "ADM centre crop to 64 px", "g": {"name": "/x/heads/ade.pth"}, "h": "a..b"}
+    given |= {
+        "e": "../project/runs/vae",
+        "f": "ADM centre crop to 64 px",
+        "g": {"name": "/x/heads/ade.pth"},
+        "h": "a..b",
+    }
     assert portable(given) == {
         "a": "runs/vae",
         "b": "vae",

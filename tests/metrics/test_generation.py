@@ -317,3 +317,24 @@ def test_mind_of_shifted_features_and_of_sets_of_two_sizes():
     doubled = replace(reference, features=torch.cat([features + shift, features + shift]))
     cut = evaluate_generation(samples, doubled, network, metrics=["mind"]).figures["mind"]
     assert cut.n == 50 and figure.value * 0.5 < cut.value != figure.value
+
+
+def test_the_error_of_mind_is_the_spread_over_other_samples():
+    network, generator = TinyInception(), torch.Generator().manual_seed(1)
+    samples, reference = extract(network, [images_uint8(120)]), reference_of(network, 120, seed=0)
+    values, errors = [], []
+    for _ in range(16):
+        drawn, other = (torch.randn(120, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+        samples.outputs["features"] = drawn + 1
+        figure = evaluate_generation(samples, replace(reference, features=other), network, metrics=["mind"]).figures
+        values.append(figure["mind"].value)
+        errors.append(figure["mind"].error)
+    assert 0.6 < np.mean(errors) / np.std(values, ddof=1) < 1.7
+
+
+@pytest.mark.parametrize("metric", ["kid", "precision_recall", "mind"])
+def test_what_a_reference_of_statistics_cannot_tell_is_said(metric, caplog):
+    network = TinyInception()
+    reference = replace(reference_of(network, 50, seed=0), features=None)
+    assert not evaluate_generation(extract(network, [images_uint8(50)]), reference, network, metrics=[metric]).figures
+    assert "is not measured against the reference" in caplog.text and "statistics only" in caplog.text

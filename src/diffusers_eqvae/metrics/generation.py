@@ -6,6 +6,7 @@ The ADM protocol (Dhariwal & Nichol, arXiv 2105.05233): features of uint8 images
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ __all__ = [
     "require_same_classes",
     "sample_batches",
 ]
+
+logger = logging.getLogger(__name__)
 
 # What `training/evaluate_generation.py` computes by default, and what its batches hold.
 GENERATION_METRICS = ("fid", "inception_score", "precision_recall", "kid")
@@ -109,6 +112,18 @@ class SampleMetric(FeatureMetric):
         if network is None or reference is None:
             raise ValueError(f"{cls.__name__} needs a feature network and a reference to compare with.")
         return cls(network, reference)
+
+    def single_features(self, features: Tensor) -> Tensor | None:
+        """The reference's features of single images; None, which is said, where either set has too few to compare."""
+        reference = self.reference.features
+        count = 0 if reference is None else min(len(features), len(reference))
+        if count > NEIGHBOURS:
+            return reference
+        why = "statistics only" if reference is None else f"{count} images, and more than {NEIGHBOURS} are needed"
+        logger.warning(
+            "%s is not measured against the reference %s: %s.", type(self).__name__, self.reference.name, why
+        )
+        return None
 
     def protocol(self) -> dict[str, Any]:
         return {**super().protocol(), **self.reference.statement()}

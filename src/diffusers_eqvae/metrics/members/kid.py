@@ -5,7 +5,7 @@ import torch
 from ..base import Figure, register_metric
 from ..distances import kernel_distance
 from ..errors import disjoint_error
-from ..generation import NEIGHBOURS, SampleMetric
+from ..generation import SampleMetric
 
 SEED = 0  # of the subsets
 SUBSET_SIZE = 1000
@@ -20,8 +20,9 @@ class KID(SampleMetric):
     """
 
     def compute(self):
-        rows, reference = self.joined(), self.reference.features
-        if reference is None or min(len(rows["features"]), len(reference)) <= NEIGHBOURS:
+        rows = self.joined()
+        reference = self.single_features(rows["features"])
+        if reference is None:
             return {}
         generator = torch.Generator().manual_seed(SEED)
         kid, spread = kernel_distance(rows["features"], reference, generator=generator)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ..base import Figure, register_metric
 from ..distances import monge_distance, sorted_projections
 from ..errors import GROUPS, jackknife_error
-from ..generation import NEIGHBOURS, SampleMetric
+from ..generation import SampleMetric
 
 SEED = 0  # of the directions, and of what is left out of the larger set
 DIRECTIONS = 1000  # own choice
@@ -21,10 +21,11 @@ class MIND(SampleMetric):
     """
 
     def compute(self):
-        rows, reference = self.joined(), self.reference.features
-        count = 0 if reference is None else min(len(rows["features"]), len(reference))
-        if count <= NEIGHBOURS:
+        rows = self.joined()
+        reference = self.single_features(rows["features"])
+        if reference is None:
             return {}
+        count = min(len(rows["features"]), len(reference))
         generator = torch.Generator().manual_seed(SEED)
         dimension = reference.shape[1]
         directions = F.normalize(torch.randn(DIRECTIONS, dimension, generator=generator, dtype=torch.float64), dim=1)

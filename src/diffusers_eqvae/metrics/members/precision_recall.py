@@ -14,8 +14,9 @@ class PrecisionRecall(SampleMetric):
     """
 
     def compute(self):
-        rows, reference = self.joined(), self.reference.features
-        if reference is None or min(len(rows["features"]), len(reference)) <= NEIGHBOURS:
+        rows = self.joined()
+        reference = self.single_features(rows["features"])
+        if reference is None:
             return {}
         values = precision_recall(rows["features"], reference, neighbours=NEIGHBOURS)
         counts = len(rows["features"]), len(reference)
