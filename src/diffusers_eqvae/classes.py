@@ -49,7 +49,9 @@ class ClassTable:
         counted = {int(key): int(count) for key, count in (config.get("class_counts") or {}).items()}
         ids = range(max(names) + 1)
         counts = tuple(counted.get(each, 0) for each in ids) if counted else None
-        return cls(tuple(names[each][0] if each in names else str(each) for each in ids), counts)
+        written = {int(key): label for key, label in config["id2label"].items()}
+        labels = [written.get(each, str(each)) for each in ids]
+        return cls(tuple(label if isinstance(label, str) else ", ".join(label) for label in labels), counts)
 
     def to_config(self) -> dict[str, Any]:
         """{"id2label": {"0": name, ...}, "class_counts": {"0": images, ...}}: of a manifest, or a model's config."""
@@ -92,18 +94,21 @@ class ClassTable:
     def require_same(self, given: ClassTable, *, whose: str, remedy: str) -> None:
         """Refuses a table of other names, or of the same in another order; counts may differ.
 
+        Two names are of one class where they share a synonym, as "n01440764, tench" and "tench" do.
+
         Example:
             >>> model.require_same(store.classes, whose="the model runs/sit", remedy="train a new model")
         """
-        if self.names == given.names:
-            return
         if len(self) != len(given):
             what = f"{len(self)} classes there, {len(given)} here"
         else:
-            differing = [each for each in range(len(self)) if self.names[each] != given.names[each]]
+            pairs = enumerate(zip(self.names, given.names, strict=True))
+            differing = [each for each, (there, here) in pairs if not share_a_name(synonyms(there), synonyms(here))]
+            if not differing:
+                return
             order = ", the same ones in another order" if sorted(self.names) == sorted(given.names) else ""
-            pairs = [f"{each} is {self.names[each]!r} there and {given.names[each]!r} here" for each in differing]
-            what = f"{len(differing)} of {len(self)} names differ{order}: {listed(pairs)}"
+            said = [f"{each} is {self.names[each]!r} there and {given.names[each]!r} here" for each in differing]
+            what = f"{len(differing)} of {len(self)} names differ{order}: {listed(said)}"
         raise ValueError(f"The classes of {whose} are not those of these data: {what}; {remedy}.")
 
     def uncovered(self, given: ClassTable, *, whose: str, remedy: str) -> str | None:
@@ -123,8 +128,7 @@ class ClassTable:
         if min(len(self), len(given)) < 2 or numbered[0] != numbered[1]:
             return None
         ours, theirs = (
-            {table.names[each]: set(parse_id2label(table.id2label)[each]) for each in table.present}
-            for table in (self, given)
+            {table.names[each]: set(synonyms(table.names[each])) for each in table.present} for table in (self, given)
         )
         strange = [name for name, names in theirs.items() if not any(names & known for known in ours.values())]
         if strange:
@@ -139,13 +143,28 @@ class ClassTable:
         return f"Of {len(missing)} of {len(ours)} classes of {whose} there is no image: {listed(missing)}."
 
     def rows_from(self, saved: ClassTable | None) -> dict[int, int]:
-        """id -> id in `saved` of the class of the same name; a name that several classes share is nobody's."""
-        theirs = list(saved.names) if saved is not None else []
-        return {
-            each: theirs.index(name)
-            for each, name in enumerate(self.names)
-            if theirs.count(name) == self.names.count(name) == 1
-        }
+        """id -> id in `saved` of the class of the same name or, where none has it, with a synonym of it.
+
+        What several classes share is nobody's.
+        """
+        ours, theirs = self._owners(), saved._owners() if saved is not None else {}
+        rows = {}
+        for each, label in enumerate(self.names):
+            known = [theirs[name] for name in synonyms(label) if ours.get(name) == each and name in theirs]
+            if known:
+                rows[each] = known[0]
+        return rows
+
+    def _owners(self) -> dict[str, int]:
+        """The class of a name: of a whole label before one of its synonyms, and of none that several classes share."""
+        owners: dict[str, set[int]] = {}
+        for named in ([(label,) for label in self.names], [synonyms(label) for label in self.names]):
+            found: dict[str, set[int]] = {}
+            for each, names in enumerate(named):
+                for name in names:
+                    found.setdefault(name, set()).add(each)
+            owners = found | owners
+        return {name: min(ids) for name, ids in owners.items() if len(ids) == 1}
 
     def _called(self, ids: Iterable[int]) -> list[str]:
         return [str(each) if self.names[each] == str(each) else f"{each} ({self.names[each]})" for each in ids]
@@ -159,6 +178,21 @@ def listed(names: Sequence[str], *, limit: int = LISTED) -> str:
         'a, b'
     """
     return ", ".join([*names[:limit], *(["..."] if len(names) > limit else [])])
+
+
+def synonyms(label: str) -> tuple[str, ...]:
+    """What a class is called: `synonyms("n01440764, tench")` is ('n01440764, tench', 'n01440764', 'tench')."""
+    return parse_id2label({0: label})[0]
+
+
+def share_a_name(names: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether two classes have a name in common, without regard to case.
+
+    Example:
+        >>> share_a_name(("n01440764", "tench"), ("Tench", "Tinca tinca"))
+        True
+    """
+    return not {name.casefold() for name in names}.isdisjoint(name.casefold() for name in others)
 
 
 def is_integer(name: str) -> bool:

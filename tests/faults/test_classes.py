@@ -201,6 +201,36 @@ def test_a_model_goes_on_with_other_classes_only_if_told_to(
     assert torch.allclose(then.patch_embed.weight, first.transformer.patch_embed.weight, atol=1e-6)
 
 
+def test_the_same_classes_under_other_names_go_on_once_both_are_given(tmp_path, script, tiny_autoencoder_kl):
+    store = write_store(tmp_path / "store", tiny_autoencoder_kl)
+    options = {"validation_steps": 0, "learning_rate": 1e-12}
+    script.main(test_train_transformer.flags(tmp_path, latents_dir=store, **options))
+    options |= {"latents_dir": renamed(store, ["n1", "n2", "n3"]), "model": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"let id2label of .*config\.json give both, as \"tench, n01440764\"; or"):
+        script.main(test_train_transformer.flags(tmp_path, **options | {"output_dir": tmp_path / "refused"}))
+    config = tmp_path / "run" / "transformer" / "config.json"
+    both = {"0": "cat, n1", "1": ["dog", "n2"], "2": "otter, n3"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": both}))
+    script.main(test_train_transformer.flags(tmp_path, **options | {"output_dir": tmp_path / "on"}))
+    pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "on")
+    assert pipeline.resolve_class_labels(["n2", "otter"]) == [1, 2] and pipeline.class_ids == [0, 1, 2]
+    assert pipeline.transformer.config.id2label["1"] == "dog, n2"
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (["n3", "n1"], {0: 2, 1: 0}),
+        (["crane", "n4"], {0: 3, 1: 1}),  # a whole label before a synonym of another
+        (["bird", "owl"], {}),
+    ],
+    ids=["one of its names", "a label", "shared by two"],
+)
+def test_rows_follow_every_name_of_a_class(names, rows):
+    saved = ClassTable(("cat, n1", "bird, crane, n4", "otter, n3", "crane", "bird, n6"))
+    assert ClassTable(tuple(names)).rows_from(saved) == rows
+
+
 def test_a_pipeline_whose_names_are_not_its_transformers(tiny_sit, tiny_autoencoder_kl):
     classes = ClassTable(("tench, Tinca tinca", *"bcdefghij"))
     with pytest.raises(

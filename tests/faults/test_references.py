@@ -131,6 +131,10 @@ def folder_of(path, **classes):
 
 OTHER_CLASSES = {
     "others": ({"owl": 3, "fox": 2}, "2 of 2 here are none of its 2 .cat, dog.: owl, fox. Take a reference of these"),
+    "other names of the same": (
+        {"n02121620": 3, "n02084071": 1},
+        '2 of 2 here .*: n02121620, n02084071.*let id2label of what was sampled .* give both, as "tench, n01440764"',
+    ),
     "one more": ({"cat": 3, "owl": 1}, "1 of 2 here are none of its 2 .cat, dog.: owl"),
 }
 SAME_CLASSES = {

@@ -91,6 +91,10 @@ def test_depth_width_and_the_form_of_a_size_are_its_own():
         check_guide(MaskGITTransformer2DModel(sample_size=4, **sizes), weak())
 
 
+def test_a_class_may_have_another_of_its_names():
+    check_guide(weak(id2label={"0": "n1, Otter"}), weak(id2label={"0": "otter"}))
+
+
 def test_of_other_latents_it_is_refused(tiny_autoencoder_kl):
     mine = autoencoder_identity(tiny_autoencoder_kl)
     tiny_autoencoder_kl.register_to_config(scaling_factor=0.7)

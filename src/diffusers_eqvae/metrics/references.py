@@ -87,7 +87,11 @@ def require_same_classes(references: Iterable[Reference | None], classes: ClassT
     Example:
         >>> require_same_classes([reference], sampled_classes(pipeline, 50000, pipeline.class_ids, seed=0))
     """
-    remedy = "Take a reference of these classes, or sample those it has"
+    remedy = (
+        "Take a reference of these classes, or sample those it has; where they are the same under other names, let "
+        'id2label of what was sampled (its config.json, or sampling.json beside the samples) give both, as "tench, '
+        'n01440764"'
+    )
     for reference in filter(None, references):
         whose = f"the reference {reference.name}"
         if said := reference.classes.uncovered(classes, whose=whose, remedy=remedy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,10 @@ def build_transformer(
         dropout = arguments.class_dropout_prob
         given = source.config | ({} if dropout is None else {"class_dropout_prob": dropout})
         model = source.cls(**given | fitting)
-    model.register_to_config(autoencoder=identity, **latents.classes.to_config())
+    classes = latents.classes
+    if source.directory is not None and model.class_table is not None:  # which may know further names
+        classes = replace(classes, names=model.class_table.names)
+    model.register_to_config(autoencoder=identity, **classes.to_config())
     _checkpoint_gradients(model, gradient_checkpointing, every=arguments.gradient_checkpointing_every)
     return model.train()
 
@@ -254,7 +258,9 @@ def _with_classes_of(latents: LatentData, model: Backbone, directory: Path, *, n
         )
     else:
         remedy = (
-            "use data of the same classes, or give --new_classes to keep embeddings by name and start the others anew"
+            f"use data of the same classes; where they are the same under other names, let id2label of "
+            f'{directory / "config.json"} give both, as "tench, n01440764"; or give --new_classes to keep embeddings '
+            "by name and start the others anew"
         )
         saved.require_same(classes, whose=f"the model {directory}", remedy=remedy)
     return model
