@@ -116,7 +116,9 @@ def test_two_families_side_by_side(tmp_path, images, tiny_autoencoder_kl, tiny_a
     assert f"<tr><td>reconstruction, PSNR in dB</td>{row}</tr>" in page
     with Image.open(tmp_path / "out" / "card.png") as card:
         assert card.width > 1000 and len(np.unique(np.asarray(card.convert("L")))) > 50
-    assert f"The card: {tmp_path}/out/card.html" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"The card: {tmp_path}/out/card.html" in said.out
+    assert "plain & <old>: 100%" in said.err and "pipe: 100%" in said.err  # and how long it will take
 
 
 def test_the_card_says_what_was_measured_where_and_when(tmp_path, images, tiny_autoencoder_kl):

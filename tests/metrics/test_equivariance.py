@@ -61,6 +61,19 @@ def test_an_offset_flatters_the_plain_error_only():
     assert shifted["equivariance_rotation_centred"] == pytest.approx(plain["equivariance_rotation_centred"], rel=1e-3)
 
 
+def test_no_image_is_encoded_twice():
+    """The image, its three turns and three scales; the turned and the halved one serve two figures."""
+    seen = []
+
+    class Counting(AveragingAutoencoder):
+        def encode(self, pixels):
+            seen.append(pixels)
+            return super().encode(pixels)
+
+    measure_equivariance(Counting(), [images(1)])
+    assert len(seen) == 7 and len({hash(each.numpy().tobytes()) for each in seen}) == 7
+
+
 FACTOR = 4
 
 

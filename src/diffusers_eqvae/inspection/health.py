@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,11 +96,13 @@ def inspect_autoencoder(
     perceptual: nn.Module | None = None,
     annotations: Mapping[str, Tensor] | None = None,
     batch_size: int = 1,
+    progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Inspection:
     """Measures `vae` on images (N, 3, S, S) in [-1, 1], one at a time by default, which a CPU does fastest.
 
     Args:
         annotations: "labels" and "masks" of the images, as `measure_autoencoder` takes them.
+        progress: what hands the batches on and may say how far it is, such as `tqdm`.
 
     Example:
         >>> [finding.name for finding in inspect_autoencoder(vae, pixels, name="taesd").findings]
@@ -112,7 +114,7 @@ def inspect_autoencoder(
     start = time.perf_counter()
     names = [name for name in RECONSTRUCTION_METRICS if name not in ("lpips", "rfid")]
     metrics = build_metrics(names, offers=OFFERS) + ([] if perceptual is None else [PerceptualDistance(perceptual)])
-    measured = measure_autoencoder(vae, images.split(batch_size), metrics=metrics, annotations=annotations)
+    measured = measure_autoencoder(vae, progress(images.split(batch_size)), metrics=metrics, annotations=annotations)
     figures = {"num_images": len(images), **measured.values(), **measured.details}
     description = {
         "class": type(vae).__name__,

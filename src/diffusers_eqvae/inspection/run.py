@@ -24,7 +24,7 @@ from ..options import Checked, inputs_of
 from ..perception.annotated_images import ImageMasks
 from ..provenance import hardware, hub_commit, portable
 from ..training_utils.command_line import parse
-from ..training_utils.console import start_logging
+from ..training_utils.console import progress_bar, start_logging
 from ..training_utils.launch import require_device
 from .card import SHOWN_IMAGES, pyplot, strips, write_html, write_png
 from .health import Inspection, inspect_autoencoder, result_card
@@ -166,7 +166,14 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         require_fitting(resolution, vae, smallest=4 * downsampling_factor(vae))  # at half and a quarter too
     images = images.to(device)
     inspections = [
-        inspect_autoencoder(vae, images, name=name, perceptual=perceptual, annotations=annotations)
+        inspect_autoencoder(
+            vae,
+            images,
+            name=name,
+            perceptual=perceptual,
+            annotations=annotations,
+            progress=partial(progress_bar, unit="image", desc=name),
+        )
         for vae, name in zip(vaes, names, strict=True)
     ]
     output.claim("card.html", "card.png", *_card_names(names))

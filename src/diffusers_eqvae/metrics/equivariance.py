@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +75,13 @@ def equivariance_per_image(vae: nn.Module, pixels: Tensor, raw_latents: Tensor) 
     size = (raw_latents.shape[-2], raw_latents.shape[-1])
     results: dict[str, Tensor] = {}
 
+    @cache
+    def encoded(tau: Tau) -> Tensor:
+        return encode(vae, tau.apply_to_pixels(pixels, factor)).mode()
+
     def errors(taus: list[Tau], name: str) -> None:
-        encoded = [encode(vae, tau.apply_to_pixels(pixels, factor)).mode() for tau in taus]
-        transformed = [tau.apply_to_latents(raw_latents) for tau in taus]
+        pairs = [(encoded(tau), tau.apply_to_latents(raw_latents)) for tau in taus]
         for suffix, centred in (("", False), ("_centred", True)):
-            pairs = zip(encoded, transformed, strict=True)
             each = [_defined_error(e, t, centred=centred) for e, t in pairs]
             results[f"equivariance_{name}{suffix}"] = torch.stack(each).mean(0)
 
@@ -91,7 +94,7 @@ def equivariance_per_image(vae: nn.Module, pixels: Tensor, raw_latents: Tensor) 
     for name, tau in taus.items():
         target = tau.apply_to_pixels(pixels, factor)
         results[f"psnr_{name}_latent"] = psnr(decode(vae, tau.apply_to_latents(raw_latents)), target)
-        results[f"psnr_{name}_pixels"] = psnr(decode(vae, encode(vae, target).mode()), target)
+        results[f"psnr_{name}_pixels"] = psnr(decode(vae, encoded(tau)), target)
     return results
 
 
