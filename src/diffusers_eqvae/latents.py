@@ -291,7 +291,7 @@ class LatentStatistics:
             )
         if posterior_mean.numel() == 0:
             return
-        # In place and without transposed copies: this is half of what writing a latent store costs.
+        # In place, in one buffer and without transposed copies: this is half of what writing a latent store costs.
         values = posterior_mean.detach().to(torch.float64, copy=True)
         over = (0, 2, 3)
         mean = values.mean(over)
@@ -301,7 +301,7 @@ class LatentStatistics:
         batch._m2 = values.sub_(mean[:, None, None]).square_().sum(over).cpu()
         batch._variance_sum = torch.zeros_like(batch._mean)
         if logvar is not None:
-            batch._variance_sum = logvar.detach().to(torch.float64, copy=True).exp_().sum(over).cpu()
+            batch._variance_sum = values.copy_(logvar.detach()).exp_().sum(over).cpu()
         self.merge(batch)
 
     def merge(self, other: LatentStatistics) -> None:

@@ -4,7 +4,7 @@
       manifest.json                what the store holds (see `LatentStoreWriter.finish`), and a digest of each shard
       shard-00000.safetensors      "moments" (n, views, c, h, w), or "tokens" (n, views, h, w) uint16; "labels" (n,)
                                    int64 where the data has labels; "crc32" (n, views) int64 of each row with its
-                                   label, which every read checks; "features.NAME" (n, views, F, h, w) and
+                                   label, checked when it is first read; "features.NAME" (n, views, F, h, w) and
                                    "crc32.features.NAME", of each row with its latents' crc32
       mean_std.json, vae/          the normalisation and the autoencoder it was made with (training/encode_latents.py)
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -42,6 +42,14 @@ from .latent_format import (
     shard_name,
 )
 from .report import DataError
+
+
+class _Rows(NamedTuple):
+    """Maps of a tensor (n, views, ...) and of its crc32 (n, views), and which rows agreed with theirs, row by row."""
+
+    values: np.ndarray
+    checksums: np.ndarray
+    checked: bytearray
 
 
 class LatentStore(Dataset):
@@ -71,7 +79,7 @@ class LatentStore(Dataset):
             self._headers[-1].check(self.path / shard_name(shard), self.settings, shard)
             if self._headers[-1].digest != self.manifest["shards"][shard]["header"]:
                 raise self._damaged(shard, "its header is not the one that the manifest knows")
-        self._maps: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+        self._maps: dict[tuple[int, str], _Rows] = {}
         self._labels: np.ndarray | None = None
         self.reading: tuple[str, ...] = ()
         if vae is not None:
@@ -204,37 +212,44 @@ class LatentStore(Dataset):
         if words is not None and self.settings.views == 2:
             views = (words >> np.uint64(63)).astype(np.int64)
         labels = None if self.labels is None else self.labels[wanted]
-        seeds = np.zeros(len(wanted), np.int64) if labels is None else labels & LABEL_BITS
+        seeds = [0] * len(wanted) if labels is None else (labels & LABEL_BITS).tolist()
         shards, rows = np.divmod(wanted, self.settings.shard_size)
         places = list(zip(shards.tolist(), rows.tolist(), views.tolist(), strict=True))
-        own, checked = self._read(self.settings.tensor, places, seeds.tolist())
-        batch = {self.settings.tensor: own}
+        batch = {self.settings.tensor: self._read(self.settings.tensor, places, seeds)}
+        if self.reading:
+            own = (self._rows(shard, self.settings.tensor).checksums for shard, _, _ in places)
+            seeds = [int(each[row, seen]) for each, (_, row, seen) in zip(own, places, strict=True)]
         for name in map(feature_tensor, self.reading):
-            batch[name], _ = self._read(name, places, checked)
+            batch[name] = self._read(name, places, seeds)
         return batch | ({} if labels is None else {"class_labels": torch.from_numpy(labels)})
 
-    def _read(self, name: str, places: list[tuple[int, int, int]], seeds: list[int]) -> tuple[Tensor, list[int]]:
-        """Rows of a tensor and their crc32, which begin with `seeds`: refuses one that is not what was written.
+    def _read(self, name: str, places: list[tuple[int, int, int]], seeds: list[int]) -> Tensor:
+        """Rows of a tensor, whose crc32 begin with `seeds`: refuses one that is not what was written.
+
+        A row is checked when this process reads it first: later ones come from the same pages.
 
         Args:
             places: (shard, row, view) of each.
         """
         shape, dtype = self.settings.rows[name]
-        out, found = np.empty((len(places), *shape), dtype=NUMPY_DTYPES[dtype]), []
+        out, views = np.empty((len(places), *shape), dtype=NUMPY_DTYPES[dtype]), self.settings.views
         for (shard, row, view), seed, target in zip(places, seeds, out, strict=True):
-            opened = self._maps.get((shard, name))
-            values, checksums = self._open(shard, name) if opened is None else opened
-            target[...] = values[row, view]
-            found.append(crc32(target.data, seed))
-            if found[-1] != checksums[row, view]:
-                raise self._damaged(shard, f"example {shard * self.settings.shard_size + row} is not what was written")
-        return torch.from_numpy(out).view(TORCH_DTYPES[dtype]), found
+            rows = self._maps.get((shard, name)) or self._rows(shard, name)
+            target[...] = rows.values[row, view]
+            if not rows.checked[place := row * views + view]:
+                if crc32(target.data, seed) != rows.checksums[row, view]:
+                    example = shard * self.settings.shard_size + row
+                    raise self._damaged(shard, f"example {example} is not what was written")
+                rows.checked[place] = 1
+        return torch.from_numpy(out).view(TORCH_DTYPES[dtype])
 
-    def _open(self, shard: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Maps of a tensor and its crc32, opened on first use: in the worker that uses them, not before a fork."""
-        path, header, (_, dtype) = self.path / shard_name(shard), self._headers[shard], self.settings.rows[name]
-        checksums = header.map(path, checksum_tensor(name), np.int64)
-        self._maps[shard, name] = header.map(path, name, NUMPY_DTYPES[dtype]), checksums
+    def _rows(self, shard: int, name: str) -> _Rows:
+        """A tensor's rows, opened on first use: in the worker that uses them, not before a fork."""
+        if (shard, name) not in self._maps:
+            path, header, (_, dtype) = self.path / shard_name(shard), self._headers[shard], self.settings.rows[name]
+            checksums = header.map(path, checksum_tensor(name), np.int64)
+            values = header.map(path, name, NUMPY_DTYPES[dtype])
+            self._maps[shard, name] = _Rows(values, checksums, bytearray(checksums.size))
         return self._maps[shard, name]
 
     def __getstate__(self) -> dict[str, Any]:

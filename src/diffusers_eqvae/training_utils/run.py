@@ -281,6 +281,7 @@ class TrainingRun:
     def validation(self) -> Iterator[None]:
         """No gradients, modules in eval mode, and the random stream of training left as it was."""
         call = self.randomness.call
+        logger.info("Validating after %d steps.", self.step)
         try:
             with (
                 evaluating(self.modules.values()),
