@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -223,6 +224,15 @@ def test_cards_say_which_lpips_they_hold(tmp_path, images, tiny_autoencoder_kl, 
     card = ResultCard.load(tmp_path / "out" / "card.vae.json")
     assert card.metrics["lpips"] > 0 and card.protocol["lpips_net"] == "squeeze"
     assert card.protocol["lpips_weights_hash"] == weights_hash(perceptual)
+
+
+def test_lpips_is_asked_for_in_the_words_of_training_and_evaluation():
+    from diffusers_eqvae.metrics.members.lpips import PerceptualDistance
+    from diffusers_eqvae.training_utils.autoencoder.arguments import AutoencoderLossArguments
+
+    asking = (InspectArguments, PerceptualDistance.Arguments, AutoencoderLossArguments)
+    words = [{each.name for each in fields(options) if each.name.startswith("lpips_")} for options in asking]
+    assert words[0] == words[1] == words[2] == {"lpips_net", "lpips_backbone_weights", "lpips_linear_weights"}
 
 
 def test_lpips_is_measured_where_given(tiny_autoencoder_kl):

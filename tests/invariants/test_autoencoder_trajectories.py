@@ -50,7 +50,7 @@ def flags(material, output_dir, **options) -> list[str]:
         "output_dir": output_dir,
         "resolution": 72,
         "reduction": "mean",  # a sum at this size would drive the adaptive weight to its limit
-        "perceptual_net": "squeeze",
+        "lpips_net": "squeeze",
         "lpips_backbone_weights": material / "backbone.safetensors",
         "lpips_linear_weights": material / "heads.safetensors",
         "disc_norm": "group",

@@ -88,7 +88,7 @@ class AutoencoderLossArguments(Checked):
     perceptual_weight: float = field(
         default=1.0, metadata={"help": "Weight of LPIPS; 0 switches it off.", "range": "[0, inf)"}
     )
-    perceptual_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS backbone."})
+    lpips_net: Literal["vgg", "alex", "squeeze"] = field(default="vgg", metadata={"help": "LPIPS backbone."})
     lpips_backbone_weights: str | None = field(
         default=None,
         metadata={"reads": True, "help": "Local file with the backbone's ImageNet weights (torchvision key names)."},

@@ -254,7 +254,7 @@ def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int, c
         ValueError: that side is below what the network's strides need; images of other channels.
     """
     if not arguments.perceptual_weight:
-        own = ("perceptual_net", "lpips_backbone_weights", "lpips_linear_weights")
+        own = ("lpips_net", "lpips_backbone_weights", "lpips_linear_weights")
         warn_without_effect(arguments, own, "--perceptual_weight is 0")
         return None
     if channels not in (1, 3):
@@ -264,11 +264,11 @@ def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int, c
     if channels == 1:
         logger.info("LPIPS sees the one channel of the images three times.")
     perceptual = LPIPS.from_pretrained(
-        arguments.perceptual_net,
+        arguments.lpips_net,
         backbone_weights=arguments.lpips_backbone_weights,
         linear_weights=arguments.lpips_linear_weights,
     )
-    _check_smallest("LPIPS", perceptual.min_size_px, smallest_px, "choose another --perceptual_net")
+    _check_smallest("LPIPS", perceptual.min_size_px, smallest_px, "choose another --lpips_net")
     return perceptual
 
 

@@ -49,7 +49,7 @@ def training_metadata(run: TrainingRun, given: AutoencoderOptions) -> dict[str, 
     model, losses, methods = given.model, given.losses, given.methods
     weights = {
         losses.reconstruction_loss: 1.0,
-        f"lpips-{losses.perceptual_net}": losses.perceptual_weight,
+        f"lpips-{losses.lpips_net}": losses.perceptual_weight,
         "kl": losses.kl_weight,
         f"discriminator ({losses.disc_loss})": losses.disc_weight,
     }
