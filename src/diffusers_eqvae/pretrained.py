@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ def looking_for(name: str | os.PathLike[str], what: str) -> Iterator[dict[str, A
             if isinstance(error, ValueError | OSError) and str(name) in str(error):
                 raise
             kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{name} cannot be loaded as {what}: {_one_line(error)}.") from error
+            raise kind(
+                f"{name} cannot be loaded as {what}: {_one_line(error)}. Its config.json or weights are not as they "
+                "were saved; save or download it again."
+            ) from error
         return
     _require_repository_name(str(name))
     why = hub_silence()
@@ -76,7 +80,7 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
 
     Raises:
         OSError: as `looking_for`; or there are weights, in several variants, and the message names the files.
-        ValueError: as `looking_for`; or weights that are missing, or of another size than the config says.
+        ValueError: as `looking_for`; or weights that are missing, not finite, or of another size than the config says.
 
     Example:
         >>> load_pretrained(AutoencoderKL.from_pretrained, "vae", "an autoencoder", dtype=torch.float32)
@@ -93,27 +97,51 @@ def load_pretrained(load: Callable[..., T], name: str | os.PathLike[str], what: 
                 "use both files of one model."
             ) from error
         except OSError as error:
-            files = _weight_files(name, location.get("subfolder"), location.get("revision"))
-            found = [match for match in map(_VARIANT.fullmatch, (Path(file).name for file in files)) if match]
-            variants = sorted({match["name"] for match in found})
-            if damaged := [file for file in files if file.endswith(".bin") and Path(file).name in str(error)]:
-                raise OSError(
-                    f"{damaged[0]} of {name} is not read: it is damaged, or needs code to be read, and none is run. "
-                    "Have its author save the tensors alone, as .safetensors."
-                ) from error
-            if not variants:
-                raise
-            if len(variants) > 1:
-                raise OSError(
-                    f"{name} has weights in the variants {', '.join(variants)} ({', '.join(files)}) and none without "
-                    "one; rename those that you mean to the same name without the variant."
-                ) from error
-            logger.warning("%s has weights of the variant %s only (%s); they are loaded.", name, variants[0], files)
-            return _whole(load, name, variant=variants[0], **location, **options)
+            variant = _only_variant(name, error, **location)
+            return _whole(load, name, variant=variant, **location, **options)
+
+
+def _only_variant(
+    name: str | os.PathLike[str],
+    error: OSError,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    **_: Any,
+) -> str:
+    """Of weights that could not be loaded, the variant that there is; raises OSError where that is not the reason."""
+    files = _weight_files(name, subfolder, revision)
+    if damaged := [file for file in files if Path(file).name in str(error)]:
+        reason = "is cut short or damaged; save or download it again"
+        if damaged[0].endswith(".bin"):
+            reason = (
+                "is not read: it is damaged, or needs code to be read, and none is run. Have its author save the "
+                "tensors alone, as .safetensors"
+            )
+        raise OSError(f"{damaged[0]} of {name} {reason}.") from error
+    found = [match for match in map(_VARIANT.fullmatch, (Path(file).name for file in files)) if match]
+    variants = sorted({match["name"] for match in found})
+    if len(variants) > 1:
+        raise OSError(
+            f"{name} has weights in the variants {', '.join(variants)} ({', '.join(files)}) and none without one; "
+            "rename those that you mean to the same name without the variant."
+        ) from error
+    if variants:
+        logger.warning("%s has weights of the variant %s only (%s); they are loaded.", name, variants[0], files)
+        return variants[0]
+    if "no file named" in str(error):
+        folder = Path(name, subfolder or "")
+        raise OSError(
+            f"{folder} holds no weights (diffusion_pytorch_model.safetensors); save or download it again."
+        ) from error
+    raise error
 
 
 def _whole(load: Callable[..., T], name: str | os.PathLike[str], **options: Any) -> T:
-    """A model, or a pipeline, whose files hold its weights and no others: diffusers leaves empty, or drops them."""
+    """A model, or a pipeline, whose files hold its weights, finite ones, and no others.
+
+    diffusers leaves empty what is lacking, drops what is too much, and takes any value.
+    """
     with _dropped_weights() as dropped:
         loaded = load(name, **options)
     if dropped:
@@ -122,12 +150,19 @@ def _whole(load: Callable[..., T], name: str | os.PathLike[str], **options: Any)
             "model, or take out of the file what is not its own."
         )
     for part in getattr(loaded, "components", {"": loaded}).values():
-        weights = part.named_parameters() if hasattr(part, "named_parameters") else ()
-        if empty := [weight for weight, tensor in weights if tensor.is_meta]:
+        if not isinstance(part, nn.Module):
+            continue
+        if empty := [weight for weight, tensor in part.named_parameters() if tensor.is_meta]:
             more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
             raise ValueError(
                 f"{name} lacks the weights {', '.join(empty[:3])}{more} of its {type(part).__name__}: the file is not "
                 "whole, or of another version; save or download it again."
+            )
+        if broken := [weight for weight, tensor in part.state_dict().items() if not tensor.isfinite().all()]:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise ValueError(
+                f"{name} holds weights that are NaN or infinite ({', '.join(broken[:3])}{more} of its "
+                f"{type(part).__name__}); take an earlier model, or download it again."
             )
     return loaded
 

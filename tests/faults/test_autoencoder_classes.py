@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -358,6 +359,48 @@ def test_a_config_that_does_not_fit_the_weights_is_one_sentence(changes, said, t
     with pytest.raises(ValueError, match=said) as refused:
         load_autoencoder(str(tmp_path))
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+    if said.endswith("autoencoder: "):
+        assert "config.json or weights are not as they were saved; save or download" in str(refused.value)
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGED = {
+    "cut": (half, r"model\.safetensors of .* is cut short or damaged; save or download it again"),
+    "empty": (lambda path: path.write_bytes(b""), r"model\.safetensors of .* is cut short or damaged; save or"),
+    "a page": (lambda path: path.write_bytes(b"<html>"), r"model\.safetensors of .* is cut short or damaged; save or"),
+    "a folder": (a_folder, r"holds no weights .*model\.safetensors.*; save or download it again"),
+    "not there": (Path.unlink, r"holds no weights .*model\.safetensors.*; save or download it again"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("subfolder", ["", "vae"], ids=["alone", "in a pipeline"])
+def test_weights_that_are_not_whole_are_named_with_the_remedy(damage, subfolder, tmp_path, tiny_autoencoder_kl):
+    tiny_autoencoder_kl.save_pretrained(tmp_path / subfolder)
+    if subfolder:
+        (tmp_path / "model_index.json").write_text("{}")
+    break_it, said = DAMAGED[damage]
+    break_it(tmp_path / subfolder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(OSError, match=said) as refused:
+        load_autoencoder(str(tmp_path))
+    assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf], ids=str)
+@pytest.mark.parametrize("part", ["decoder.conv_in.weight", "quant_conv.bias"])
+def test_weights_that_are_not_finite_are_refused_where_they_are_loaded(value, part, tmp_path, tiny_autoencoder_kl):
+    tiny_autoencoder_kl.get_parameter(part).data.view(-1)[1] = value
+    tiny_autoencoder_kl.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"NaN or infinite \({part} of its AutoencoderKL\); take an earlier"):
+        load_autoencoder(str(tmp_path))
 
 
 def test_weights_that_need_code_are_refused_with_a_remedy(tmp_path, tiny_autoencoder_kl):
