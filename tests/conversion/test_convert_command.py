@@ -61,6 +61,13 @@ def test_options_that_make_no_model_are_a_sentence(option, message, tmp_path, ca
     assert re.search(message, said := capsys.readouterr().err) and "Traceback" not in said
 
 
+def test_a_layout_that_must_be_chosen_is_chosen_by_a_flag(tmp_path, capsys):
+    save_file(weights(), tmp_path / "published.safetensors")
+    assert run(tmp_path / "published.safetensors", tmp_path / "ours", *OPTIONS) == 2
+    assert re.search(r"the layouts dit and sit, which .* \(--from LAYOUT\)", capsys.readouterr().err, re.S)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_the_transformer_of_a_pipeline_is_found(tmp_path, tiny_sit, tiny_autoencoder_kl):
     ClassConditionalPipeline(tiny_sit, tiny_autoencoder_kl, FlowMatchODEScheduler()).save_pretrained(tmp_path / "pipe")
     assert run(tmp_path / "pipe", tmp_path / "sit.safetensors", "--to", "sit") == 0

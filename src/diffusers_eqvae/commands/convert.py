@@ -17,6 +17,7 @@ import yaml
 from ..autoencoders import stock_class
 from ..conversion import CONVERTERS, Converter, from_published, read_published, save_published, to_published
 from ..conversion._files import SUFFIXES
+from ..conversion.base import UnclearLayout
 from ..files import read_json, share
 from ..stated_normalization import adopt_saved_normalization
 from ..training_utils.console import start_logging
@@ -59,7 +60,11 @@ def main(argv: Sequence[str]) -> int:
     if Path(arguments.source).is_dir():
         raise ValueError(f"{arguments.source} is a directory; say which layout to write it in: --to {layouts}.")
     tensors = read_published(arguments.source, weights=arguments.weights)
-    model = from_published(tensors, layout=arguments.layout, **_options(arguments.config))
+    options = _options(arguments.config)
+    try:
+        model = from_published(tensors, layout=arguments.layout, **options)
+    except UnclearLayout as error:
+        raise ValueError(f"{error} (--from LAYOUT)") from error
     model.save_pretrained(destination)
     share(destination)
     print(f"{type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters in {destination}")

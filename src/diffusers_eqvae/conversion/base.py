@@ -139,6 +139,10 @@ def to_published(model: Any, layout: str) -> dict[str, Tensor]:
     return converter.from_ours(model.state_dict(), model.config)
 
 
+class UnclearLayout(ValueError):
+    """The tensors fit several layouts, or none."""
+
+
 def _matching(tensors: Mapping[str, Tensor]) -> str:
     found = []
     for name in CONVERTERS:
@@ -146,12 +150,12 @@ def _matching(tensors: Mapping[str, Tensor]) -> str:
         if converter.matches({each: tensor.shape for each, tensor in converter.part(tensors).items()}):
             found.append(name)
     if len(found) > 1:
-        raise ValueError(
+        raise UnclearLayout(
             f"The tensors fit the layouts {' and '.join(found)}, which differ in conventions that names and shapes do "
             "not show; say which one it is."
         )
     if not found:
-        raise ValueError(
+        raise UnclearLayout(
             f"The tensors ({_listed(tensors)}) fit none of the layouts {', '.join(CONVERTERS.names())}. Say which one "
             "it is to see what does not fit, or add a converter of your own (diffusers_eqvae.load_extension)."
         )
