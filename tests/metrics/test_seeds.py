@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 import eqvae_command
+from diffusers_eqvae.commands.compare import _draw
 from diffusers_eqvae.metrics.result_card import PROTOCOLS, ResultCard
 from diffusers_eqvae.metrics.seeds import compare_arms
 
@@ -75,3 +77,17 @@ def test_the_command_prints_a_table_and_draws_it(tmp_path, capsys):
     with pytest.raises(SystemExit):
         eqvae_command.main(["compare", words[3], words[4], "--output", "x.png"])
     assert "draws intervals, which only --arm has" in capsys.readouterr().err
+
+
+def test_a_figure_that_the_first_arm_has_at_zero_keeps_its_row_in_the_drawing(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    differences = compare_arms(arms([10.0, 50.0, 90.0], [8.0, 48.0, 87.5]))
+    differences[1] = replace(differences[1], values=(0.0, 0.5), mean=0.5)
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    _draw(tmp_path / "x.png", ["plain", "eq"], differences)
+    (axes,) = pyplot.gcf().axes
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    monkeypatch.undo()
+    pyplot.close("all")
+    assert [row.split(":")[0] for row in rows] == ["kid_std", "recall", "fid"]
+    assert rows[1].endswith("(+0.5; plain is 0)") and "is 0" not in rows[0] + rows[2]

@@ -82,17 +82,23 @@ def _draw(path: Path, names: Sequence[str], differences: Sequence[Difference]) -
     """Every difference with its interval, in percent of the first arm's value."""
     from ..inspection.card import pyplot
 
-    shown = [each for each in reversed(differences) if each.values[0]]
+    shown = list(reversed(differences))
     colours = {"better": "#15803d", "worse": "#b91c1c"}
     figure, axes = pyplot().subplots(figsize=(9, 0.32 * len(shown) + 1.4), layout="constrained")
     for place, each in enumerate(shown):
+        if not each.values[0]:
+            continue  # there is no percent of 0; its row says so
         scale = 100 / abs(each.values[0])
         colour = colours.get(each.verdict.split()[0], "#777")
         axes.errorbar(
             each.mean * scale, place, xerr=each.half_width * scale, fmt="o", color=colour, capsize=4, markersize=5
         )
     axes.axvline(0, color="#999", linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [f"{each.name}: {each.verdict}" for each in shown])
+    notes = ["" if each.values[0] else f" ({each.mean:+.2g}; {names[0]} is 0)" for each in shown]
+    axes.set_yticks(
+        range(len(shown)), [f"{each.name}: {each.verdict}{note}" for each, note in zip(shown, notes, strict=True)]
+    )
+    axes.set_ylim(-0.5, len(shown) - 0.5)
     axes.set_xlabel(f"{names[1]} less {names[0]}, % of {names[0]}; 95 % interval over {differences[0].n} seeds")
     with atomic_path(path) as sibling:
         figure.savefig(sibling, dpi=110, format="png")
