@@ -36,6 +36,7 @@ LAYERS = (
         "latents",
         "options",
         "pretrained",
+        "downloads",
         "provenance",
         "randomness",
         "stated_normalization",

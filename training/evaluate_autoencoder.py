@@ -3,7 +3,7 @@ r"""Measures an autoencoder on exactly N centre-cropped images of a data set and
     eqvae evaluate-autoencoder --vae runs/eq-vae --data_dir IMAGES \
         --resolution 256 --num_images 5000 --output eq-vae.json
     eqvae evaluate-autoencoder --vae runs/eq-vae --data_dir IMAGES \
-        --feature_networks inception=weights-inception-2015-12-05-6726825d.pth --output eq-vae.json
+        --feature_networks inception --output eq-vae.json
 
 PSNR, SSIM, LPIPS (where its weights are given), rFID (where a feature network is given), equivariance errors and what
 transforming latents costs, intrinsic dimension, spectrum and channel statistics of the latents, all from one

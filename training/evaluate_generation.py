@@ -1,7 +1,7 @@
 r"""Measures generated images against a reference in one pass: FID, sFID, Inception score, KID, precision, recall.
 
     eqvae evaluate-generation --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256.npz \
-        --feature_networks inception=weights-inception-2015-12-05-6726825d.pth
+        --feature_networks inception
     eqvae evaluate-generation --samples runs/sit --num_samples 1000 --reference IMAGES \
         --resolution 256 --feature_networks dinov2=facebook/dinov2-large
 

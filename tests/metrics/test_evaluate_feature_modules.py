@@ -163,5 +163,5 @@ def test_what_is_no_batch_of_images_is_refused(load, tmp_path):
     np.savez(tmp_path / "reference.npz", images_uint8(8, 1))
     with pytest.raises(ValueError, match="takes predictions; got predictions, references"):
         load("gfid", reference=str(tmp_path / "reference.npz")).add_batch(predictions=good, references=good)
-    with pytest.raises(FileNotFoundError, match="curl -LO"):
+    with pytest.raises(FileNotFoundError, match=r"download https://.*inception=FILE"):
         load("rfid", config=None, weights=None)

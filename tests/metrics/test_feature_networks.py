@@ -76,7 +76,7 @@ def test_inception_from_a_file(inception, tmp_path):
     batch = images(1)
     assert torch.equal(loaded(batch)["features"], inception(batch)["features"])
     for missing in (None, tmp_path / "absent.pth"):
-        with pytest.raises(FileNotFoundError, match=r"weights-inception-2015-12-05-6726825d\.pth.*curl"):
+        with pytest.raises(FileNotFoundError, match=r"weights-inception-2015-12-05-6726825d\.pth.*inception=FILE"):
             InceptionFID.from_file(missing)
 
 
@@ -216,7 +216,7 @@ def test_squeezenet_from_a_file(tmp_path):
     assert seen[0].shape == (1, 3, 224, 224)
     levels = seen[0] * network.std + network.mean
     assert levels.min() > -1e-6 and levels.max() < 1 + 1e-6
-    with pytest.raises(FileNotFoundError, match=r"curl .*squeezenet1_1"):
+    with pytest.raises(FileNotFoundError, match=r"squeezenet1_1-b8a52dc0.pth, and .* does not exist.*squeezenet=FILE"):
         squeezenet_features(tmp_path / "absent.pth")
 
 

@@ -201,7 +201,7 @@ def test_a_reference_that_does_not_exist_is_named(script, material):
 
 @pytest.mark.parametrize("name", ["inception", "squeezenet", "cifar_resnet", "dinov2"])
 def test_missing_weights_are_named(script, material, name, tmp_path):
-    remedy = r"weights at .*absent\.pth.*hf download" if name == "dinov2" else r"at .*absent\.pth.*curl -LO.*NAME=FILE"
+    remedy = r"weights at .*absent\.pth.*hf download" if name == "dinov2" else rf"absent\.pth does not exist.*{name}=F"
     with pytest.raises(FileNotFoundError, match=remedy):
         script.main(words(material, feature_networks=f"{name}={tmp_path / 'absent.pth'}"))
 

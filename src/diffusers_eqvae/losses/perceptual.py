@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..downloads import published_file
 from ..files import read_weights
 from ._checks import full_precision, require_equal_shapes
 
@@ -230,23 +231,8 @@ def _locate(net: str, part: str, given: str | os.PathLike[str] | None) -> Path:
         digest = backbone.weights_file.rsplit("-", 1)[1].removesuffix(".pth")
     else:
         name, url, digest = f"lpips-v0.1-{net}.pth", _HEADS_URL.format(net=net), backbone.heads_sha256
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        _download(url, path, digest, part)
-    return path
-
-
-def _download(url: str, path: Path, digest: str, part: str) -> None:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    remedy = f"download {url} to {path}, or name a local copy ({part}_weights; of options, lpips_{part}_weights)."
-    if HF_HUB_OFFLINE:
-        raise FileNotFoundError(f"LPIPS needs {path.name}, which is not cached, and HF_HUB_OFFLINE is set: {remedy}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(f"LPIPS needs {path.name}, which could not be fetched ({error}): {remedy}") from error
+    instead = f"name a local copy ({part}_weights; of options, lpips_{part}_weights)"
+    return published_file(url, sha256=digest, what="LPIPS", instead=instead, name=name)
 
 
 def _check_keys(

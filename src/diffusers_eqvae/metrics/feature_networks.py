@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..downloads import published_file
 from ..files import read_weights
 from ..images import UINT8_RULE
 from ..models.feature_teacher import load_vision_model
@@ -116,13 +117,13 @@ class InceptionFID(FeatureNetwork):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str] | None) -> InceptionFID:
-        """With the weights of a local file, which is read without executing what it may hold.
+        """With the weights of a file, None: the published one; it is read without executing what it may hold.
 
         Raises:
-            FileNotFoundError: no such file; says which one is meant and how to get it.
+            FileNotFoundError: no such file, or it cannot be fetched; says where it is and where it belongs.
             ValueError: weights of another network, or no file of weights.
         """
-        file = _existing(path, "FID's Inception weights, which no others can stand for,", INCEPTION_URL)
+        file = _weights_file(path, "FID's Inception", INCEPTION_URL, name="inception")
         with _weights_of("FID's Inception", file):
             return cls(read_weights(file), genuine=hash_file(file).startswith(INCEPTION_SHA256))
 
@@ -253,9 +254,9 @@ def squeezenet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures:
     """SqueezeNet 1.1's last feature map, averaged (512): a small network (5 MB) for work without a network connection.
 
     Args:
-        path: torchvision's weights file (squeezenet1_1-*.pth), or its tensors as .safetensors.
+        path: torchvision's weights file (squeezenet1_1-*.pth), which None fetches, or its tensors as .safetensors.
     """
-    path = _existing(path, "SqueezeNet's weights", SQUEEZENET_URL)
+    path = _weights_file(path, "SqueezeNet", SQUEEZENET_URL, name="squeezenet")
     from torchvision.models import squeezenet1_1
 
     network = squeezenet1_1(weights=None)
@@ -272,9 +273,9 @@ def cifar_resnet_features(path: str | os.PathLike[str] | None) -> ModuleFeatures
 
     Args:
         path: weights as in akamaster/pytorch_resnet_cifar10 (BSD-2), their keys with or without `module.`; a file
-            that holds them under `state_dict`, or .safetensors.
+            that holds them under `state_dict`, or .safetensors; None fetches those of ResNet-56.
     """
-    path = _existing(path, "A CIFAR-10 ResNet's weights", CIFAR_RESNET_URL)
+    path = _weights_file(path, "A ResNet for CIFAR-10", CIFAR_RESNET_URL, name="cifar_resnet")
     state: Any = read_weights(path)
     with _weights_of("a ResNet for CIFAR-10", path):
         bare = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
@@ -298,7 +299,7 @@ FEATURE_NETWORKS: dict[str, Callable[..., FeatureNetwork]] = {
 
 
 def load_feature_network(name: str, weights: str | os.PathLike[str] | None = None) -> FeatureNetwork:
-    """One of `FEATURE_NETWORKS` with the weights of a file; for dinov2 a directory or Hub name.
+    """One of `FEATURE_NETWORKS` with the weights of a file, else those published; for dinov2 a directory or Hub name.
 
     Args:
         name: "inception", or with its weights "inception=FILE", as the scripts take it.
@@ -315,14 +316,17 @@ def load_feature_network(name: str, weights: str | os.PathLike[str] | None = Non
     return FEATURE_NETWORKS[name](*([] if default else [weights]))
 
 
-def _existing(path: str | os.PathLike[str] | None, what: str, url: str) -> Path:
-    if path is None or not Path(path).is_file():
-        missing = "were not given" if path is None else f"were not found at {path}"
+def _weights_file(given: str | os.PathLike[str] | None, what: str, url: str, *, name: str) -> Path:
+    """A file that was given, else the published one, whose name ends with what its SHA-256 begins with."""
+    if given is None:
+        digest = url.rpartition("-")[2].partition(".")[0]
+        return published_file(url, sha256=digest, what=what, instead=f"name a local copy ({name}=FILE)")
+    if not Path(given).is_file():
         raise FileNotFoundError(
-            f"{what} {missing}. They are the file {url.rpartition('/')[2]}: fetch it with `curl -LO {url}` and name "
-            "it beside the network (NAME=FILE)."
+            f"{what} needs the file {url.rpartition('/')[2]}, and {given} does not exist. Name a "
+            f"copy ({name}=FILE), or none ({name}), and it is fetched."
         )
-    return Path(path)
+    return Path(given)
 
 
 @contextmanager
