@@ -9,16 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch._dynamo.utils import counters
 
+from diffusers_eqvae.equivariance import TauDistribution
+from diffusers_eqvae.models.discriminator import PatchDiscriminator
 from diffusers_eqvae.models.transformer_maskgit import MaskGITTransformer2DModel
+from diffusers_eqvae.objectives.autoencoder import AutoencoderLossWeights, AutoencoderObjective, AutoencoderStep
 from diffusers_eqvae.objectives.flow_matching import FlowMatchingObjective
 from diffusers_eqvae.pipelines import ClassConditionalPipeline
 from diffusers_eqvae.randomness import StepRandomness
+from diffusers_eqvae.regularizers.channel_prefix import ChannelPrefixRegularizer
+from diffusers_eqvae.regularizers.equivariance import EquivarianceRegularizer
+from diffusers_eqvae.regularizers.scale_only import ScaleOnlyRegularizer
 from diffusers_eqvae.schedulers import FlowMatchODEScheduler
 
 from ..objectives.test_flow_matching import make_model
 from .trajectories import torchrun
+
+# A warning of dynamo's own.
+NOT_OURS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+TINY_AUTOENCODER = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+    "latent_channels": 4,
+}
 
 
 @pytest.mark.slow
@@ -43,7 +60,7 @@ def compiled_graphs():
     torch.compiler.reset()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@NOT_OURS
 def test_a_compiled_step_is_compiled_once(compiled_graphs):
     """Other batches, labels, noise levels and weights of later steps make no new graph, and no other numbers."""
     losses, graphs = {}, []
@@ -69,6 +86,39 @@ def test_a_compiled_step_is_compiled_once(compiled_graphs):
                 graphs.append(compiled_graphs())
     assert graphs[0] > 0 and set(graphs) == {graphs[0]}
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+@NOT_OURS
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_an_autoencoders_step_is_compiled_for_two_kinds_of_size_whatever_is_drawn(compiled_graphs):
+    """Once for the first size and once for any: an encoder in one piece, and a decoder in three, since its last layer
+    is looked at. Windows, scales of both sides, turns, blends, further decodings and channels make no graph more."""
+    losses, graphs, taus = {}, [], set()
+    batch = {"pixel_values": torch.rand(2, 3, 64, 64) * 2 - 1}
+    any_tau = TauDistribution(scale="uniform_anisotropic", flip=True, crop=0.5)
+    regularizers = {
+        "equivariance": EquivarianceRegularizer(2, distribution=any_tau, blend=0.5, per_image=True),
+        "scale_only": ScaleOnlyRegularizer(2),
+        "channel_prefix": ChannelPrefixRegularizer(1),
+    }
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        objective = AutoencoderObjective(AutoencoderTiny(**TINY_AUTOENCODER), regularizers, reduction="mean")
+        discriminator = PatchDiscriminator(base_channels=4, num_layers=1, norm="group")
+        weights = AutoencoderLossWeights(perceptual=0)
+        step = AutoencoderStep(objective, objective, weights=weights, discriminator=discriminator)
+        if compiled:
+            objective.compile(backend="eager")
+        losses[compiled] = []
+        for number in range(40):
+            draw = objective.draw(batch, StepRandomness(0).at(number, 0))
+            loss, _, logs = step(batch, draw, number)
+            losses[compiled].append((loss.item(), logs["adversarial_weight"].item()))
+            if compiled:
+                graphs.append(compiled_graphs())
+                taus.add(str(draw["regularizers"]["equivariance"].tau))
+    assert losses[True] == losses[False]
+    assert len(taus) > 20 and graphs[10] == graphs[-1] == 8, graphs
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,12 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         self.reduction = reduction
         self.scores: ScoreMeans | None = None  # the state of LeCam, where the discriminator is regularized by it
 
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compiles encoder and decoder, each by itself: of a draw they see no more than a size, for which two or three
+        graphs serve, while the whole forward would be compiled anew for every kind of step, turn and regularizer."""
+        for half in (self.model.encoder, self.model.decoder):
+            half.compile(*arguments, **options)
+
     def draw(self, batch: Mapping[str, Tensor], randomness: StepRandomness) -> dict[str, Any]:
         """The posterior's "noise" (B, C, h, w), and "regularizers": each one's draw under its name."""
         pixels, factor = batch["pixel_values"], downsampling_factor(self.model)
@@ -180,6 +186,7 @@ class LastLayer:
         self._replaying = False
         layer.register_forward_hook(self._keep)
 
+    @torch.compiler.disable  # traced, it would be compiled anew for every size that was kept before
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled() and not self._replaying:
             output.requires_grad_()  # it does, unless nothing but an adapter on this very layer learns
@@ -192,8 +199,8 @@ class LastLayer:
         )
         if all(gradient is None for gradient in found):
             raise ValueError(
-                "An adaptive weight compares gradients at the last layer, which none reaches here: the term does not "
-                "depend on it, or the forward is compiled. Use a fixed weight (adaptive off), or do not compile."
+                "An adaptive weight compares gradients at the last layer, and the term does not depend on that; use a "
+                "fixed weight (adaptive off)."
             )
         plain = type(self.layer).forward is nn.Conv2d.forward  # a subclass may pad by itself
         total = torch.zeros_like(self.layer.weight)
