@@ -22,6 +22,7 @@ from diffusers_eqvae.autoencoders import load_autoencoder
 from diffusers_eqvae.directories import require_replaceable
 from diffusers_eqvae.extensions import loaded_extensions
 from diffusers_eqvae.images import require_channels
+from diffusers_eqvae.losses.perceptual import LPIPS_CHANNELS, require_seen_by_lpips
 from diffusers_eqvae.metrics.autoencoder import (
     OFFERS,
     RECONSTRUCTION_METRICS,
@@ -123,12 +124,18 @@ def chosen_metrics(given: Mapping[str, Any]) -> list[Choice]:
     return [Choice(METRICS, names, "metrics", lambda metric: metric.needs <= OFFERS)]
 
 
-def metric_names(arguments: EvaluateArguments, options: Mapping[str, Any]) -> list[str]:
-    """--metrics, or all but those without weights."""
+def metric_names(arguments: EvaluateArguments, options: Mapping[str, Any], channels: int) -> list[str]:
+    """--metrics, or all but those without weights, and but LPIPS where images are neither RGB nor grey."""
+    if "lpips" in (arguments.metrics or ()):
+        require_seen_by_lpips(channels, remedy="leave lpips out of --metrics")
     if arguments.metrics is not None:
         return arguments.metrics
     without = []
-    if options["lpips"].lpips_backbone_weights is None:
+    if channels not in LPIPS_CHANNELS:
+        reason = f"LPIPS compares RGB or grey images, and these have {channels} channels"
+        warn_without_effect(options["lpips"], vars(options["lpips"]), reason)
+        without.append("lpips")
+    elif options["lpips"].lpips_backbone_weights is None:
         warn_without_effect(options["lpips"], vars(options["lpips"]), "--lpips_backbone_weights is not given")
         without.append("lpips")
     if not arguments.feature_networks:
@@ -148,14 +155,14 @@ def main(argv: list[str] | None = None) -> ResultCard | list[ResultCard] | None:
     ours = partial(is_card_of, **subject)
     require_replaceable(*arguments.cards, inputs=inputs_of(arguments, data), ours=ours)
     vae = load_autoencoder(arguments.vae).requires_grad_(False).to(state.device)
-    require_channels(vae, 3)
+    channels = require_channels(vae, *([3] if arguments.feature_networks else []))
     networks = [load_feature_network(name).to(state.device) for name in arguments.feature_networks]
-    names = metric_names(arguments, options)
+    names = metric_names(arguments, options, channels)
     if not any("masks" in METRICS[name].uses for name in names):
         warn_without_effect(arguments, ("masks",), "none of --metrics uses masks")
     shared, groups = build_groups(names, options, offers=OFFERS, networks=networks)
     with state.main_process_first():
-        source = data.load()
+        source = data.load(channels=channels)
         images = ImageSet(source, name=data.name, resolution=data.resolution, limit=arguments.num_images)
         masks = None
         if arguments.masks is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +21,36 @@ logger = logging.getLogger(__name__)
 CAPTIONS = ("image", "reconstruction", "latent rotated 90°", "latent downscaled", "latent PCA")
 CAPTION_PX = 16
 UINT8_RULE = "clamp(127.5 x + 128), truncated"
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's, by the channels that an image is read with
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's, by the channels that an ordinary image is read with
+
+
+class Bands:
+    """An image of any number of channels, with those of PIL's operations that crops are made of.
+
+    Args:
+        bands: equally large PIL images of one channel each: "L" (0 to 255), or "F" in [-1, 1].
+
+    Example:
+        >>> adm_center_crop(Bands([Image.new("L", (40, 60))] * 5), 32).size
+        (32, 32)
+    """
+
+    def __init__(self, bands: Sequence[Image.Image]) -> None:
+        self.bands = tuple(bands)
+        self.size = self.bands[0].size
+        self.width, self.height = self.size
+
+    def resize(self, *arguments: Any, **options: Any) -> Bands:
+        return Bands([band.resize(*arguments, **options) for band in self.bands])
+
+    def crop(self, box: tuple[int, int, int, int]) -> Bands:
+        return Bands([band.crop(box) for band in self.bands])
+
+    def transpose(self, method: Image.Transpose) -> Bands:
+        return Bands([band.transpose(method) for band in self.bands])
+
+
+AnyImage: TypeAlias = Image.Image | Bands
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -34,17 +64,17 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
 
 def require_channels(vae: nn.Module, *channels: int) -> int:
-    """How many channels the autoencoder's images have; refused where it is none of these, or of `MODES`.
+    """How many channels the autoencoder's images have; refused where it is none of these, if any are given.
 
     Example:
         >>> source = load_image_dataset(train_data_dir="scans", channels=require_channels(vae))
     """
-    own, known = image_channels(vae), channels or tuple(MODES)
-    if own not in known:
-        said = " or ".join(f"{count} ({MODES[count]})" for count in known)
+    own = image_channels(vae)
+    if channels and own not in channels:
+        said = " or ".join(f"{count} ({MODES[count]})" if count in MODES else str(count) for count in channels)
         raise ValueError(
-            f"Images are read here with {said} channels, and this {type(uncompiled(vae)).__name__} takes {own}; use "
-            "another autoencoder, or encode tensors of your own with diffusers_eqvae.autoencoders.encode."
+            f"Images have {said} channels here, and this {type(uncompiled(vae)).__name__} takes {own}; use another "
+            "autoencoder."
         )
     return own
 
@@ -52,9 +82,9 @@ def require_channels(vae: nn.Module, *channels: int) -> int:
 def to_image(pixels: Tensor) -> Image.Image:
     """A PIL image of finite pixels (C, H, W) in [-1, 1], by `to_uint8`: e.g. `to_image(pixels[0]).save("x.png")`.
 
-    As RGB: one channel is grey, and of more than three the first three are shown.
+    As RGB: one channel is grey, of two the first is shown, and of more than three the first three.
     """
-    shown = pixels.detach().cpu()[:3]
+    shown = pixels.detach().cpu()[: 3 if len(pixels) > 2 else 1]
     return Image.fromarray(to_uint8(shown.expand(3, -1, -1)).permute(1, 2, 0).numpy())
 
 
@@ -200,7 +230,7 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return to_rgb(image).convert(MODES[channels])
 
 
-def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
+def adm_center_crop(image: AnyImage, size: int) -> AnyImage:
     """The centre square of (size, size) pixels as ADM (Dhariwal & Nichol 2021) prepares ImageNet.
 
     While the short side is at least twice `size` the image is downscaled by 2 with a box filter; then it is resized
@@ -218,12 +248,12 @@ def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop_resize(
-    image: Image.Image,
+    image: AnyImage,
     size: int,
     rng: np.random.Generator,
     min_fraction: float = 0.5,
     max_fraction: float = 1.0,
-) -> Image.Image:
+) -> AnyImage:
     """A random square of `min_fraction`..`max_fraction` of the short side, resized (bicubic) to (size, size).
 
     The fraction and the place are uniform; this is the training crop of latent diffusion and EQ-VAE.
@@ -240,8 +270,19 @@ def random_crop_resize(
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
-def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
-    """Pixels (C, H, W) float32 in [-1, 1]: x / 127.5 - 1, of one channel (grey), three, or four (with alpha)."""
+def to_pixels(image: AnyImage, channels: int = 3) -> Tensor:
+    """Pixels (C, H, W) float32 in [-1, 1]: x / 127.5 - 1, of one channel (grey), three, or four (with alpha).
+
+    `Bands` keep their channels; floating-point values, which a bicubic filter may carry beyond, are clamped.
+    """
+    if isinstance(image, Bands):
+        planes = [torch.from_numpy(np.array(band, dtype=np.float32)) for band in image.bands]
+        return torch.stack(
+            [
+                plane.clamp(-1, 1) if band.mode == "F" else plane / 127.5 - 1
+                for plane, band in zip(planes, image.bands, strict=True)
+            ]
+        )
     values = np.array(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
     images_uint8 = torch.from_numpy(values).permute(2, 0, 1)
     return images_uint8.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
@@ -259,6 +300,19 @@ def to_uint8(pixels: Tensor) -> Tensor:
     """
     require_finite(pixels, whose=f"What made these pixels, in {pixels.dtype},")
     return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_array(image: AnyImage) -> np.ndarray:
+    """uint8 (H, W, C) of an image; floating-point values by `UINT8_RULE`.
+
+    Example:
+        >>> to_array(Image.new("L", (8, 6))).shape
+        (6, 8, 1)
+    """
+    if isinstance(image, Bands):
+        return to_uint8(to_pixels(image)).permute(1, 2, 0).contiguous().numpy()
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
 
 
 def require_finite(values: Tensor, *, whose: str) -> None:

@@ -195,6 +195,7 @@ _DATA = {
     "classes": "class names",
     "sampled": "content of images",
     "everything": "content of images",
+    "value_range": "stated values of black and white",
 }
 
 

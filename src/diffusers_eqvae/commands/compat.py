@@ -133,9 +133,12 @@ def main(argv: Sequence[str]) -> int:
     device = require_device(arguments.device)
     new, base = (load_autoencoder(name).to(device) for name in (arguments.new, arguments.base))
     require_comparable(new, base)
-    require_channels(new, 3)
+    channels = require_channels(new)
+    require_channels(base, channels)
     require_fitting(arguments.resolution, new)
-    images = load_images(arguments.data_dir, resolution=arguments.resolution, num_images=arguments.num_images)
+    images = load_images(
+        arguments.data_dir, resolution=arguments.resolution, num_images=arguments.num_images, channels=channels
+    )
     found = compatibility(new, base, images.to(device))
     fit = found.affine
     print(report(found, None if fit is None else stated_by(fit, LatentNormalization.from_vae(new))))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 
 from ..classes import in_order
+from .array_images import ARRAY_SUFFIX
 from .image_files import IMAGE_SUFFIXES, ImageFiles, class_folders, find_images
 from .label_files import read_label_files
 from .report import DataReport
@@ -43,8 +44,8 @@ def load_table(
 ) -> datasets.Dataset:
     """One split of a local directory or file, or of a dataset on the Hub.
 
-    A directory holds images, parquet files, webdataset tars, or what `save_to_disk` wrote; a file is one parquet file
-    or one tar. What is left out is noted in `report`.
+    A directory holds images, parquet files, webdataset tars, what `save_to_disk` wrote, or none of these and
+    arrays (.npy); a file is one parquet file or one tar. What is left out is noted in `report`.
 
     Raises:
         ValueError: nothing to read, a class folder without images, or an unknown split (the known ones are listed).
@@ -64,8 +65,9 @@ def load_table(
         saved = datasets.load_from_disk(str(source))
         return _choose(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}, split, source)
     kind = _directory_kind(find_images(source), report)
-    if kind == "imagefolder":
-        return _image_folder(source.resolve(), split, label_column=label_column, report=report)
+    if kind in ("imagefolder", "arrays"):
+        suffixes = IMAGE_SUFFIXES if kind == "imagefolder" else (ARRAY_SUFFIX,)
+        return _image_folder(source.resolve(), split, label_column=label_column, report=report, suffixes=suffixes)
     return _choose(_build(kind, source, data_dir=str(source), cache_dir=cache_dir), split, source)
 
 
@@ -159,14 +161,16 @@ def _unknown_column(role: str, name: str, table: datasets.Dataset) -> str:
     return f"There is no {role} column {name!r}; the columns are {', '.join(table.column_names)}: {remedy}."
 
 
-def _image_folder(root: Path, split: str, *, label_column: str, report: DataReport) -> datasets.Dataset:
+def _image_folder(
+    root: Path, split: str, *, label_column: str, report: DataReport, suffixes: Container[str]
+) -> datasets.Dataset:
     """The images below a directory in the order of their paths, with the labels of a file or of class folders.
 
     The files are listed here since the library's own "imagefolder" reads splits out of any file or folder name
     (train_1.jpg, a class called test) and leaves out images that a metadata.csv does not name.
     """
-    top = _choose(_split_folders(root) or {"train": root}, split, root)
-    found = find_images(top)
+    top = _choose(_split_folders(root, suffixes) or {"train": root}, split, root)
+    found = find_images(top, suffixes)
     found.require_mostly_taken()
     _refuse_empty(found)
     report.notes |= found.report.notes
@@ -191,39 +195,45 @@ def _image_folder(root: Path, split: str, *, label_column: str, report: DataRepo
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def _split_folders(root: Path, suffixes: Container[str]) -> dict[str, Path]:
     """The split folders by name, where all subfolders are named like splits and one holds class folders."""
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith((".", "__"))]
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names or not set(names) <= SPLIT_FOLDERS.keys():
         return {}
     folders = {SPLIT_FOLDERS[name]: root / name for name in sorted(names, key=SPLIT_FOLDERS.__getitem__)}
-    if not any(is_image(entry.name) for entry in entries if not entry.is_dir()) and any(
-        os.path.dirname(path) != str(folder) for folder in folders.values() for path in find_images(folder).images
+    if not any(is_image(entry.name, suffixes) for entry in entries if not entry.is_dir()) and any(
+        os.path.dirname(path) != str(folder)
+        for folder in folders.values()
+        for path in find_images(folder, suffixes).images
     ):
         return folders
     logger.warning("%s: the folders %s are read as classes; splits would hold class folders.", root, ", ".join(names))
     return {}
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> bool:
     """Whether a file's name ends as images' do and is not hidden, as some systems put beside them.
 
     Example:
         >>> is_image("0001.JPG"), is_image("._0001.jpg"), is_image("labels.csv")
         (True, False, False)
     """
-    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return not name.startswith(".") and Path(name).suffix.lower() in suffixes
 
 
 def _directory_kind(found: ImageFiles, report: DataReport) -> str:
-    """Which of `_KINDS` a directory holds most of; the others are noted."""
+    """Which of `_KINDS` a directory holds most of, the others are noted; "arrays" where it holds none of them."""
     counts = {"imagefolder": len(found.images), "parquet": found.kinds[".parquet"], "webdataset": found.kinds[".tar"]}
     kind = max(_KINDS, key=counts.__getitem__)
     if not counts[kind]:
+        if found.kinds[ARRAY_SUFFIX]:
+            return "arrays"
         _refuse_empty(found)
         seen = " ".join(found.report) or f"Its files end in {', '.join(found.kinds) or 'nothing: it is empty'}."
-        raise ValueError(f"The directory {found.directory} holds no images, parquet files or tar files. {seen}")
+        raise ValueError(
+            f"The directory {found.directory} holds no images, parquet files, tar files or arrays (.npy). {seen}"
+        )
     others = sum(counts.values()) - counts[kind]
     if others:
         called = [f"{counts[each]} {each}" for each in _KINDS if each != kind and counts[each]]

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..classes import ClassTable, listed
-from ..images import adm_center_crop, evenly_spaced, random_crop_resize, to_pixels
+from ..images import AnyImage, adm_center_crop, evenly_spaced, random_crop_resize, to_pixels
 from ..provenance import SAMPLED_IMAGES, data_identity, require_same_data
-from .image_files import DECODE_ERRORS, note_small, open_image, read_image
+from .array_images import Range, read_value_range
+from .image_files import DECODE_ERRORS, image_size, note_small, read_image
 from .latent_store import LatentStore
 from .report import DataError, DataReport
 
@@ -43,7 +44,8 @@ class ImageSource:
         names: class names by id, or None.
         root: folder that image names are given relative to.
         report: what was left out before; what is enlarged or replaced is added to it.
-        channels: that images are read with: 3 for RGB, 1 for grey, 4 with transparency.
+        channels: that images are read with: 3 for RGB, 1 for grey, 4 with transparency, or as many as they have.
+        value_range: what is black and white in them, where value_range.json states it.
 
     More than 1 % unreadable images (at least 3 are allowed, a quarter of a smaller dataset) are an error: then
     something is wrong with the data as a whole.
@@ -62,6 +64,7 @@ class ImageSource:
         root: Path | None = None,
         report: DataReport | None = None,
         channels: int = 3,
+        value_range: Range | None = None,
     ) -> None:
         if not len(dataset):
             raise ValueError("The dataset holds no images; check the directory or the split.")
@@ -71,6 +74,7 @@ class ImageSource:
         self.names = names
         self.root = root
         self.channels = channels
+        self.value_range = value_range
         self.sizes: dict[int, tuple[int, int]] = {}
         self._report = DataReport() if report is None else report
         # In shared memory, so that the workers of a loader keep one count.
@@ -115,7 +119,8 @@ class ImageSource:
         return self._identity(everything=True)
 
     def _identity(self, *, everything: bool) -> dict[str, Any]:
-        return data_identity(
+        stated = {} if self.value_range is None else {"value_range": list(self.value_range)}
+        return stated | data_identity(
             len(self),
             files=self._files(),
             labels=self.labels,
@@ -158,6 +163,7 @@ class ImageSource:
             root=self.root,
             report=self._report,
             channels=self.channels,
+            value_range=self.value_range,
         )
         rest.sizes = {new: self.sizes[old] for new, old in enumerate(kept.tolist()) if old in self.sizes}
         rest._unreadable[:] = self._unreadable[torch.from_numpy(kept)]
@@ -168,12 +174,12 @@ class ImageSource:
         small = {self.name(index): min(size) for index, size in self.sizes.items() if min(size) < resolution}
         note_small(self._report, small, resolution, seen=len(self.sizes), total=len(self))
 
-    def get(self, index: int) -> tuple[Image.Image, int | None]:
+    def get(self, index: int) -> tuple[AnyImage, int | None]:
         """The image and class id at `index`, or those of the next readable image."""
         image, label, _ = self.read(index)
         return image, label
 
-    def read(self, index: int) -> tuple[Image.Image, int | None, int]:
+    def read(self, index: int) -> tuple[AnyImage, int | None, int]:
         """As `get`, with the index that was used: index..used-1 (modulo N) are unreadable."""
         for offset in range(len(self)):
             used = (index + offset) % len(self)
@@ -181,7 +187,9 @@ class ImageSource:
                 continue
             record = self._record(used)
             try:
-                image = read_image(_image_of(record), self.channels)
+                image = read_image(_image_of(record), self.channels, self.value_range)
+            except DataError:
+                raise  # which would be said of every image
             except DECODE_ERRORS as error:
                 self._count_unreadable(used, self._name(used, record), error)
                 continue
@@ -193,8 +201,9 @@ class ImageSource:
         for index in evenly_spaced(len(self), limit):
             record = self._record(index)
             try:
-                with open_image(_image_of(record)) as image:
-                    self.sizes[index] = image.size
+                self.sizes[index] = image_size(_image_of(record), self.channels, self.value_range)
+            except DataError:
+                raise
             except DECODE_ERRORS as error:
                 self._count_unreadable(index, self._name(index, record), error)
 
@@ -301,7 +310,7 @@ class PixelDataset(Dataset):
             image = adm_center_crop(image, self.resolution)
         mirrored = generator is not None and self.random_flip and generator.random() < 0.5
         if mirrored:
-            image = ImageOps.mirror(image)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         example: dict[str, Any] = {"pixel_values": to_pixels(image, self.source.channels)}
         if self.features is not None:
             stored = self.features.get_many([index], view=int(mirrored))
@@ -335,7 +344,8 @@ def load_image_dataset(
         require_labels: refuse a dataset without labels.
         cache_dir: of the `datasets` library.
         skip_below: leave out images whose shorter side has fewer pixels.
-        channels: that images are read with: 3 for RGB, 1 for grey, 4 with transparency.
+        channels: that images are read with: 3 for RGB, 1 for grey, 4 with transparency. Any number of arrays
+            (.npy), and 2 or 5 and more of the bands of all pages of image files.
 
     What is left out is logged and stands in the source's `report`. An unknown directory, split or column (the known
     ones are listed), an empty class folder, missing labels and too many unreadable images are refused.
@@ -378,6 +388,7 @@ def load_image_dataset(
         root=root.resolve() if root.is_dir() else None,
         report=report,
         channels=channels,
+        value_range=read_value_range(root) if root.is_dir() else None,
     )
     source = _checked(source, skip_below)
     if note := source.classes.describe_empty():

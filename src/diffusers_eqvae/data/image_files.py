@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import evenly_spaced, to_channels
+from ..images import MODES, AnyImage, evenly_spaced, to_channels
+from .array_images import Range, array_size, is_array, read_array, read_pages
 from .report import DataError, DataReport
 
 IMAGE_SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -62,23 +63,23 @@ class ImageFiles:
             )
 
 
-def find_images(directory: str | os.PathLike[str]) -> ImageFiles:
+def find_images(directory: str | os.PathLike[str], suffixes: Container[str] = IMAGE_SUFFIXES) -> ImageFiles:
     """The images below a directory, and a report of what is left out of it.
 
     A file or folder that several names lead to counts once, under its own name before that of a link. Left out, and
     named, are links that lead nowhere, what is not a regular file, names that are not UTF-8, and files whose names do
-    not end as images' do; ordinary companions (.txt, .json, ...) are not worth a word.
+    not end as images' do, in one of `suffixes`; ordinary companions (.txt, .json, ...) are not worth a word.
 
     Example:
         >>> find_images("photographs").images[0]
         'photographs/daisy/0001.jpg'
     """
-    return _Search(Path(directory)).run()
+    return _Search(Path(directory), suffixes).run()
 
 
 class _Search:
-    def __init__(self, root: Path) -> None:
-        self.found = ImageFiles(root)
+    def __init__(self, root: Path, suffixes: Container[str]) -> None:
+        self.found, self.suffixes = ImageFiles(root), suffixes
         self.root, self.real = root, os.path.realpath(root)
         self.seen: set[tuple[int, int]] = set()
         self.links: list[str] = []
@@ -162,7 +163,7 @@ class _Search:
 
     def _file(self, path: str, status: os.stat_result) -> None:
         stem, suffix = os.path.splitext(os.path.basename(path).lower())
-        if suffix not in IMAGE_SUFFIXES:
+        if suffix not in self.suffixes:
             self.found.kinds[suffix] += 1
             if suffix not in COMPANIONS and stem not in COMPANION_NAMES:
                 self.other.append(path)
@@ -191,18 +192,47 @@ def open_image(source: Any, *, smallest: int = MIN_SIDE_PX) -> Image.Image:
     if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
         raise ValueError("it is not a regular file")
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    short, long = sorted(image.size)
-    if short < smallest or long > MAX_RATIO * short:
+    try:
+        _require_usable(*image.size, smallest)
+    except ValueError:
         image.close()
-        limit = f"smaller than {smallest} px" if short < smallest else f"longer than {MAX_RATIO} times its short side"
-        raise ValueError(f"{image.width}x{image.height} px is {limit}")
+        raise
     return image
 
 
-def read_image(source: Any, channels: int = 3) -> Image.Image:
-    """An image as RGB, grey or RGBA, of a path or of bytes; see `open_image` and `images.to_channels`."""
+def _require_usable(width: int, height: int, smallest: int = MIN_SIDE_PX) -> None:
+    short, long = sorted((width, height))
+    if short < smallest or long > MAX_RATIO * short:
+        limit = f"smaller than {smallest} px" if short < smallest else f"longer than {MAX_RATIO} times its short side"
+        raise ValueError(f"{width}x{height} px is {limit}")
+
+
+def image_size(source: Any, channels: int = 3, value_range: Range | None = None) -> tuple[int, int]:
+    """Width and height of an image that `read_image` reads, of its header.
+
+    Example:
+        >>> image_size("photographs/daisy/0001.jpg")
+        (640, 480)
+    """
+    if is_array(source):
+        width, height = array_size(str(source), channels, value_range)
+        _require_usable(width, height)
+        return width, height
     with open_image(source) as image:
-        return to_channels(image, channels)
+        return image.size
+
+
+def read_image(source: Any, channels: int = 3, value_range: Range | None = None) -> AnyImage:
+    """An image as RGB, grey or RGBA, of a path or of bytes; see `open_image` and `images.to_channels`.
+
+    Of an array (.npy), and of images with 2 or 5 and more channels, the bands: see `read_array` and `read_pages`.
+    """
+    if is_array(source):
+        bands = read_array(str(source), channels, value_range)
+        _require_usable(*bands.size)
+        return bands
+    with open_image(source) as image:
+        return to_channels(image, channels) if channels in MODES else read_pages(image, channels, value_range)
 
 
 def image_files(directory: str | os.PathLike[str]) -> Iterator[Path]:

@@ -98,7 +98,7 @@ def inspect_autoencoder(
     batch_size: int = 1,
     progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Inspection:
-    """Measures `vae` on images (N, 3, S, S) in [-1, 1], one at a time by default, which a CPU does fastest.
+    """Measures `vae` on images (N, C, S, S) in [-1, 1], one at a time by default, which a CPU does fastest.
 
     Args:
         annotations: "labels" and "masks" of the images, as `measure_autoencoder` takes them.
@@ -109,7 +109,7 @@ def inspect_autoencoder(
         ['reconstruction', 'equivariance', 'diffusability', 'channels']
     """
     factor = downsampling_factor(vae)
-    require_channels(vae, 3)
+    require_channels(vae, images.shape[1])
     require_fitting(images.shape[-1], vae, smallest=4 * factor)  # encoded at half and a quarter of it too
     start = time.perf_counter()
     names = [name for name in RECONSTRUCTION_METRICS if name not in ("lpips", "rfid")]

@@ -17,7 +17,7 @@ from ..autoencoders import channels_last, downsampling_factor, load_autoencoder,
 from ..data.image_datasets import load_image_dataset
 from ..directories import OutputDirectory, require_replaceable
 from ..images import adm_center_crop, evenly_spaced, require_channels, to_pixels, to_uint8
-from ..losses.perceptual import LPIPS
+from ..losses.perceptual import LPIPS, require_seen_by_lpips
 from ..metrics.image_sets import hash_digests, image_digests
 from ..metrics.result_card import is_card_of
 from ..options import Checked, inputs_of
@@ -82,22 +82,23 @@ class InspectArguments(Checked):
             raise ValueError("lpips_linear_weights needs lpips_backbone_weights beside it; give both or neither.")
 
 
-def load_images(directory: str | Path, *, resolution: int, num_images: int) -> Tensor:
+def load_images(directory: str | Path, *, resolution: int, num_images: int, channels: int = 3) -> Tensor:
     """The "images" of `load_annotated_images`.
 
     Example:
         >>> load_images("kodak", resolution=256, num_images=24).shape
         torch.Size([24, 3, 256, 256])
     """
-    return load_annotated_images(directory, resolution=resolution, num_images=num_images)["images"]
+    options: dict[str, Any] = {"resolution": resolution, "num_images": num_images, "channels": channels}
+    return load_annotated_images(directory, **options)["images"]
 
 
 def load_annotated_images(
-    directory: str | Path, *, resolution: int, num_images: int, masks: str | Path | None = None
+    directory: str | Path, *, resolution: int, num_images: int, masks: str | Path | None = None, channels: int = 3
 ) -> dict[str, Tensor]:
     """`num_images` evenly spaced images of a folder, as centre crops, and what is known of them.
 
-    "images" (N, 3, S, S) in [-1, 1], "labels" (N,) where the images have classes, and "masks" (N, S, S) where a folder
+    "images" (N, C, S, S) in [-1, 1], "labels" (N,) where the images have classes, and "masks" (N, S, S) where a folder
     of them is given (`ImageMasks`). A folder of fewer images gives all it has, with a warning; an image that cannot be
     read is an error.
 
@@ -105,7 +106,7 @@ def load_annotated_images(
         >>> load_annotated_images("imagenette", resolution=128, num_images=500)["labels"].shape
         torch.Size([500])
     """
-    source = load_image_dataset(train_data_dir=directory)
+    source = load_image_dataset(train_data_dir=directory, channels=channels)
     if len(source) < num_images:
         logger.warning("%s holds %d images, fewer than the %d asked for.", directory, len(source), num_images)
     images, places = [], evenly_spaced(len(source), num_images)
@@ -113,7 +114,7 @@ def load_annotated_images(
         image, _, used = source.read(index)
         if used != index:
             raise ValueError(f"{source.name(index)} cannot be read, and a measurement replaces no image; remove it.")
-        images.append(to_pixels(adm_center_crop(image, resolution)))
+        images.append(to_pixels(adm_center_crop(image, resolution), channels))
     loaded = {"images": torch.stack(images)}
     if source.labels is not None:
         loaded["labels"] = torch.from_numpy(source.labels[places])
@@ -142,11 +143,22 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
     models = ["/".join(filter(None, (portable(name), inside))) for name, inside in locations]
     for file, model in zip(_card_names(names), models, strict=True):
         require_replaceable(folder / file, ours=partial(is_card_of, model=model, data=Path(arguments.data_dir).name))
+    device = require_device(arguments.device)
+    vaes = [channels_last(load_autoencoder(name, subfolder=inside)).to(device) for name, inside in locations]
+    channels = require_channels(vaes[0])
+    for vae in vaes:
+        require_channels(vae, channels)
+        require_fitting(resolution, vae, smallest=4 * downsampling_factor(vae))  # at half and a quarter too
+    if arguments.lpips_backbone_weights is not None:
+        require_seen_by_lpips(channels, remedy="leave lpips_backbone_weights out")
     annotations = load_annotated_images(
-        arguments.data_dir, resolution=resolution, num_images=arguments.num_images, masks=arguments.masks
+        arguments.data_dir,
+        resolution=resolution,
+        num_images=arguments.num_images,
+        masks=arguments.masks,
+        channels=channels,
     )
     images = annotations.pop("images")
-    device = require_device(arguments.device)
     provenance = {"data": Path(arguments.data_dir).name}
     provenance |= hardware(device)
     images_uint8 = to_uint8(images).permute(0, 2, 3, 1).numpy()
@@ -160,10 +172,6 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
             backbone_weights=arguments.lpips_backbone_weights,
             linear_weights=arguments.lpips_linear_weights,
         ).to(device)
-    vaes = [channels_last(load_autoencoder(name, subfolder=inside)).to(device) for name, inside in locations]
-    for vae in vaes:
-        require_channels(vae, 3)
-        require_fitting(resolution, vae, smallest=4 * downsampling_factor(vae))  # at half and a quarter too
     images = images.to(device)
     inspections = [
         inspect_autoencoder(

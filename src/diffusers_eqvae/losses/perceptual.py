@@ -68,6 +68,17 @@ _HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/m
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPS = 1e-10
+LPIPS_CHANNELS = (1, 3)  # of the images that it compares; a single one is seen three times
+
+
+def require_seen_by_lpips(channels: int, *, remedy: str) -> None:
+    """Refuses images that are neither RGB nor grey, of which a network of photographs sees nothing.
+
+    Example:
+        >>> require_seen_by_lpips(image_channels(vae), remedy="measure without it")
+    """
+    if channels not in LPIPS_CHANNELS:
+        raise ValueError(f"LPIPS compares RGB or grey images, and these have {channels} channels; {remedy}.")
 
 
 class LPIPS(nn.Module):
@@ -175,7 +186,7 @@ class LPIPS(nn.Module):
         A single channel is taken three times.
         """
         require_equal_shapes(first, second, ("The two batches of images", "each other"))
-        if first.ndim != 4 or first.shape[1] not in (1, 3) or min(first.shape[-2:]) < self.min_size_px:
+        if first.ndim != 4 or first.shape[1] not in LPIPS_CHANNELS or min(first.shape[-2:]) < self.min_size_px:
             raise ValueError(
                 f"LPIPS ({self.net}) compares images (B, 3, H, W) of at least {self.min_size_px} px; got "
                 f"{tuple(first.shape)}. Use a higher resolution, a larger smallest scale or another net."

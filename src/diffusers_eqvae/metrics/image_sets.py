@@ -24,7 +24,7 @@ from ..data.image_files import DECODE_ERRORS, class_folders, image_files, note_s
 from ..data.label_files import LABEL_FILES
 from ..data.report import DataReport
 from ..files import npz_keys, open_npz_array
-from ..images import UINT8_RULE, adm_center_crop
+from ..images import UINT8_RULE, AnyImage, adm_center_crop, to_array
 from .base import gather
 from .feature_networks import FeatureNetwork
 from .result_card import UNKNOWN
@@ -34,7 +34,7 @@ class ImageSet:
     """N images of one size, read in batches.
 
     Args:
-        images: uint8 (N, H, W, 3), paths of files, or an `ImageSource`.
+        images: uint8 (N, H, W, 3), paths of files, or an `ImageSource`, whose images may have other channels.
         name: of the set, as a result states it.
         resolution: side in pixels that files and datasets are cropped to (ADM centre crop); None takes files as they
             are, which must then be equally large.
@@ -117,6 +117,7 @@ class ImageSet:
         return np.stack([self._read(place) for place in index])
 
     def _read(self, index: int) -> np.ndarray:
+        image: AnyImage
         if isinstance(self.images, ImageSource):
             image, _, used = self.images.read(index)
             name = self.images.name(index)
@@ -130,7 +131,7 @@ class ImageSet:
                 raise ValueError(f"{name} cannot be read: {error}. Repair or remove it.") from error
         if self.resolution is not None:
             image = adm_center_crop(image, self.resolution)
-        array = np.asarray(image)
+        array = to_array(image)
         self._size = self._size or array.shape
         if array.shape != self._size:
             raise ValueError(

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..classes import listed
+from ..data.array_images import is_array
 from ..data.hf_datasets import is_image
 from ..data.image_datasets import ImageSource
 from ..data.image_files import DECODE_ERRORS, image_files, open_image
@@ -67,7 +68,8 @@ class ImageMasks:
     ) -> None:
         self.resolution, root = resolution, source.root
         names = {place: Path(source.name(place)) for place in places}
-        unnamed = [str(name) for name in names.values() if root is None or not (root / name).is_file()]
+        files = {each for each in names.values() if root and (root / each).is_file() and not is_array(each)}
+        unnamed = [str(name) for name in names.values() if name not in files]
         if root is None or unnamed:
             raise ValueError(
                 f"Masks go by the names of image files, and these images have none ({listed(unnamed)}); give a folder "

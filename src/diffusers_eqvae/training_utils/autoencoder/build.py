@@ -25,7 +25,7 @@ from ...data.latent_store import LatentStore
 from ...data.stored_images import StoredImages
 from ...files import read_json
 from ...images import require_channels
-from ...losses.perceptual import LPIPS
+from ...losses.perceptual import LPIPS, require_seen_by_lpips
 from ...models.autoencoder_kl_eq import AutoencoderKLEQ, as_class
 from ...models.autoencoder_vq_eq import VQModelEQ
 from ...models.discriminator import PatchDiscriminator
@@ -257,10 +257,7 @@ def build_perceptual(arguments: AutoencoderLossArguments, *, smallest_px: int, c
         own = ("lpips_net", "lpips_backbone_weights", "lpips_linear_weights")
         warn_without_effect(arguments, own, "--perceptual_weight is 0")
         return None
-    if channels not in (1, 3):
-        raise ValueError(
-            f"LPIPS compares RGB or grey images, and these have {channels} channels; give --perceptual_weight 0."
-        )
+    require_seen_by_lpips(channels, remedy="give --perceptual_weight 0")
     if channels == 1:
         logger.info("LPIPS sees the one channel of the images three times.")
     perceptual = LPIPS.from_pretrained(
