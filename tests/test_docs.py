@@ -100,6 +100,14 @@ def test_links_between_pages_lead_somewhere(page):
             assert anchor in slugs, f"{page.name} links to {target}, and there are {slugs}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
+def test_every_row_is_in_a_table(page):
+    """A blank line ends a table, and what follows is shown with its bars."""
+    lines = ["", *page.read_text().splitlines(), ""]
+    starts = [n for n, line in enumerate(lines) if line.startswith("|") and not lines[n - 1].startswith("|")]
+    assert all(re.fullmatch(r"[|: -]+", lines[n + 1]) for n in starts), [lines[n] for n in starts]
+
+
 def test_the_readme_s_training_loop_runs_and_moves_all_that_it_trains(tiny_autoencoder_kl, monkeypatch):
     from transformers import Dinov2Config, Dinov2Model
 
@@ -243,7 +251,7 @@ def test_the_page_of_published_rows_is_what_the_presets_say():
 
 
 def test_the_site_s_navigation_holds_every_page_once():
-    listed = re.findall(r"^ +- (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = re.findall(r"^ +- (?:\w+: )?(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
