@@ -15,6 +15,7 @@ from diffusers_eqvae.autoencoders import encode, encoder_features
 from diffusers_eqvae.data.latent_store import LatentStore
 from diffusers_eqvae.images import adm_center_crop, to_pixels
 from diffusers_eqvae.models import feature_teacher
+from diffusers_eqvae.regularizers import REGULARIZERS, GeneratorRegularizer
 
 from ..invariants.trajectories import ROOT, as_flags, assert_close, assert_equal, last_checkpoint, run_script, torchrun
 
@@ -25,6 +26,7 @@ RUN = {"report_to": "none", "validation_steps": 0, "num_inference_steps": 2, "le
 RUN |= {"max_train_steps": 6, "checkpointing_steps": 3, "logging_steps": 1, "train_batch_size": 4}
 METHODS = {"regularizers": ["repa", "vae_repa"], "repa_layer": 1, "repa_projector_size": 8, "vae_repa_layer": 2}
 METHODS |= {"vae_repa_projector_size": 8}
+EVERY = [name for name in REGULARIZERS if issubclass(REGULARIZERS[name], GeneratorRegularizer)]
 
 
 @pytest.fixture
@@ -133,12 +135,14 @@ def test_training_from_stored_features_is_training_from_images(place, monkeypatc
         assert first == pytest.approx(second, rel=2e-3)
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(place):
-    path = store(place, flip="true")
-    whole = train(place, "whole", latents_dir=path)
+def test_resumed_with_every_regularizer_equals_uninterrupted_bit_for_bit(place):
+    options = {"latents_dir": store(place, flip="true"), "regularizers": EVERY}
+    whole = train(place, "whole", **options)
+    logged = json.loads((place / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {f"loss/{name}" for name in EVERY} <= logged.keys()
     shutil.copytree(place / "whole", place / "resumed")
     shutil.rmtree(place / "resumed" / "checkpoints" / "step-00000006")
-    assert_equal(whole, train(place, "resumed", latents_dir=path, resume_from_checkpoint="latest"))
+    assert_equal(whole, train(place, "resumed", resume_from_checkpoint="latest", **options))
 
 
 def test_a_maskgit_reads_the_features_beside_its_tokens(place, tiny_vq_model):
@@ -155,11 +159,11 @@ def test_a_maskgit_reads_the_features_beside_its_tokens(place, tiny_vq_model):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_with_twice_the_batch(place):
+def test_two_ranks_with_every_regularizer_are_one_with_twice_the_batch(place):
     path = store(place, flip="true")
-    one = train(place, "one", latents_dir=path)
+    one = train(place, "one", latents_dir=path, regularizers=EVERY)
     words = {"model": place / "model.json", "output_dir": place / "two", "repa_teacher": place / "dino"}
-    words |= {**METHODS, **RUN, "latents_dir": path, "train_batch_size": 2}
+    words |= {**METHODS, **RUN, "latents_dir": path, "train_batch_size": 2, "regularizers": EVERY}
     done = torchrun(TRAIN, as_flags(words), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close(one, last_checkpoint(place / "two", "objective"), 1e-5)
