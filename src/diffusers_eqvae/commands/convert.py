@@ -8,6 +8,7 @@ eqvae convert runs/eq-vae eq-vae.safetensors --to ldm
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,30 +46,40 @@ def main(argv: Sequence[str]) -> int:
     destination = Path(arguments.destination)
     if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         raise ValueError(f"{destination} exists already; choose another destination, or remove it.")
-    if arguments.to is not None:
-        without_effect = [name for name in ("layout", "weights", "config") if getattr(arguments, name)]
-        if without_effect:
-            parser.error("--from, --weights and --config describe a published file; --to takes a model")
-        if destination.suffix not in SUFFIXES:
-            raise ValueError(f"With --to the destination is a file ({', '.join(SUFFIXES)}); got {destination}.")
-        model = _load_model(Path(arguments.source), arguments.to)
-        tensors = to_published(model, arguments.to)
-        save_published(tensors, destination)
-        print(f"{len(tensors)} tensors in {destination}")
-        _print_what_it_does_not_hold(CONVERTERS[arguments.to](), model.config)
+    if arguments.to is None:
+        _read(arguments)
         return 0
+    if any((arguments.layout, arguments.weights, arguments.config)):
+        parser.error("--from, --weights and --config describe a published file; --to takes a model")
+    _write(arguments)
+    return 0
+
+
+def _read(arguments: argparse.Namespace) -> None:
+    """A model's directory from published weights."""
     if Path(arguments.source).is_dir():
+        layouts = ", ".join(CONVERTERS.names())
         raise ValueError(f"{arguments.source} is a directory; say which layout to write it in: --to {layouts}.")
-    tensors = read_published(arguments.source, weights=arguments.weights)
-    options = _options(arguments.config)
+    tensors, options = read_published(arguments.source, weights=arguments.weights), _options(arguments.config)
     try:
         model = from_published(tensors, layout=arguments.layout, **options)
     except UnclearLayout as error:
         raise ValueError(f"{error} (--from LAYOUT)") from error
-    model.save_pretrained(destination)
-    share(destination)
-    print(f"{type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters in {destination}")
-    return 0
+    model.save_pretrained(arguments.destination)
+    share(Path(arguments.destination))
+    print(f"{type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters in {arguments.destination}")
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    """Weights in a published layout from a model's directory."""
+    destination = Path(arguments.destination)
+    if destination.suffix not in SUFFIXES:
+        raise ValueError(f"With --to the destination is a file ({', '.join(SUFFIXES)}); got {destination}.")
+    model = _load_model(Path(arguments.source), arguments.to)
+    tensors = to_published(model, arguments.to)
+    save_published(tensors, destination)
+    print(f"{len(tensors)} tensors in {destination}")
+    _print_what_it_does_not_hold(CONVERTERS[arguments.to](), model.config)
 
 
 def _print_what_it_does_not_hold(converter: Converter, config: Mapping[str, Any]) -> None:
