@@ -159,19 +159,8 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
         channels=channels,
     )
     images = annotations.pop("images")
-    provenance = {"data": Path(arguments.data_dir).name}
-    provenance |= hardware(device)
-    images_uint8 = to_uint8(images).permute(0, 2, 3, 1).numpy()
-    protocol: dict[str, Any] = {"data_hash": hash_digests(image_digests(images_uint8))}
-    protocol["image_size"] = f"{resolution}x{resolution}"
-    protocol["resize_rule"] = f"ADM centre crop to {resolution} px"
-    perceptual = None
-    if arguments.lpips_backbone_weights is not None:
-        perceptual = LPIPS.from_pretrained(
-            arguments.lpips_net,
-            backbone_weights=arguments.lpips_backbone_weights,
-            linear_weights=arguments.lpips_linear_weights,
-        ).to(device)
+    provenance = {"data": Path(arguments.data_dir).name} | hardware(device)
+    protocol, perceptual = _protocol(images, resolution), _perceptual(arguments, device)
     images = images.to(device)
     inspections = [
         inspect_autoencoder(
@@ -200,6 +189,25 @@ def run_inspection(arguments: InspectArguments) -> list[Inspection]:
     write_html(folder / "card.html", inspections, said)
     output.release()
     return inspections
+
+
+def _protocol(images: Tensor, resolution: int) -> dict[str, Any]:
+    images_uint8 = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    return {
+        "data_hash": hash_digests(image_digests(images_uint8)),
+        "image_size": f"{resolution}x{resolution}",
+        "resize_rule": f"ADM centre crop to {resolution} px",
+    }
+
+
+def _perceptual(arguments: InspectArguments, device: torch.device) -> LPIPS | None:
+    if arguments.lpips_backbone_weights is None:
+        return None
+    return LPIPS.from_pretrained(
+        arguments.lpips_net,
+        backbone_weights=arguments.lpips_backbone_weights,
+        linear_weights=arguments.lpips_linear_weights,
+    ).to(device)
 
 
 def _short_names(names: list[str]) -> list[str]:
