@@ -140,7 +140,7 @@ class OutputDirectory:
         self._lock: DirectoryLock | None = None
         self._claimed = False
         require_apart(self.path, inputs)
-        _require_creatable(self.path)
+        require_creatable(self.path)
         self.names = self._look()
 
     @property
@@ -288,7 +288,7 @@ def require_replaceable(
     """
     files = [*map(Path, paths), *map(Path, companions)]
     for number, path in enumerate(files):
-        _require_creatable(path)
+        require_creatable(path)
         if path.resolve() in [other.resolve() for other in files[:number]]:
             raise ValueError(f"{path} would be written twice, by two outputs of one command; give each a name.")
         if path.is_dir():
@@ -315,7 +315,12 @@ def is_leftover(path: Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def _require_creatable(path: Path) -> None:
+def require_creatable(path: Path) -> None:
+    """Refuses the name of a file or directory that cannot be made there, before the work; nothing is created.
+
+    Example:
+        >>> require_creatable(Path("results/eq-vae.json"))
+    """
     remedy = "Name another place."
     try:
         str(path).encode()  # what is not UTF-8 stands in no log, record or card

@@ -158,13 +158,23 @@ def _whole(load: Callable[..., T], name: str | os.PathLike[str], **options: Any)
                 f"{name} lacks the weights {', '.join(empty[:3])}{more} of its {type(part).__name__}: the file is not "
                 "whole, or of another version; save or download it again."
             )
-        if broken := [weight for weight, tensor in part.state_dict().items() if not tensor.isfinite().all()]:
-            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-            raise ValueError(
-                f"{name} holds weights that are NaN or infinite ({', '.join(broken[:3])}{more} of its "
-                f"{type(part).__name__}); take an earlier model, or download it again."
-            )
+        require_finite_weights(part, name)
     return loaded
+
+
+def require_finite_weights(model: nn.Module, name: str | os.PathLike[str]) -> None:
+    """Refuses a model with NaN or infinity in its parameters or buffers.
+
+    Example:
+        >>> require_finite_weights(vae, "runs/eq-vae")
+    """
+    broken = [weight for weight, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(
+            f"{name} holds weights that are NaN or infinite ({', '.join(broken[:3])}{more} of its "
+            f"{type(model).__name__}); take an earlier model, or download it again."
+        )
 
 
 @contextmanager

@@ -193,3 +193,27 @@ def test_a_layout_from_a_file_outside_the_package(tmp_path, tiny_autoencoder_kl)
     assert same(load_file(tmp_path / "back.safetensors"), published)
     refused = convert("odd.safetensors", "out")
     assert refused.returncode == 2 and "holds rev.extra, which Reversed does not know" in refused.stderr
+
+
+def test_weights_that_are_not_finite_are_converted_neither_way(tmp_path, tiny_autoencoder_kl, tiny_sit, capsys):
+    published = weights()
+    published["final_layer.linear.bias"][0] = torch.nan
+    save_file(published, tmp_path / "published.safetensors")
+    assert run(tmp_path / "published.safetensors", tmp_path / "ours", "--from", "sit", *OPTIONS) == 2
+    assert "NaN or infinite (proj_out.bias of its SiTTransformer2DModel); take an earlier" in capsys.readouterr().err
+    tiny_sit.proj_out.bias.data.fill_(torch.inf)
+    tiny_sit.save_pretrained(tmp_path / "sit")
+    assert run(tmp_path / "sit", tmp_path / "back.pt", "--to", "sit") == 2
+    assert "NaN or infinite (proj_out.bias of its SiTTransformer2DModel)" in capsys.readouterr().err
+    file = tmp_path / "sit" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:99])
+    assert run(tmp_path / "sit", tmp_path / "back.pt", "--to", "sit") == 2
+    assert "is cut short or damaged; save or download it again" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published.safetensors", "sit"]
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path, tiny_sit, capsys):
+    tiny_sit.save_pretrained(tmp_path / "sit")
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "sit", tmp_path / "file" / "back.pt", "--to", "sit") == 2
+    assert "cannot be written" in (said := capsys.readouterr().err) and "Name another place" in said

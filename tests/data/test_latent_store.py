@@ -147,6 +147,13 @@ def test_truncated_shard_is_named_with_the_remedy(tmp_path: Path, keep: int) -> 
         LatentStore(tmp_path)
 
 
+def test_a_header_that_claims_to_be_longer_than_memory_is_not_read(tmp_path: Path) -> None:
+    shard = write(tmp_path) / "shard-00001.safetensors"
+    shard.write_bytes((2**62).to_bytes(8, "little") + shard.read_bytes()[8:])
+    with pytest.raises(ValueError, match=r"shard-00001.*delete it and encode the data again"):
+        LatentStore(tmp_path)
+
+
 def test_unfinished_foreign_or_newer_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a finished latent store"):
         LatentStore(tmp_path / "absent")

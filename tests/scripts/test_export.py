@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_eqvae.commands.export import main
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from diffusers_eqvae.training_utils.checkpoints import MARKER
 
 from ..invariants.test_transformer_trajectories import store, train  # noqa: F401
 
@@ -43,3 +44,33 @@ def test_a_checkpoint_becomes_a_pipeline(tmp_path, store):  # noqa: F811
     ):
         with pytest.raises(ValueError, match=message):
             main([str(source), str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"- a\n", "arguments.yaml holds a list"),
+        (b"", "does not say use_ema.*restore it from resolved_arguments.json"),
+        (b"model: sit_s_2\n", "does not say use_ema"),
+        (b"a: [1", "arguments.yaml is not YAML"),
+        (b"\xff\xfe\x00", "arguments.yaml is not YAML"),
+    ],
+    ids=["a list", "nothing", "cut short", "no YAML", "no text"],
+)
+def test_arguments_that_no_run_wrote_are_refused_by_name(written, said, tmp_path, store):  # noqa: F811
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000002" / MARKER).write_text("{}")
+    (run / "resolved_arguments.yaml").write_bytes(written)
+    with pytest.raises(ValueError, match=said):
+        main([str(run / "checkpoints" / "step-00000002"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_exported_over_itself(tmp_path, store):  # noqa: F811
+    train(store, tmp_path / "run")
+    before = (tmp_path / "run" / "resolved_arguments.yaml").read_bytes()
+    for destination in (tmp_path / "run", tmp_path):
+        with pytest.raises(ValueError, match=r"which is read here .*never written to: choose another place"):
+            main([str(tmp_path / "run"), str(destination)])
+    assert (tmp_path / "run" / "resolved_arguments.yaml").read_bytes() == before

@@ -90,7 +90,7 @@ def test_accelerate_still_starts_one_process_with_these_signs(tmp_path):
 
 def test_the_gradients_of_a_compiled_module_are_read_before_its_backward(monkeypatch):
     compile_with = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend="aot_eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compile_with(self, backend="aot_eager"))
     module = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
     launch.compile_in_place(module)
     output = module(torch.randn(2, 4, requires_grad=True)).square().sum()

@@ -19,7 +19,9 @@ from ..autoencoders import stock_class
 from ..conversion import CONVERTERS, Converter, from_published, read_published, save_published, to_published
 from ..conversion._files import SUFFIXES
 from ..conversion.base import UnclearLayout
+from ..directories import require_creatable
 from ..files import read_json, share
+from ..pretrained import load_pretrained
 from ..stated_normalization import adopt_saved_normalization
 from ..training_utils.console import start_logging
 from . import command_parser
@@ -44,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     start_logging(format="%(levelname)s: %(message)s")
 
     destination = Path(arguments.destination)
+    require_creatable(destination)
     if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         raise ValueError(f"{destination} exists already; choose another destination, or remove it.")
     if arguments.to is None:
@@ -116,7 +119,7 @@ def _load_model(directory: Path, layout: str) -> Any:
     stated = read_json(config) if config.is_file() else {}
     if stated.get("_class_name") not in kinds:
         raise ValueError(f"{directory} does not hold a {target.__name__}, which the layout {layout} is for.")
-    model = target.from_pretrained(directory)
+    model = load_pretrained(target.from_pretrained, directory, f"a {target.__name__}")
     if hasattr(model, "decode"):
         file = directory / "mean_std.json"
         adopt_saved_normalization(model, stated, file if file.is_file() else None)

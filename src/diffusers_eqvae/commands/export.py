@@ -10,11 +10,11 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from ..directories import require_apart
 from ..remote_code import copy_with_code
 from ..training_utils.checkpoints import MARKER, complete_checkpoints, read_marker
 from ..training_utils.command_line import RESOLVED_ARGUMENTS
+from ..training_utils.presets import read_preset
 from . import command_parser
 
 # What the script shall not do again beside writing the result.
@@ -40,7 +40,13 @@ def main(argv: Sequence[str]) -> int:
     run = checkpoint.parent.parent
     if not (run / RESOLVED_ARGUMENTS).is_file():
         raise ValueError(f"{run} holds no {RESOLVED_ARGUMENTS}, which says how to build what {checkpoint.name} holds.")
-    trained = yaml.safe_load((run / RESOLVED_ARGUMENTS).read_text())
+    trained = read_preset(run / RESOLVED_ARGUMENTS)
+    if "use_ema" not in trained:
+        raise ValueError(
+            f"{run / RESOLVED_ARGUMENTS} does not say use_ema, so it is not what the run wrote; restore it from "
+            "resolved_arguments.json beside it."
+        )
+    require_apart(options.destination, {"RUN_OR_CHECKPOINT": run})
     transformer = "model" in trained
     words = QUIET | {"output_dir": options.destination, "resume_from_checkpoint": checkpoint}
     words["max_train_steps"] = read_marker(checkpoint)["step"]  # all of them are done

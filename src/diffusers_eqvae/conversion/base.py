@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..extensions import Registry
+from ..pretrained import require_finite_weights
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def from_published(tensors: Mapping[str, Tensor], *, layout: str | None = None, 
         overrides: constructor arguments that shapes do not tell, or tell wrongly.
 
     Raises:
-        ValueError: no layout matches, or two do; a tensor that is missing, unknown or of another shape.
+        ValueError: no layout matches, or two do; a tensor that is missing, unknown, of another shape or not finite.
 
     Example:
         >>> transformer = from_published(read_published("SiT-XL-2-256x256.pt"), layout="sit")
@@ -118,6 +119,7 @@ def from_published(tensors: Mapping[str, Tensor], *, layout: str | None = None, 
     _require_tensors(converter, tensors, config)
     model = converter.target(**config)
     model.load_state_dict(converter.to_ours(tensors, config))
+    require_finite_weights(model, "The checkpoint")
     return model.eval()
 
 

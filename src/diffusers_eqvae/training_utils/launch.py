@@ -146,11 +146,16 @@ def find_trackers(report_to: str) -> list[str]:
 
 
 def compile_in_place(module: nn.Module) -> None:
-    """torch.compile, with a backward that may be walked more than once: adaptive weights read gradients before it."""
+    """torch.compile, with a backward that may be walked more than once: adaptive weights read gradients before it.
+
+    A transform of latents draws their size, and torch 2.14's inductor cannot sort the strides of a view of symbolic
+    size ("cannot determine truth value of Relational"); it does not sort them where they are to be exact.
+    """
     import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
 
     functorch.donated_buffer = False
-    module.compile()
+    module.compile(options={"strict_output_strides": True} if hasattr(inductor, "strict_output_strides") else None)
 
 
 def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
