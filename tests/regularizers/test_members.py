@@ -22,6 +22,7 @@ from diffusers_eqvae.regularizers.base import (
     require_compatible,
     require_reach,
 )
+from diffusers_eqvae.training_utils.autoencoder.trainable import freeze_all_but
 
 from ..invariants.trajectories import (
     ROOT,
@@ -98,6 +99,22 @@ def objective(request, material) -> AutoencoderObjective:
 
 def every_member(test):
     return pytest.mark.parametrize("objective", MEMBERS, indirect=True, ids=MEMBERS)(test)
+
+
+# What learns, by a word; of a block and of an adapter some of either half.
+MODES = {
+    "full": ["full"],
+    "decoder": ["decoder"],
+    "encoder": ["encoder"],
+    "lora": ["lora"],
+    "block": ["decoder.up_blocks.1", "encoder.conv_in"],
+}
+
+
+def names_in(mode: str, names: list[str] = MEMBERS) -> list[str]:
+    """Those that reach something of what learns."""
+    halves = {mode} & {"encoder", "decoder"} or {"encoder", "decoder"}
+    return [name for name in names if REGULARIZERS[name].reaches & halves]
 
 
 def name_and_regularizer(objective) -> tuple[str, AutoencoderRegularizer]:
@@ -187,6 +204,38 @@ def test_two_ranks_are_one_with_twice_the_batch(objective):
 def outputs(objective, pixels, step: int, rank: int = 0, world: int = 1) -> dict:
     batch = {"pixel_values": pixels}
     return objective(batch, objective.draw(batch, StepRandomness(0, rank, world).at(step, 0)))
+
+
+def gradient(objective, pixels, draw) -> torch.Tensor:
+    """Of everything that learns, by all that the step adds up: penalties and what is decoded."""
+    objective.zero_grad()
+    output = objective({"pixel_values": pixels}, draw)
+    judged = sum(weight * (image - target).square().mean() for image, target, weight in output["decodings"])
+    (sum(output["terms"].values()) + judged + output["idle"]).backward()
+    return torch.cat([weight.grad.flatten() for weight in objective.parameters() if weight.requires_grad])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_member
+def test_in_every_mode_two_ranks_have_the_gradient_of_twice_the_batch(objective, mode):
+    name, regularizer = name_and_regularizer(objective)
+    freeze_all_but(objective.model, MODES[mode])
+    for key, weight in objective.model.named_parameters():  # an adapter begins at 0, where nothing reaches its half
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.1)
+    if name not in names_in(mode):
+        with pytest.raises(ValueError, match=f"The regularizer {name} moves nothing of the autoencoder but its"):
+            require_reach(name, regularizer, objective.model)
+        return
+    if regularizer.couples_samples:
+        pytest.skip("gathers over ranks: test_all_of_them_on_two_ranks")
+    pixels = batch_of(4)["pixel_values"]
+    whole = gradient(objective, pixels, active_draw(objective, {"pixel_values": pixels}))
+    halves = [
+        gradient(objective, half, active_draw(objective, {"pixel_values": half}, rank=rank, world=2))
+        for rank, half in enumerate(pixels.split(2))
+    ]
+    assert whole.norm() > 0 and ((halves[0] + halves[1]) / 2 - whole).norm() < 1e-4 * whole.norm()
 
 
 @every_member
@@ -299,31 +348,42 @@ def flags(material, output_dir, names=TOGETHER, **options) -> list[str]:
     return as_flags({**defaults, **own, **options})
 
 
-@pytest.mark.parametrize("names", [TOGETHER, EXCLUDED], ids=["together", "those that others exclude"])
-def test_all_of_them_train_one_autoencoder_and_resume_exactly(material, tmp_path, names):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run_script(SCRIPT, flags(material, whole, names))
+@pytest.mark.parametrize(
+    ("names", "mode"),
+    [
+        (TOGETHER, "full"),
+        (EXCLUDED, "full"),
+        *(pytest.param(TOGETHER, mode, marks=pytest.mark.slow) for mode in MODES if mode != "full"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "together" if value == TOGETHER else "excluded",
+)
+def test_all_of_them_train_one_autoencoder_and_resume_exactly(material, tmp_path, names, mode):
+    whole, resumed, names = tmp_path / "whole", tmp_path / "resumed", names_in(mode, names)
+    run_script(SCRIPT, flags(material, whole, names, trainable=MODES[mode]))
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     for name in names:
         if REGULARIZERS[name].penalty is not AutoencoderRegularizer.penalty:
             assert any(f"loss/{name}" in record for record in records), name
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000004")
-    run_script(SCRIPT, flags(material, resumed, names, resume_from_checkpoint="latest"))
+    words = {"trainable": MODES[mode], "resume_from_checkpoint": "latest"}
+    run_script(SCRIPT, flags(material, resumed, names, **words))
     assert_equal(last_checkpoint(whole, "objective"), last_checkpoint(resumed, "objective"))
 
 
 @pytest.mark.slow
-def test_all_of_them_on_two_ranks(material, tmp_path):
-    run_script(SCRIPT, flags(material, tmp_path / "one", train_batch_size=4))
-    finished = torchrun(SCRIPT, flags(material, tmp_path / "two"), processes=2)
+@pytest.mark.parametrize("mode", MODES)
+def test_all_of_them_on_two_ranks(material, tmp_path, mode):
+    names = names_in(mode, TOGETHER)
+    run_script(SCRIPT, flags(material, tmp_path / "one", names, trainable=MODES[mode], train_batch_size=4))
+    finished = torchrun(SCRIPT, flags(material, tmp_path / "two", names, trainable=MODES[mode]), processes=2)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert_close(last_checkpoint(tmp_path / "one", "objective"), last_checkpoint(tmp_path / "two", "objective"))
     one, two = (
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("one", "two")
     )
-    for name in (name for name in TOGETHER if REGULARIZERS[name].couples_samples):
+    for name in (name for name in names if REGULARIZERS[name].couples_samples):
         first, second = (next(r[f"loss/{name}"] for r in records if f"loss/{name}" in r) for records in (one, two))
         assert first == pytest.approx(second, rel=1e-4), name
 
