@@ -73,6 +73,10 @@ SICK = {
         {"loss/discriminator": lambda t: 1.0, "logits/real": lambda t: 0.01, "logits/fake": lambda t: 0.0},
         {},
     ),
+    "discriminator too weak, fooled": (
+        {"loss/discriminator": lambda t: 1.1, "logits/real": lambda t: 0.1, "logits/fake": lambda t: 0.3},
+        {},
+    ),
     "dead codes": ({"codebook/dead": lambda t: 1000 * t, "codebook/perplexity": lambda t: 500 - 480 * t}, {}),
     "weights that do not move": ({"learning_rate": lambda t: 0.0}, {}),
     "weights that do not move, frozen": ({"gradient_norm/objective": lambda t: 0.0}, {}),
@@ -164,17 +168,32 @@ def test_a_directory_without_logs_is_refused(tmp_path):
         command.main([str(tmp_path)])
 
 
+def drawn(kind: str, rng: np.random.Generator) -> Image.Image:
+    """An image that shows a sickness, or cures of it: coarse colours, noise, one colour, or that with a pattern."""
+    side = {"noise": 40, "coarse": 4, "very coarse": 2}.get(kind, 1)
+    colours = rng.integers(60, 190, (side, side, 3)) if side == 1 else rng.integers(0, 256, (side, side, 3))
+    pixels = 40 if kind in ("coarse", "noise") else 16
+    image = Image.fromarray(colours.astype(np.uint8)).resize((pixels, pixels), Image.Resampling.BICUBIC)
+    if kind == "red":
+        return Image.new("RGB", (40, 40), (250, 20, 20))
+    if kind == "striped":  # as wide as a latent cell
+        stripes = np.array([60, 0, -60, 0] * 4)[:, None, None]
+        image = Image.fromarray((np.asarray(image) + stripes).astype(np.uint8))
+    return image
+
+
 @pytest.fixture
 def trained(tmp_path, tiny_autoencoder_kl):
-    """Trains a tiny autoencoder with some options, and gives the symptoms of the run."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for number in range(6):
-        smooth = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(smooth).resize((40, 40), Image.Resampling.BICUBIC).save(tmp_path / f"images/{number}.png")
-    tiny_autoencoder_kl.save_pretrained(tmp_path / "vae")
+    """Trains a tiny autoencoder on some images with some options, and gives the symptoms of the run."""
 
-    def run(**options) -> dict[str, str]:
+    def run(kind: str = "coarse", validated: str | None = None, count: int = 6, vae=None, **options) -> dict[str, str]:
+        rng = np.random.default_rng(0)
+        folders = {"images": (kind, count)} | ({"validation": (validated, 6)} if validated else {})
+        for folder, (what, number) in folders.items():
+            (tmp_path / folder).mkdir()
+            for each in range(number):
+                drawn(what, rng).save(tmp_path / f"{folder}/{each}.png")
+        (vae or tiny_autoencoder_kl).save_pretrained(tmp_path / "vae")
         defaults = {
             "pretrained_model_name_or_path": tmp_path / "vae",
             "train_data_dir": tmp_path / "images",
@@ -192,10 +211,12 @@ def trained(tmp_path, tiny_autoencoder_kl):
             "logging_steps": 2,
             "validation_steps": 6,
             "checkpointing_steps": 0,
-            "num_validation_images": 4,
+            "num_validation_images": 4 if count >= 4 else 6,
             "num_normalization_images": 4,
             "cache_dir": tmp_path / "cache",
         }
+        if validated:
+            defaults["validation_data_dir"] = tmp_path / "validation"
         run_script(SCRIPT, as_flags({**defaults, **options}))
         return {each.symptom: each.evidence for each in diagnose(read_curves(tmp_path / "run"))[0]}
 
@@ -221,6 +242,62 @@ def test_a_real_run_whose_weights_do_not_move(trained):
 def test_a_real_run_whose_average_is_too_slow(trained):
     told = trained(ema_decay=0.9999)["moving average too slow"]
     assert told.startswith("with ema_decay 0.9999, 100% of the average after 24 steps")
+
+
+def test_a_real_run_that_blurs(trained):
+    """Noise of single pixels does not fit into the latents, and a distance in pixels alone asks for its mean."""
+    found = trained("noise")
+    assert list(found) == ["blur"] and "reconstructions hold 1" in found["blur"]
+
+
+def test_a_real_run_that_draws_a_grid(trained):
+    """Learned from stripes as wide as a latent cell, and drawn into images that have none."""
+    options = {"center_crop": True, "max_train_steps": 60, "validation_steps": 20, "learning_rate": 5e-3}
+    found = trained("striped", "plain", **options)
+    assert list(found) == ["grid"] and "of the error's variance repeats in every latent cell" in found["grid"]
+
+
+@pytest.mark.slow
+def test_a_real_run_that_shifts_colours(trained):
+    assert "of 255 levels" in trained("red", "coarse", max_train_steps=40, validation_steps=10)["colour shift"]
+
+
+@pytest.mark.slow
+def test_a_real_run_whose_latents_grow(trained):
+    found = trained(max_train_steps=80, learning_rate=1e-2, validation_steps=20)
+    assert "the standard deviation of the latents went from" in found["std drift"] and "collapse" not in found
+
+
+# The discriminator of a few steps.
+GAME = {"disc_weight": 0.5, "disc_num_layers": 1, "disc_channels": 8, "disc_norm": "group", "validation_steps": 0}
+
+
+@pytest.mark.slow
+def test_a_real_run_whose_discriminator_wins(trained):
+    found = trained(**GAME, disc_learning_rate=1e-2, learning_rate=1e-6, max_train_steps=60)
+    assert list(found) == ["discriminator too strong"] and "of real and -" in found["discriminator too strong"]
+
+
+@pytest.mark.slow
+def test_a_real_run_whose_discriminator_knows_nothing(trained):
+    """It does not learn, so that the autoencoder soon fools it: fakes are called more real than the images."""
+    found = trained(**GAME, disc_learning_rate=0, max_train_steps=220, logging_steps=10)
+    assert "does not tell real" in found["discriminator too weak"]
+
+
+@pytest.mark.slow
+def test_a_real_run_whose_codes_die(trained, tiny_vq_model):
+    """Latents that all fall to one vector; the others have gone unused for a hundred steps."""
+    found = trained(vae=tiny_vq_model, max_train_steps=120, validation_steps=0, logging_steps=10)
+    assert "vectors have gone unused" in found["dead codes"]
+
+
+@pytest.mark.slow
+def test_a_real_run_that_overfits(trained):
+    """Two images, and others to validate on."""
+    options = {"learning_rate": 3e-4, "max_train_steps": 160, "validation_steps": 8, "logging_steps": 8}
+    found = trained("very coarse", "very coarse", count=2, center_crop=True, **options)
+    assert list(found) == ["overfitting"] and "validation/psnr fell from" in found["overfitting"]
 
 
 @pytest.mark.parametrize("line", ["[1]", "7", '{"step": "a", "loss": 1}', '{"step": 1, "loss": "b"}', '{"step": [1]}'])

@@ -207,13 +207,13 @@ def _discriminator_too_strong(curves: Curves) -> str | None:
     remedy="Give it more --disc_channels or --disc_num_layers, a trained one (--disc_pretrained), or more steps.",
 )
 def _discriminator_too_weak(curves: Curves) -> str | None:
-    """After 200 steps, logits that do not tell real from fake."""
+    """After 200 steps, logits that do not tell real from fake, or call fakes the more real ones."""
     found = _adversarial(curves)
     if found is None or curves.steps - int(curves.arguments.get("disc_start") or 0) < 200:
         return None
     loss, real, fake = found
     guessing = 0.69 if curves.arguments.get("disc_loss") == "vanilla" else 1.0
-    if abs(real - fake) >= 0.05 or loss < 0.95 * guessing:
+    if real - fake >= 0.05 or loss < 0.95 * guessing:
         return None
     return f"the discriminator does not tell real ({real:.3f}) from fake ({fake:.3f}); its loss is {loss:.2f}"
 
