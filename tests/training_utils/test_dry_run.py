@@ -8,14 +8,15 @@ from itertools import accumulate
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from diffusers_eqvae.training_utils.dry_run import LiveTensors, first_examples, per_batch, smallest_card
 
+from ..invariants.test_autoencoder_trajectories import MODEL, material
 from ..invariants.test_autoencoder_trajectories import SCRIPT as AUTOENCODER
 from ..invariants.test_autoencoder_trajectories import flags as autoencoder_flags
-from ..invariants.test_autoencoder_trajectories import material
 from ..invariants.tiny_latents import write_store
 from ..invariants.trajectories import ROOT, as_flags, run_script
 
@@ -93,13 +94,34 @@ def test_it_says_what_a_generator_needs(tmp_path, tiny_autoencoder_kl, options, 
     assert said == pytest.approx(needed, rel=0.15)
 
 
+# What makes an autoencoder's training fit on a card: what learns, what judges, and what is recomputed or kept small.
+SMALL = {
+    "all of it": {},
+    "recomputed": {"gradient_checkpointing": "true"},
+    "a larger batch": {"train_batch_size": 8},
+    "no discriminator": {"disc_weight": 0},
+    "no judge at all": {"disc_weight": 0, "perceptual_weight": 0},
+    "decoder": {"trainable": ["decoder"], "regularizers": "none"},
+    "adapters": {"trainable": ["lora"]},
+    "adapters, recomputed": {"trainable": ["lora"], "gradient_checkpointing": "true", "disc_weight": 0},
+    "accumulated, no average": {"gradient_accumulation_steps": 4, "train_batch_size": 1, "use_ema": "false"},
+    "small state": {"optimizer": "adafactor", "gradient_checkpointing": "true"},
+    "bf16": {"mixed_precision": "bf16"},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": "true"}, {"train_batch_size": 8}])
+@pytest.mark.parametrize("options", SMALL.values(), ids=SMALL)
 def test_it_says_what_an_autoencoder_needs(tmp_path, material, options, capsys):
+    if "trainable" in options:
+        torch.manual_seed(0)
+        AutoencoderKL(**MODEL).save_pretrained(tmp_path / "base")
+        options = options | {"pretrained_model_name_or_path": tmp_path / "base"}
     flags = autoencoder_flags(
         material, tmp_path / "run", **{"checkpointing_steps": 0, "train_batch_size": 4, **options}
     )
     said, needed = estimated_and_needed(AUTOENCODER, flags, capsys)
+    print(f"estimated {said / needed:.2f} of what was needed")
     assert said == pytest.approx(needed, rel=0.15)
 
 
