@@ -22,7 +22,7 @@ def fresh_accelerator():
     GradientState._reset_state()
 
 
-def test_a_checkpoint_becomes_a_pipeline(tmp_path, store):  # noqa: F811
+def test_a_checkpoint_becomes_a_pipeline(tmp_path, store, capsys):  # noqa: F811
     train(store, tmp_path / "run", checkpoints_total_limit=5)
     run, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000005"
     saved = torch.load(step / "objective.pt", weights_only=True)
@@ -34,7 +34,9 @@ def test_a_checkpoint_becomes_a_pipeline(tmp_path, store):  # noqa: F811
         facts = json.loads((tmp_path / weights / "run_metadata.json").read_text())
         assert facts["training"]["optimizer_steps"] == 5
         assert (facts["training"].get("ema_decay") is None) == (weights == "model")
-    main([str(run), str(tmp_path / "newest")])
+    main([str(run), str(tmp_path / "newest"), "--with_code"])
+    assert f"{tmp_path}/newest-code holds the same with its classes" in capsys.readouterr().out
+    assert list((tmp_path / "newest-code").glob("*.py"))
     newest = ClassConditionalPipeline.from_pretrained(tmp_path / "newest").transformer.state_dict()
     finished = ClassConditionalPipeline.from_pretrained(run).transformer.state_dict()
     assert all(map(torch.equal, newest.values(), finished.values()))
