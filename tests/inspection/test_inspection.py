@@ -15,8 +15,8 @@ from PIL import Image
 import eqvae_command
 from diffusers_eqvae.autoencoders import decode, encode
 from diffusers_eqvae.equivariance import rotation
-from diffusers_eqvae.inspection.card import COLUMNS, strips, table_rows
-from diffusers_eqvae.inspection.health import findings, inspect_autoencoder
+from diffusers_eqvae.inspection.card import COLUMNS, _draw_findings, pyplot, strips, table_rows
+from diffusers_eqvae.inspection.health import Inspection, findings, inspect_autoencoder
 from diffusers_eqvae.inspection.run import InspectArguments, _card_names, load_images, run_inspection
 from diffusers_eqvae.metrics.reconstruction import psnr
 from diffusers_eqvae.metrics.result_card import ResultCard
@@ -80,6 +80,21 @@ def test_each_property_is_found_by_itself_with_its_evidence(changed, name, level
     finding = found(**changed)[name]
     assert finding.level == level
     assert any(evidence in each for each in finding.evidence)
+
+
+def test_no_text_of_the_card_lies_on_another():
+    figure = pyplot().figure(figsize=(15.5, 2.7))
+    collapsed = {"std": [1.0, *[1e-4] * 15]}
+    kinds = ({}, {"psnr": 12.0, "channels": collapsed})
+    inspections = [Inspection("vae", {}, {}, tuple(found(**changed).values())) for changed in kinds]
+    _draw_findings(figure, inspections)
+    figure.canvas.draw()
+    boxes = [(text.get_text(), text.get_window_extent()) for text in figure.texts]
+    assert any("too poor to judge" in text for text, _ in boxes) and any("PSNR 25.00" in text for text, _ in boxes)
+    for number, (text, box) in enumerate(boxes):
+        assert not [other for other, its in boxes[number + 1 :] if box.overlaps(its)], text
+        assert box.x1 < figure.bbox.x1
+    pyplot().close(figure)
 
 
 def test_a_finding_claims_what_was_measured():

@@ -39,6 +39,7 @@ DETAIL_SHARE = 3  # a detail is a third of the side
 ERROR_GAIN = 4.0
 SHOWN_IMAGES = 2
 NAME_LENGTH = 15  # letters that have room at full size
+FINDING_LENGTH = 56  # and that leave room for its evidence
 
 
 class Tile(NamedTuple):
@@ -171,7 +172,7 @@ def write_png(path: Path, inspections: list[Inspection], tiles: list[list[list[T
 
 
 def _draw_findings(figure: Any, inspections: list[Inspection]) -> None:
-    """A line for each property of each model."""
+    """A line for each property of each model, with its first evidence where there is room; card.html has all of it."""
     line = 1 / (5 * len(inspections) + 0.4)
     for index, inspection in enumerate(inspections):
         top = 1 - (5 * index + 0.7) * line
@@ -181,8 +182,9 @@ def _draw_findings(figure: Any, inspections: list[Inspection]) -> None:
             y = top - row * line
             colour = LEVEL_COLOURS.get(finding.level or "", "#222")
             figure.text(0.14, y, finding.name, fontsize=11, weight="bold", va="center")
-            figure.text(0.23, y, finding.says, fontsize=11, color=colour, va="center")
-            figure.text(0.57, y, finding.evidence[0], fontsize=10, color="#444", va="center")
+            figure.text(0.24, y, finding.says, fontsize=11, color=colour, va="center")
+            if len(finding.says) <= FINDING_LENGTH:
+                figure.text(0.57, y, finding.evidence[0], fontsize=10, color="#444", va="center")
 
 
 def _draw_strips(figure: Any, rows: list[list[Tile]], names: list[str]) -> None:
