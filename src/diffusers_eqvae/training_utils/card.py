@@ -29,4 +29,6 @@ def settings_of(run: TrainingRun) -> dict[str, Any]:
 
 def how_it_was_made() -> dict[str, Any]:
     """By which versions, extensions and command."""
-    return {"versions": versions(), "extensions": loaded_extensions(), "command": shlex.join(sys.argv)}
+    program, *words = sys.argv
+    started = program.split() if program.startswith("eqvae ") else [program]  # the console script's name, two words
+    return {"versions": versions(), "extensions": loaded_extensions(), "command": shlex.join([*started, *words])}
