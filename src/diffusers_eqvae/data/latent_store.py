@@ -45,7 +45,7 @@ from .report import DataError
 
 
 class _Rows(NamedTuple):
-    """Maps of a tensor (n, views, ...) and of its crc32 (n, views), and which rows agreed with theirs, row by row."""
+    """Every view of a shard's tensor as a row (n views, ...), the rows' crc32, and which rows agreed with theirs."""
 
     values: np.ndarray
     checksums: np.ndarray
@@ -79,7 +79,7 @@ class LatentStore(Dataset):
             self._headers[-1].check(self.path / shard_name(shard), self.settings, shard)
             if self._headers[-1].digest != self.manifest["shards"][shard]["header"]:
                 raise self._damaged(shard, "its header is not the one that the manifest knows")
-        self._maps: dict[tuple[int, str], _Rows] = {}
+        self._maps: dict[str, dict[int, _Rows]] = {}
         self._labels: np.ndarray | None = None
         self.reading: tuple[str, ...] = ()
         if vae is not None:
@@ -214,43 +214,47 @@ class LatentStore(Dataset):
         labels = None if self.labels is None else self.labels[wanted]
         seeds = [0] * len(wanted) if labels is None else (labels & LABEL_BITS).tolist()
         shards, rows = np.divmod(wanted, self.settings.shard_size)
-        places = list(zip(shards.tolist(), rows.tolist(), views.tolist(), strict=True))
+        places = list(zip(shards.tolist(), (self.settings.views * rows + views).tolist(), strict=True))
         batch = {self.settings.tensor: self._read(self.settings.tensor, places, seeds)}
         if self.reading:
-            own = (self._rows(shard, self.settings.tensor).checksums for shard, _, _ in places)
-            seeds = [int(each[row, seen]) for each, (_, row, seen) in zip(own, places, strict=True)]
+            seeds = [int(self._rows(shard, self.settings.tensor).checksums[row]) for shard, row in places]
         for name in map(feature_tensor, self.reading):
             batch[name] = self._read(name, places, seeds)
         return batch | ({} if labels is None else {"class_labels": torch.from_numpy(labels)})
 
-    def _read(self, name: str, places: list[tuple[int, int, int]], seeds: list[int]) -> Tensor:
+    def _read(self, name: str, places: list[tuple[int, int]], seeds: list[int]) -> Tensor:
         """Rows of a tensor, whose crc32 begin with `seeds`: refuses one that is not what was written.
 
         A row is checked when this process reads it first: later ones come from the same pages.
 
         Args:
-            places: (shard, row, view) of each.
+            places: (shard, row) of each, where every view is a row.
         """
         shape, dtype = self.settings.rows[name]
-        out, views = np.empty((len(places), *shape), dtype=NUMPY_DTYPES[dtype]), self.settings.views
-        for (shard, row, view), seed, target in zip(places, seeds, out, strict=True):
-            rows = self._maps.get((shard, name)) or self._rows(shard, name)
-            target[...] = rows.values[row, view]
-            if not rows.checked[place := row * views + view]:
-                if crc32(target.data, seed) != rows.checksums[row, view]:
-                    example = shard * self.settings.shard_size + row
+        out, opened = np.empty((len(places), *shape), dtype=NUMPY_DTYPES[dtype]), self._maps.setdefault(name, {})
+        for (shard, row), seed, target in zip(places, seeds, out, strict=True):
+            values, checksums, checked = opened.get(shard) or self._rows(shard, name)
+            target[...] = values[row]
+            if not checked[row]:
+                if crc32(target.data, seed) != checksums[row]:
+                    example = shard * self.settings.shard_size + row // self.settings.views
                     raise self._damaged(shard, f"example {example} is not what was written")
-                rows.checked[place] = 1
+                checked[row] = 1
         return torch.from_numpy(out).view(TORCH_DTYPES[dtype])
 
     def _rows(self, shard: int, name: str) -> _Rows:
         """A tensor's rows, opened on first use: in the worker that uses them, not before a fork."""
-        if (shard, name) not in self._maps:
-            path, header, (_, dtype) = self.path / shard_name(shard), self._headers[shard], self.settings.rows[name]
-            checksums = header.map(path, checksum_tensor(name), np.int64)
-            values = header.map(path, name, NUMPY_DTYPES[dtype])
-            self._maps[shard, name] = _Rows(values, checksums, bytearray(checksums.size))
-        return self._maps[shard, name]
+        opened = self._maps.setdefault(name, {})
+        if shard not in opened:
+            path, header, (shape, dtype) = (
+                self.path / shard_name(shard),
+                self._headers[shard],
+                self.settings.rows[name],
+            )
+            values = header.map(path, name, NUMPY_DTYPES[dtype]).reshape(-1, *shape)
+            checksums = header.map(path, checksum_tensor(name), np.int64).reshape(-1)
+            opened[shard] = _Rows(values, checksums, bytearray(len(checksums)))
+        return opened[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
