@@ -46,7 +46,7 @@ class ClassTable:
         names = parse_id2label(config.get("id2label"))
         if not names:
             return None
-        counted = {int(key): int(count) for key, count in (config.get("class_counts") or {}).items()}
+        counted = _counts(config.get("class_counts") or {})
         ids = range(max(names) + 1)
         counts = tuple(counted.get(each, 0) for each in ids) if counted else None
         written = {int(key): label for key, label in config["id2label"].items()}
@@ -185,6 +185,16 @@ def synonyms(label: str) -> tuple[str, ...]:
     return parse_id2label({0: label})[0]
 
 
+def _counts(class_counts: Any) -> dict[int, int]:
+    """Images by class id, of a config that may have been edited."""
+    try:
+        return {int(key): int(count) for key, count in class_counts.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'class_counts must say a number of images by class id, as {{"0": 500}}; got {class_counts!r:.80}.'
+        ) from error
+
+
 def share_a_name(names: Iterable[str], others: Iterable[str]) -> bool:
     """Whether two classes have a name in common, without regard to case.
 
@@ -222,11 +232,16 @@ def parse_id2label(id2label: Mapping[Any, Any] | None, num_classes: int | None =
         {0: ('tench, Tinca tinca', 'tench', 'Tinca tinca')}
     """
     names: dict[int, tuple[str, ...]] = {}
+    if not isinstance(id2label or {}, Mapping):
+        raise ValueError(f'id2label must say a name by class id, as {{"0": "tench"}}; got {id2label!r:.80}.')
     for key, label in (id2label or {}).items():
         if not str(key).isdecimal() or (num_classes is not None and int(key) >= num_classes):
             limit = "a non-negative integer" if num_classes is None else f"one of the class ids 0..{num_classes - 1}"
             raise ValueError(f"Every key of id2label must be {limit}; got {key!r}. Check the classes it was made for.")
-        written = [label] if isinstance(label, str) else [str(name) for name in label]
+        written = [label] if isinstance(label, str) else label
+        if not isinstance(written, list | tuple) or not all(isinstance(name, str) for name in written):
+            raise ValueError(f"A label of id2label must be text, or a list of texts; class {key} has {label!r:.80}.")
+        written = list(written)
         synonyms = [part.strip() for name in written for part in name.split(",")]
         names[int(key)] = tuple(dict.fromkeys(written + synonyms))
     return names

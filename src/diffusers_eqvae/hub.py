@@ -25,7 +25,7 @@ from .classes import listed, parse_id2label
 from .data.latent_format import MANIFEST
 from .data.latent_store import LatentStore
 from .directories import written_names
-from .files import read_json, strict_json
+from .files import read_json, read_weights, strict_json
 from .model_card import METADATA_FILE, RunMetadata, redact, render_model_card, without_folders
 from .remote_code import with_code as with_sources
 from .store_card import is_store, render_store_card
@@ -139,8 +139,8 @@ def prepare_push(
     the saved model itself says (normalisation, class, number of classes). `hub_images` as in `push_run`.
 
     Raises:
-        ValueError: a file that holds the access token, or lies outside the directory (through a link, or by a name in
-            model_index.json or run_metadata.json); an image that is not one.
+        ValueError: weights that are damaged or not finite; a file that holds the access token, or lies outside the
+            directory (through a link, or by a name in model_index.json or run_metadata.json); an image that is not one.
 
     Example:
         >>> files, card = prepare_push("runs/eq-vae", "me/eq-vae", license="apache-2.0")  # doctest: +SKIP
@@ -157,6 +157,9 @@ def prepare_push(
     for file in (root / path for path in files):
         if token and file.exists() and _holds(file, token.encode()):
             raise ValueError(f"{file} holds your access token and would publish it; remove it first")
+    for file in (root / path for path in saved if path.endswith(".safetensors") and not is_store(root)):
+        if broken := [name for name, tensor in read_weights(file).items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{file} holds NaN or infinity ({listed(broken)}); push an earlier checkpoint's weights")
     if (root / CARD).exists():
         if license is not None:
             logger.warning("license=%s is not used: %s is uploaded as it is, so state it there", license, root / CARD)

@@ -194,6 +194,11 @@ def test_the_command_prints_the_verdict_and_writes_a_card(tmp_path, tiny_autoenc
     assert card.metrics["relative_distance"] == pytest.approx(expected.item(), rel=1e-5)
     assert card.details["verdict"] == "needs adaptation" and card.details["base"]["class"] == "AutoencoderKL"
     assert eqvae_command.main(command) == 0, "its own card may be replaced"
+    capsys.readouterr()
+    command[-1] = str(tmp_path / "again.json")
+    assert eqvae_command.main(command) == 0
+    assert eqvae_command.main(["compare", str(tmp_path / "card.json"), command[-1]]) == 0, capsys.readouterr().out
+    command[-1] = str(tmp_path / "card.json")
     command[2] = str(tmp_path / "new")
     assert eqvae_command.main(command) == 2
     assert "exists, and is not what this command wrote before" in capsys.readouterr().err

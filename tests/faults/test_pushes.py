@@ -2,6 +2,7 @@
 is created; images of private data and folders of this machine stay here."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -212,3 +213,21 @@ def test_the_token_is_found_in_whatever_is_uploaded(name, run, monkeypatch):
         (run / name).write_text(json.dumps({**json.loads((run / name).read_text()), "note": "hf_secret"}))
     with pytest.raises(ValueError, match=rf"{name} holds your access token and would publish it"):
         prepare_push(run, "me/run", hub_images="validation")
+
+
+@pytest.mark.parametrize("folder", ["", "discriminator/"])
+@pytest.mark.parametrize("damage", ["NaN", "cut"])
+def test_weights_that_nobody_can_use_are_not_uploaded(damage, folder, run, monkeypatch, caplog):
+    file = run / f"{folder}{WEIGHTS}"
+    if damage == "NaN":
+        tensors = load_file(file)
+        tensors["decoder.conv_in.bias"][0] = math.nan
+        save_file(tensors, file)
+        message = rf"{folder}{WEIGHTS} holds NaN or infinity \(decoder.conv_in.bias\); push an earlier checkpoint"
+    else:
+        file.write_bytes(file.read_bytes()[:999])
+        message = rf"{folder}{WEIGHTS} is not read: it is damaged"
+    monkeypatch.setattr(hub, "HfApi", NoHub)
+    with pytest.raises(ValueError, match=message):
+        prepare_push(run, "me/run")
+    assert push_run(run, "me/run") is False and "was asked of the Hub" not in caplog.text

@@ -83,6 +83,13 @@ def test_files_that_are_cut_short_are_named(folders, share):
             paired_files(*folders)
 
 
+def test_annotations_that_compression_has_mixed_are_refused(folders):
+    path = save(folders[1], "a.jpg", (48, 32))
+    path = path.rename(path.with_suffix(".png"))  # what it is, and not what it is called
+    with pytest.raises(ValueError, match=r"a\.png is a JPEG, whose compression mixes .*; save annotations as PNG"):
+        read_annotations([path], 16)
+
+
 def test_a_depth_map_without_a_valid_pixel_in_its_crop_is_named(tmp_path):
     depth = np.zeros((16, 48), np.uint16)
     depth[:, 20] = 1500

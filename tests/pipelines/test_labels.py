@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_eqvae.classes import ClassTable
 from diffusers_eqvae.pipelines.labels import parse_id2label, resolve_class_labels
 
 ID2LABEL = {0: "tench, Tinca tinca", 1: "crane", 2: ("otter", "river otter"), 3: "crane, construction crane"}
@@ -67,3 +68,19 @@ def test_labels_of_another_type(label):
 def test_a_name_without_names():
     with pytest.raises(ValueError, match="no label names"):
         resolve("otter", {})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"id2label": ["otter"]}, r"id2label must say a name by class id, as \{\"0\": \"tench\"\}; got \['otter'\]"),
+        ({"id2label": "otter"}, "id2label must say a name by class id"),
+        ({"id2label": {"0": 1}}, "must be text, or a list of texts; class 0 has 1"),
+        ({"id2label": {"0": ["otter", 2]}}, "must be text, or a list of texts; class 0 has"),
+        ({"id2label": {"0": "otter"}, "class_counts": [1]}, "class_counts must say a number of images by class id"),
+        ({"id2label": {"0": "otter"}, "class_counts": {"0": "x"}}, r"as \{\"0\": 500\}; got \{'0': 'x'\}"),
+    ],
+)
+def test_a_table_of_classes_that_was_edited_wrongly_is_a_sentence(config, message):
+    with pytest.raises(ValueError, match=message):
+        ClassTable.from_config(config)

@@ -29,6 +29,7 @@ from ..inspection.compatibility import (
 )
 from ..inspection.run import load_images
 from ..latents import LatentNormalization
+from ..metrics.autoencoder import DEFINITIONS
 from ..metrics.image_sets import hash_digests, image_digests
 from ..metrics.result_card import ResultCard, is_card_of
 from ..options import Checked, inputs_of
@@ -98,6 +99,7 @@ def result_card(
             "image_size": f"{side}x{side}",
             "resize_rule": f"ADM centre crop to {side} px",
             "posterior": "mean",
+            "definitions": DEFINITIONS,
             "relative_distance.base": reference,
         },
         settings={"model": arguments.new, "model_class": type(new).__name__, "autoencoder": autoencoder_identity(new)},

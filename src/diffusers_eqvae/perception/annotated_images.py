@@ -134,6 +134,8 @@ def read_integers(path: Path) -> np.ndarray:
         dtype('uint8')
     """
     with _opened(path) as image:
+        if image.format == "JPEG":
+            raise ValueError(f"{path} is a JPEG, whose compression mixes labels; save annotations as PNG.")
         values = np.asarray(upright(image))
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
