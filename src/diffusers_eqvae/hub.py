@@ -140,7 +140,7 @@ def prepare_push(
 
     Raises:
         ValueError: weights that are damaged or not finite; a file that holds the access token, or lies outside the
-            directory (through a link, or by a name in model_index.json or run_metadata.json); an image that is not one.
+            directory (through a link, or by a name in model_index.json or run_metadata.json); an image that is none.
 
     Example:
         >>> files, card = prepare_push("runs/eq-vae", "me/eq-vae", license="apache-2.0")  # doctest: +SKIP
