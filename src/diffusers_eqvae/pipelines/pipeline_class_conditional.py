@@ -352,7 +352,7 @@ class ClassConditionalPipeline(AdapterMixin, DiffusionPipeline):
         self._set_timesteps(num_inference_steps)
         self._called_with = (len(self.scheduler.timesteps), guidance_scale)
         latents = self.prepare_latents(batch_size, generator=generator, latents=latents, device=device)
-        step_kwargs = {"generator": generator} if _accepts(self.scheduler.step, "generator") else {}
+        step_kwargs = {"generator": generator} if accepts(self.scheduler.step, "generator") else {}
 
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             calls = zip(self.scheduler.timesteps, noise_levels(self.scheduler), strict=True)
@@ -432,7 +432,7 @@ class ClassConditionalPipeline(AdapterMixin, DiffusionPipeline):
         return prediction if takes_variance(self.scheduler) else prediction[:, : latents.shape[1]]
 
 
-def _accepts(function: Callable, name: str) -> bool:
+def accepts(function: Callable, name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
