@@ -232,6 +232,8 @@ def parse_id2label(id2label: Mapping[Any, Any] | None, num_classes: int | None =
         {0: ('tench, Tinca tinca', 'tench', 'Tinca tinca')}
     """
     names: dict[int, tuple[str, ...]] = {}
+    if not isinstance(num_classes, int | None):
+        raise ValueError(f"num_classes must be a whole number; got {num_classes!r}.")
     if not isinstance(id2label or {}, Mapping):
         raise ValueError(f'id2label must say a name by class id, as {{"0": "tench"}}; got {id2label!r:.80}.')
     for key, label in (id2label or {}).items():

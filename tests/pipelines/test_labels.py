@@ -84,3 +84,8 @@ def test_a_name_without_names():
 def test_a_table_of_classes_that_was_edited_wrongly_is_a_sentence(config, message):
     with pytest.raises(ValueError, match=message):
         ClassTable.from_config(config)
+
+
+def test_a_number_of_classes_that_is_none():
+    with pytest.raises(ValueError, match="num_classes must be a whole number; got 'x'"):
+        parse_id2label({0: "otter"}, "x")
