@@ -5,7 +5,7 @@ TEST_WORKERS ?= 2
 OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-slow lint api docs clean distclean
+.PHONY: demo test test-slow lint api links docs clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/eqvae demo --output_dir runs/demo $(DEMO_ARGS)
@@ -23,6 +23,9 @@ lint: $(VENV)/.installed-dev
 
 api: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.test_api
+
+links: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.test_docs
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

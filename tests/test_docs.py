@@ -1,6 +1,6 @@
 """What the documents tell people to type: commands have these flags and presets, code runs, links lead somewhere.
 
-`make api` writes docs/rows.md anew.
+`make api` writes docs/rows.md anew; `make links` lists the addresses outside, which no test asks.
 """
 
 from __future__ import annotations
@@ -99,6 +99,22 @@ def test_links_between_pages_lead_somewhere(page):
             headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
             assert anchor in slugs, f"{page.name} links to {target}, and there are {slugs}"
+
+
+def addresses() -> dict[str, list[str]]:
+    """Every address outside the repository, and the pages that name it; addresses of examples are left out."""
+    found: dict[str, list[str]] = {}
+    for page in PAGES:
+        for address in re.findall(r"https?://[^\s)>`\"'|]+", page.read_text()):
+            if not re.search(r"//(localhost|127\.0\.0\.1|0\.0\.0\.0)", address):
+                found.setdefault(address.rstrip(".,;:"), []).append(page.name)
+    return found
+
+
+def test_addresses_outside_are_listed_and_safe():
+    listed = addresses()
+    assert "README.md" in listed["https://github.com/huggingface/diffusers"] and len(listed) > 20
+    assert all(address.startswith("https://") for address in listed), sorted(listed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
@@ -264,3 +280,8 @@ def test_no_page_and_no_help_needs_a_checkout():
     for path in told:  # the commands of results.md are those that ran
         found = re.findall(r"(?:python|launch|torchrun)\b[^`\n]* (?:training|pipelines)/\w+\.py", path.read_text())
         assert not found, f"{path.name}: {found}; `eqvae COMMAND`, or `-m diffusers_eqvae.training.SCRIPT`"
+
+
+if __name__ == "__main__":
+    for address, pages in sorted(addresses().items()):
+        print(address, *dict.fromkeys(pages))

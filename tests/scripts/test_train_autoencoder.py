@@ -222,10 +222,11 @@ def test_the_optimizer_and_the_discriminators_rate_are_chosen(folder, tiny_autoe
     for name, state in states.items():
         (group,) = state["optimizer"]["param_groups"]
         assert tuple(group["betas"]) == (0.8, 0.9) and (group["eps"], group["weight_decay"]) == (1e-6, 0.5)
-        assert group["lr"] == rates[name] and group["decoupled_weight_decay"]
+        assert group["lr"] == rates[name] and group.get("decoupled_weight_decay", True)
         assert state["optimizer"]["state"]
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 def test_muon_trains_the_matrices_and_adamw_kernels_and_discriminator(folder, tiny_autoencoder_kl):
     options = {"optimizer": "muon", "disc_weight": 0.5, "disc_channels": 8, "disc_num_layers": 1}
     options |= {"max_train_steps": 2, "checkpointing_steps": 1, "validation_steps": 0, "ema_decay": 0.5}
