@@ -310,6 +310,13 @@ MISTYPED = [
 ]
 
 
+@pytest.mark.parametrize("script", ["train-autoencoder", "train-transformer"])
+def test_initials_that_several_flags_have_are_those_of_the_learning_rate(script, capsys):
+    with pytest.raises(SystemExit):
+        eqvae_command.main([script, "--output_dir", "x", "--lr", "1"])
+    assert capsys.readouterr().err.strip().endswith("the nearest flag is --learning_rate")
+
+
 @pytest.mark.parametrize(("given", "meant"), MISTYPED)
 def test_a_mistyped_flag_is_answered_with_what_was_meant(given, meant, capsys):
     with pytest.raises(SystemExit):

@@ -155,13 +155,16 @@ def _sentence(option: Option) -> str:
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The name that was meant: its initials or some of its words were given, or it is spelled alike; None for none.
 
+    Of several with these initials it is the first in the alphabet, of others that are as like the shortest.
+
     Example:
         >>> nearest("lr", ["lr_scheduler", "learning_rate"])
         'learning_rate'
     """
     name = name.removeprefix("no_")
-    likest = max(known, key=lambda other: (_likeness(name, other), -len(other)))
-    return likest if _likeness(name, likest) >= LIKE else None
+    likeness = {other: _likeness(name, other) for other in known}
+    likest = min(known, key=lambda other: (-likeness[other], 0 if likeness[other] == 1.0 else len(other), other))
+    return likest if likeness[likest] >= LIKE else None
 
 
 def _likeness(name: str, other: str) -> float:
