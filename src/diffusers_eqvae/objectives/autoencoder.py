@@ -76,7 +76,7 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         """Compiles encoder and decoder, each by itself: of a draw they see no more than a size, for which two or three
-        graphs serve, while the whole forward would be compiled anew for every kind of step, turn and regularizer."""
+        graphs serve (inductor may fix it all the same), while the whole forward would be compiled anew for every kind of step, turn and regularizer."""
         for half in (self.model.encoder, self.model.decoder):
             half.compile(*arguments, **options)
 
