@@ -75,8 +75,11 @@ class AutoencoderObjective(Objective[AutoencoderRegularizer]):
         self.scores: ScoreMeans | None = None  # the state of LeCam, where the discriminator is regularized by it
 
     def compile(self, *arguments: Any, **options: Any) -> None:
-        """Compiles encoder and decoder, each by itself: of a draw they see no more than a size, for which two or three
-        graphs serve (inductor may fix it all the same), while the whole forward would be compiled anew for every kind of step, turn and regularizer."""
+        """Compiles encoder and decoder, each by itself.
+
+        Of a draw they see no more than a size, for which two or three graphs serve (inductor may fix it all the same);
+        the whole forward would be compiled anew for every kind of step, turn and regularizer.
+        """
         for half in (self.model.encoder, self.model.decoder):
             half.compile(*arguments, **options)
 
