@@ -274,8 +274,9 @@ class TrainingRun:
         self.accelerator.backward(factor * loss, inputs=inputs, retain_graph=retain_graph)
 
     def due(self, every: int | None, *, at_start: bool = False) -> bool:
-        """True in the first micro-batch after every so many optimizer steps, and of step 0 where `at_start`."""
-        return bool(every) and self._micro == 0 and (self.step > 0 or at_start) and self.step % every == 0
+        """In the first micro-batch after every so many steps, and of step 0 where `at_start`; never in a dry run."""
+        begun = self._micro == 0 and (self.step > 0 or at_start) and not self.arguments.dry_run
+        return bool(every) and begun and self.step % every == 0
 
     @contextmanager
     def validation(self) -> Iterator[None]:
@@ -283,11 +284,7 @@ class TrainingRun:
         call = self.randomness.call
         logger.info("Validating after %d steps.", self.step)
         try:
-            with (
-                evaluating(self.modules.values()),
-                preserved_global_state(),
-                torch.no_grad(),
-            ):
+            with evaluating(self.modules.values()), preserved_global_state(), torch.no_grad():
                 yield
         finally:
             self.randomness.call = call
