@@ -53,6 +53,7 @@ def test_cards_of_one_protocol_share_a_table(tmp_path):
 def test_cards_of_other_images_have_a_table_of_their_own(tmp_path):
     status, text = write(tmp_path, "x.html", data_hash="other")
     assert status == 0 and text.count("<h2>") == 2 and "a &lt; b" in text and "<td>24 ± 0.051</td>" in text
+    assert text.count("<th>psnr (more)</th>") == 2 and "<td>psnr" not in text
 
 
 def test_no_other_file_is_replaced(tmp_path, capsys):

@@ -119,16 +119,26 @@ def _markdown(sections: Sequence[tuple[str, Table, Table]]) -> str:
 
 
 def _html(sections: Sequence[tuple[str, Table, Table]]) -> str:
-    parts = [MARK, "<!doctype html><meta charset=utf-8><title>Leaderboard</title><h1>Leaderboard</h1>"]
+    parts = [MARK, "<!doctype html><meta charset=utf-8><title>Leaderboard</title>", f"<style>{STYLE}</style>"]
+    parts.append("<h1>Leaderboard</h1>")
     parts.append(f"<p>{html.escape(INTRODUCTION)}</p>")
     for title, *two in sections:
         parts.append(f"<h2>{html.escape(title)}</h2>")
         for head, *rows in two:
-            cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (head, *rows)]
-            parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
+            cells = [f"<tr>{_cells('th', head)}</tr>", *(f"<tr>{_cells('td', row)}</tr>" for row in rows)]
+            parts.append("<table>" + "".join(cells) + "</table>")
     return "\n".join(parts) + "\n"
 
 
+def _cells(kind: str, row: Sequence[str]) -> str:
+    return "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row)
+
+
+# Of the HTML page: no font or script from elsewhere, and wide tables scroll by themselves.
+STYLE = (
+    "body{font:15px sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}"
+    "td,th{padding:.25em .7em;text-align:left;white-space:nowrap;border-bottom:1px solid #ddd}"
+)
 INTRODUCTION = (
     "Autoencoders by their result cards. Numbers of one table have one protocol; what differs in it has a table of "
     "its own. ± is the standard error over images (of other training seeds it says nothing), * a caveat on the card, "
