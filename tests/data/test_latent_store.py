@@ -18,6 +18,7 @@ from diffusers_eqvae.data.latent_writer import LatentStoreWriter
 from diffusers_eqvae.data.order import DrawDataset, DrawSampler, collate_draws
 from diffusers_eqvae.latents import LatentStatistics
 from diffusers_eqvae.provenance import autoencoder_identity
+from tests.faults.test_stores import HEADERS, change_header
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS = StoreSettings(
@@ -152,6 +153,20 @@ def test_a_header_that_claims_to_be_longer_than_memory_is_not_read(tmp_path: Pat
     shard.write_bytes((2**62).to_bytes(8, "little") + shard.read_bytes()[8:])
     with pytest.raises(ValueError, match=r"shard-00001.*delete it and encode the data again"):
         LatentStore(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["offsets outside", "no checksums", "statistics that are not finite"])
+def test_a_header_that_was_changed_before_the_store_was_finished_is_noticed(tmp_path: Path, change: str) -> None:
+    shard = write(tmp_path) / "shard-00001.safetensors"
+    (tmp_path / "manifest.json").unlink()  # whose digests would say so
+    assert LatentStoreWriter(tmp_path, SETTINGS).pending() == ([], [])
+    change_header(shard, HEADERS[change])
+    if change == "offsets outside":  # damage, and not another shard
+        shards, complaints = LatentStoreWriter(tmp_path, SETTINGS).pending()
+        assert shards == [1] and "shard-00001" in complaints[0]
+    else:
+        with pytest.raises(ValueError, match=r"shard-00001.* does not hold what .*; delete it and encode it again"):
+            LatentStoreWriter(tmp_path, SETTINGS).pending()
 
 
 def test_unfinished_foreign_or_newer_directories_are_refused(tmp_path: Path) -> None:
