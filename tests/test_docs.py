@@ -253,6 +253,8 @@ RUN_HERE = {
 def rows() -> str:
     lines = []
     for path in sorted((ROOT / "training" / "configs").glob("*.yaml")):
+        if path.stem.startswith("card_"):
+            continue  # of no paper
         text = path.read_text()
         comment = " ".join(line.lstrip("# ") for line in re.match(r"(?:#.*\n)+", text)[0].splitlines())
         what, _, rest = comment.partition(". ")
