@@ -285,11 +285,15 @@ def test_cards_are_compared_by_what_they_share(repository, vae, images, resnet, 
     assert "task differs (reconstruction, generation)" in capsys.readouterr().out
 
 
-def test_nan_is_refused(repository, vae, images, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), r"NaN or infinite \(decoder\.conv_out\.weight"), (3e38, "gave NaN or infinity")],
+)
+def test_nan_is_refused(repository, vae, images, tmp_path, value, message):
     model = AutoencoderKL.from_pretrained(vae)
-    model.decoder.conv_out.bias.data[0] = float("nan")
+    model.decoder.conv_out.weight.data.fill_(value)
     model.save_pretrained(vae)
-    with pytest.raises(ValueError, match="gave NaN or infinity"):
+    with pytest.raises(ValueError, match=message):
         run(repository, vae, images, tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 

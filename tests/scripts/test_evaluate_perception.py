@@ -255,8 +255,10 @@ def test_latents_and_features_that_are_not_finite_are_no_measurement(
     repository, folders, network, broken, tiny_autoencoder_kl
 ):
     model = tiny_autoencoder_kl if broken == "vae" else AlignmentNetwork.from_pretrained(network)
-    last = model.encoder.conv_out if broken == "vae" else list(model.modules())[-1]
-    torch.nn.init.constant_(last.bias, torch.nan)
+    if broken == "vae":
+        torch.nn.init.constant_(model.encoder.conv_out.weight, 3e38)  # finite, and its sums are not
+    else:
+        torch.nn.init.constant_(list(model.modules())[-1].bias, torch.nan)
     model.save_pretrained(folders / broken)
     message = r"latents of .*images/\d\.png hold NaN" if broken == "vae" else "weights of the alignment network"
     with pytest.raises(ValueError, match=message):
