@@ -94,7 +94,8 @@ class ClassTable:
     def require_same(self, given: ClassTable, *, whose: str, remedy: str) -> None:
         """Refuses a table of other names, or of the same in another order; counts may differ.
 
-        Two names are of one class where they share a synonym, as "n01440764, tench" and "tench" do.
+        Two names are of one class where they share a synonym that no other class has, as "n01440764, tench" and
+        "tench" do.
 
         Example:
             >>> model.require_same(store.classes, whose="the model runs/sit", remedy="train a new model")
@@ -102,8 +103,7 @@ class ClassTable:
         if len(self) != len(given):
             what = f"{len(self)} classes there, {len(given)} here"
         else:
-            pairs = enumerate(zip(self.names, given.names, strict=True))
-            differing = [each for each, (there, here) in pairs if not share_a_name(synonyms(there), synonyms(here))]
+            differing = strangers(parse_id2label(self.id2label), parse_id2label(given.id2label))
             if not differing:
                 return
             order = ", the same ones in another order" if sorted(self.names) == sorted(given.names) else ""
@@ -147,24 +147,13 @@ class ClassTable:
 
         What several classes share is nobody's.
         """
-        ours, theirs = self._owners(), saved._owners() if saved is not None else {}
+        ours, theirs = (_owners(parse_id2label(table.id2label)) for table in (self, saved or ClassTable()))
         rows = {}
         for each, label in enumerate(self.names):
-            known = [theirs[name] for name in synonyms(label) if ours.get(name) == each and name in theirs]
+            known = [theirs[name] for name in _folded(synonyms(label)) if ours.get(name) == each and name in theirs]
             if known:
                 rows[each] = known[0]
         return rows
-
-    def _owners(self) -> dict[str, int]:
-        """The class of a name: of a whole label before one of its synonyms, and of none that several classes share."""
-        owners: dict[str, set[int]] = {}
-        for named in ([(label,) for label in self.names], [synonyms(label) for label in self.names]):
-            found: dict[str, set[int]] = {}
-            for each, names in enumerate(named):
-                for name in names:
-                    found.setdefault(name, set()).add(each)
-            owners = found | owners
-        return {name: min(ids) for name, ids in owners.items() if len(ids) == 1}
 
     def _called(self, ids: Iterable[int]) -> list[str]:
         return [str(each) if self.names[each] == str(each) else f"{each} ({self.names[each]})" for each in ids]
@@ -195,14 +184,39 @@ def _counts(class_counts: Any) -> dict[int, int]:
         ) from error
 
 
-def share_a_name(names: Iterable[str], others: Iterable[str]) -> bool:
-    """Whether two classes have a name in common, without regard to case.
+def strangers(there: Mapping[int, Sequence[str]], here: Mapping[int, Sequence[str]]) -> list[int]:
+    """The ids of two tables (of `parse_id2label`) under which they have different classes, without regard to case.
+
+    One class has one label in both, or shares a name that no other class has: by "crane" alone, which is a bird and a
+    machine, nothing is known.
 
     Example:
-        >>> share_a_name(("n01440764", "tench"), ("Tench", "Tinca tinca"))
-        True
+        >>> strangers(parse_id2label({0: "n01440764, tench"}), parse_id2label({0: "Tench, Tinca tinca"}))
+        []
     """
-    return not {name.casefold() for name in names}.isdisjoint(name.casefold() for name in others)
+    ours, theirs = _owners(there), _owners(here)
+
+    def same(each: int) -> bool:
+        mine, others = _folded(there[each]), _folded(here[each])
+        return mine[0] == others[0] or any(ours.get(name) == theirs.get(name) == each for name in mine)
+
+    return [each for each in sorted(there.keys() & here.keys()) if not same(each)]
+
+
+def _folded(names: Iterable[str]) -> list[str]:
+    return [name.casefold() for name in names]
+
+
+def _owners(names: Mapping[int, Sequence[str]]) -> dict[str, int]:
+    """The class of a name: of a whole label before one of its synonyms, and of none that several classes share."""
+    owners: dict[str, set[int]] = {}
+    for count in (1, None):  # the whole label comes first of all that a class is called
+        found: dict[str, set[int]] = {}
+        for each, own in names.items():
+            for name in _folded(own[:count]):
+                found.setdefault(name, set()).add(each)
+        owners = found | owners
+    return {name: min(ids) for name, ids in owners.items() if len(ids) == 1}
 
 
 def is_integer(name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_eqvae.data.array_images import array_size, read_array, read_value_range
+from diffusers_eqvae.data.array_images import array_size, read_array, read_pages, read_value_range
 from diffusers_eqvae.data.image_datasets import PixelDataset, load_image_dataset
 from diffusers_eqvae.data.report import DataError
 from diffusers_eqvae.images import to_array, to_pixels
@@ -132,6 +132,21 @@ def test_every_page_of_a_tiff_is_a_channel(tmp_path):
     grey_and_alpha.save(tmp_path / "two/a.png")
     image, _ = load_image_dataset(train_data_dir=tmp_path / "two", channels=2).get(0)
     assert np.array_equal(to_array(image), np.asarray(grey_and_alpha))
+
+
+def test_a_stated_range_holds_for_ordinary_image_files_too(tmp_path):
+    """A 12-bit PNG, which without a range is read as 16 bits: almost black."""
+    values = RNG.integers(0, 4096, (40, 48), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    (tmp_path / "value_range.json").write_text(json.dumps({"black": 0, "white": 4095}))
+    image, _ = load_image_dataset(train_data_dir=tmp_path, channels=1).get(0)
+    assert np.allclose(to_pixels(image)[0], values / 2047.5 - 1, atol=1e-6)
+    with pytest.raises(DataError, match="has 1 bands in 1 pages, and the autoencoder takes images of 3 channels"):
+        load_image_dataset(train_data_dir=tmp_path, channels=3).get(0)
+    with Image.open(tmp_path / "a.png") as turned:
+        turned.getexif()[0x0112] = 6
+        with pytest.raises(ValueError, match="its EXIF orientation turns it"):
+            read_pages(turned, 1, (0.0, 4095.0))
 
 
 def test_the_stated_range_is_part_of_what_the_data_are(tmp_path):

@@ -231,6 +231,15 @@ def test_rows_follow_every_name_of_a_class(names, rows):
     assert ClassTable(tuple(names)).rows_from(saved) == rows
 
 
+def test_a_name_that_two_classes_share_is_no_proof_that_they_are_the_same():
+    saved = ClassTable(("n02012849, crane", "n03126707, crane"))
+    saved.require_same(ClassTable(("Crane, N02012849", "n03126707")), whose="the model", remedy="train anew")
+    with pytest.raises(ValueError, match=r"2 of 2 names differ, the same ones in another order"):
+        saved.require_same(ClassTable(saved.names[::-1]), whose="the model", remedy="train anew")
+    with pytest.raises(ValueError, match=r"2 of 2 names differ: 0 is 'n02012849, crane' there and 'crane' here"):
+        saved.require_same(ClassTable(("crane", "crane, hoist")), whose="the model", remedy="train anew")
+
+
 def test_a_pipeline_whose_names_are_not_its_transformers(tiny_sit, tiny_autoencoder_kl):
     classes = ClassTable(("tench, Tinca tinca", *"bcdefghij"))
     with pytest.raises(

@@ -7,7 +7,7 @@ import torch
 from diffusers import ClassifierFreeGuidance
 
 from diffusers_eqvae import FlowMatchSDEScheduler
-from diffusers_eqvae.pipelines import ClassConditionalBlocks, SigmaIntervalGuidance
+from diffusers_eqvae.pipelines import ClassConditionalBlocks, ClassConditionalPipeline, SigmaIntervalGuidance
 
 from .kinds import make_pipeline
 
@@ -50,6 +50,22 @@ def test_it_loads_what_the_pipeline_saves(tmp_path, tiny_autoencoder_kl, tiny_vq
     expected = pipeline(**CALL | {"class_labels": [0, 1]}, generator=generators(), sequential_guidance=True).images
     drawn = modular(**CALL | {"class_labels": [0, 1]}, generator=generators(), output="images")
     assert torch.equal(drawn, expected)
+
+
+def test_parts_are_checked_once_until_one_is_replaced(tiny_autoencoder_kl, tiny_vq_model, monkeypatch):
+    """The check hashes the autoencoder's weights, which takes longer than a step."""
+    checked = []
+    monkeypatch.setattr(ClassConditionalPipeline, "_check_names", lambda self: checked.append(self.scheduler))
+    pipeline = make_pipeline("SiT", tiny_autoencoder_kl, tiny_vq_model)
+    modular = blocks_of(pipeline)
+    checked.clear()
+    for _ in range(2):
+        modular(**CALL | {"class_labels": [0]}, output="images")
+    assert checked == [pipeline.scheduler]
+    scheduler = FlowMatchSDEScheduler()
+    modular.update_components(scheduler=scheduler)
+    modular(**CALL | {"class_labels": [0]}, output="images")
+    assert checked[1:] == [scheduler]
 
 
 def test_a_scheduler_that_chooses_its_steps_and_wrong_parts_are_refused(tiny_autoencoder_kl, tiny_vq_model):

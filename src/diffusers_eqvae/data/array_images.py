@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from ..files import read_json
-from ..images import Bands
+from ..images import Bands, orientation
 from .report import DataError
 
 ARRAY_SUFFIX = ".npy"
@@ -89,6 +89,8 @@ def read_pages(image: Image.Image, channels: int, value_range: Range | None) -> 
         ...     bands = read_pages(image, 5, None)
     """
     name = str(getattr(image, "filename", "") or "an image")
+    if orientation(image) != 1:
+        raise ValueError("its EXIF orientation turns it, and bands are read as they lie; save it upright")
     pages = [np.atleast_3d(np.asarray(page)) for page in ImageSequence.Iterator(image)]
     count = sum(page.shape[-1] for page in pages)
     if count != channels:

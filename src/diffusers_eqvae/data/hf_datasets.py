@@ -232,7 +232,8 @@ def _directory_kind(found: ImageFiles, report: DataReport) -> str:
         _refuse_empty(found)
         seen = " ".join(found.report) or f"Its files end in {', '.join(found.kinds) or 'nothing: it is empty'}."
         raise ValueError(
-            f"The directory {found.directory} holds no images, parquet files, tar files or arrays (.npy). {seen}"
+            f"The directory {found.directory} holds no images, parquet files, tar files or arrays (.npy); name "
+            f"one that does. {seen}"
         )
     others = sum(counts.values()) - counts[kind]
     if others:

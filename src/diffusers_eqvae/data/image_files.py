@@ -225,14 +225,16 @@ def image_size(source: Any, channels: int = 3, value_range: Range | None = None)
 def read_image(source: Any, channels: int = 3, value_range: Range | None = None) -> AnyImage:
     """An image as RGB, grey or RGBA, of a path or of bytes; see `open_image` and `images.to_channels`.
 
-    Of an array (.npy), and of images with 2 or 5 and more channels, the bands: see `read_array` and `read_pages`.
+    Of an array (.npy), of images with 2 or 5 and more channels, and where a range is stated, the bands: see
+    `read_array` and `read_pages`.
     """
     if is_array(source):
         bands = read_array(str(source), channels, value_range)
         _require_usable(*bands.size)
         return bands
     with open_image(source) as image:
-        return to_channels(image, channels) if channels in MODES else read_pages(image, channels, value_range)
+        ordinary = channels in MODES and value_range is None
+        return to_channels(image, channels) if ordinary else read_pages(image, channels, value_range)
 
 
 def image_files(directory: str | os.PathLike[str]) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..classes import parse_id2label, share_a_name
+from ..classes import parse_id2label, strangers
 from ..provenance import require_same_autoencoder
 
 _TASK = ("objective", "prediction_type", "in_channels", "codebook_size", "sample_size", "num_classes")
@@ -27,12 +27,11 @@ def check_guide(guide: Any, transformer: Any) -> None:
         if given != expected:
             raise ValueError(f"The guide has {name} {given!r} and the transformer {expected!r}: {_REMEDY}.")
     mine, others = (parse_id2label(config.get("id2label")) for config in (wanted, its))
-    for class_id in mine.keys() & others.keys():
-        if not share_a_name(mine[class_id], others[class_id]):
-            raise ValueError(
-                f"The guide knows class {class_id} as {others[class_id][0]!r} and the transformer as "
-                f"{mine[class_id][0]!r}: {_REMEDY}."
-            )
+    for class_id in strangers(mine, others):
+        raise ValueError(
+            f"The guide knows class {class_id} as {others[class_id][0]!r} and the transformer as "
+            f"{mine[class_id][0]!r}: {_REMEDY}."
+        )
     if its.get("autoencoder") and wanted.get("autoencoder"):
         try:
             require_same_autoencoder(wanted["autoencoder"], its["autoencoder"], whose="the transformer")

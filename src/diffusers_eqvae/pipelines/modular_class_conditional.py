@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import SchedulerMixin
@@ -20,9 +21,16 @@ _MODELS = [ComponentSpec("transformer", nn.Module), ComponentSpec("vae", nn.Modu
 _PARTS = [*_MODELS, ComponentSpec("scheduler", SchedulerMixin)]
 
 
+_ASSEMBLED: WeakKeyDictionary[Any, ClassConditionalPipeline] = WeakKeyDictionary()
+
+
 def _pipeline(components: Any) -> ClassConditionalPipeline:
-    """The parts as the pipeline whose steps these blocks are; refuses parts that do not belong together."""
-    pipeline = ClassConditionalPipeline(components.transformer, components.vae, components.scheduler)
+    """The parts as the pipeline whose steps these blocks are, one for all blocks; refuses what does not fit."""
+    parts = (components.transformer, components.vae, components.scheduler)
+    pipeline = _ASSEMBLED.get(components)
+    if pipeline is None:
+        pipeline = _ASSEMBLED[components] = ClassConditionalPipeline(*parts)
+    pipeline.transformer, pipeline.vae, pipeline.scheduler = parts  # which may have been replaced
     pipeline.check_parts()
     return pipeline
 

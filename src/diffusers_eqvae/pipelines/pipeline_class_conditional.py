@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..autoencoders import decode_upcast, latent_channels, require_handled, uncompiled
-from ..classes import ClassTable, parse_id2label, share_a_name
+from ..classes import ClassTable, parse_id2label, strangers
 from ..guidance import IntervalGuidance
 from ..images import require_finite, to_image
 from ..latents import LatentNormalization
@@ -203,13 +203,12 @@ class ClassConditionalPipeline(AdapterMixin, DiffusionPipeline):
     def _check_names(self) -> None:
         own = parse_id2label(self.config.id2label, self.transformer.config.num_classes)
         trained = parse_id2label(getattr(self.transformer.config, "id2label", None))
-        for class_id in own.keys() & trained.keys():
-            if not share_a_name(own[class_id], trained[class_id]):
-                raise ValueError(
-                    f"The transformer was trained with class {class_id} as {trained[class_id][0]!r}, and the "
-                    f"pipeline's id2label calls it {own[class_id][0]!r}: leave id2label out, or use the transformer "
-                    "that these names belong to."
-                )
+        for class_id in strangers(own, trained):
+            raise ValueError(
+                f"The transformer was trained with class {class_id} as {trained[class_id][0]!r}, and the pipeline's "
+                f"id2label calls it {own[class_id][0]!r}: leave id2label out, or use the transformer that these names "
+                "belong to."
+            )
 
     def check_inputs(
         self,
