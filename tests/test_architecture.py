@@ -35,6 +35,7 @@ LAYERS = (
         "images",
         "latents",
         "options",
+        "positions",
         "pretrained",
         "downloads",
         "provenance",

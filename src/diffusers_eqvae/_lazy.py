@@ -18,14 +18,14 @@ def face(
 
     Args:
         package: its `__name__`.
-        members: submodule -> the names that users import from it.
+        members: submodule -> the names that users import from it; ".name" is a module beside the package.
         hint: what the error says about a class that is not there.
     """
     home = {name: module for module, names in members.items() for name in names}
 
     def load(name: str) -> Any:
         if name in home:
-            value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+            value = getattr(importlib.import_module(f".{home[name]}", package), name)
             setattr(sys.modules[package], name, value)
             return value
         may_be_module = name.isidentifier() and not name.startswith("_")

@@ -5,8 +5,8 @@ from .._lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "clusters": ["cluster_positions"],
-        "features": ["LatentFeatures", "Standardization", "latent_features", "to_size"],
+        ".positions": ["Standardization", "cluster_positions"],
+        "features": ["LatentFeatures", "latent_features", "to_size"],
         "heads": ["LinearDepthHead", "LinearSegmentationHead"],
         "transfer": ["NearestTransfer", "label_targets", "position_labels", "position_values"],
         "visualize": ["perception_columns", "perception_image"],

@@ -77,11 +77,6 @@ def latent_features(
     return features
 
 
-def to_rows(maps: Tensor) -> Tensor:
-    """(B, D, h, w) as one row per latent position: (B h w, D)."""
-    return maps.movedim(1, -1).flatten(0, -2)
-
-
 def to_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (B, K, h, w) resized to (B, K, H, W): bilinear, corners not aligned, as segmentation logits are.
 
@@ -89,27 +84,3 @@ def to_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
         >>> classes = to_size(logits, (256, 256)).argmax(1)
     """
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-@dataclass(frozen=True)
-class Standardization:
-    """(x - mean) / std for each channel, so that no channel outweighs the others in a distance or an angle.
-
-    Args:
-        mean, std: (D,); a channel that does not vary has std 1.
-
-    Example:
-        >>> standard = Standardization.of(rows)(rows)  # mean 0, std 1 in each of D columns
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Standardization:
-        """From features (N, D), one row per latent position."""
-        std, mean = torch.std_mean(rows, dim=0, correction=0)
-        return cls(mean, torch.where(std > 0, std, torch.ones_like(std)))
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return (rows - self.mean.to(rows)) / self.std.to(rows)

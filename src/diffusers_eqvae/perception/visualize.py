@@ -14,7 +14,7 @@ from ..autoencoders import Autoencoder, decode_upcast
 from ..images import grid, latent_pca
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork
-from .clusters import cluster_positions
+from ..positions import cluster_positions
 from .features import latent_features, to_size
 from .heads import LinearDepthHead, LinearSegmentationHead
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...options import Checked
-from ...perception.clusters import cluster_positions
 from ...perception.transfer import IGNORE_INDEX, position_labels
+from ...positions import cluster_positions
 from ..base import Figure, PerImageMetric, register_metric
 from ..diffusability import (
     FAR_CELLS,

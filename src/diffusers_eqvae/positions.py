@@ -1,17 +1,45 @@
-"""k-means of latent positions: regions of an image that need no label."""
+"""Latent positions as points: one row for each, channels of equal weight, and k-means: regions that need no label."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from .features import Standardization, to_rows
-
 _RESTARTS, _ITERATIONS = 4, 50
+
+
+def to_rows(maps: Tensor) -> Tensor:
+    """(B, D, h, w) as one row per latent position: (B h w, D)."""
+    return maps.movedim(1, -1).flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """(x - mean) / std for each channel, so that no channel outweighs the others in a distance or an angle.
+
+    Args:
+        mean, std: (D,); a channel that does not vary has std 1.
+
+    Example:
+        >>> standard = Standardization.of(rows)(rows)  # mean 0, std 1 in each of D columns
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Standardization:
+        """From features (N, D), one row per latent position."""
+        std, mean = torch.std_mean(rows, dim=0, correction=0)
+        return cls(mean, torch.where(std > 0, std, torch.ones_like(std)))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return (rows - self.mean.to(rows)) / self.std.to(rows)
 
 
 def cluster_positions(features: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
