@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffusers_eqvae import AlignmentNetwork, LatentNormalization
+from diffusers_eqvae.clusters import to_rows
 from diffusers_eqvae.images import latent_pca
 from diffusers_eqvae.perception import latent_features
-from diffusers_eqvae.positions import to_rows
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from .._lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        ".positions": ["Standardization", "cluster_positions"],
+        ".clusters": ["Standardization", "cluster_positions"],
         "features": ["LatentFeatures", "latent_features", "to_size"],
         "heads": ["LinearDepthHead", "LinearSegmentationHead"],
         "transfer": ["NearestTransfer", "label_targets", "position_labels", "position_values"],

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import Standardization, to_rows
+from ..clusters import Standardization, to_rows
 
 IGNORE_INDEX = 255
 # Temperature of the votes: Wu et al. 2018 (arXiv 1805.01978), as in DINO's nearest-neighbour classifier.

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..autoencoders import Autoencoder, decode_upcast
+from ..clusters import cluster_positions
 from ..images import grid, latent_pca
 from ..latents import LatentNormalization
 from ..models.alignment_network import AlignmentNetwork
-from ..positions import cluster_positions
 from .features import latent_features, to_size
 from .heads import LinearDepthHead, LinearSegmentationHead
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ...clusters import cluster_positions
 from ...options import Checked
 from ...perception.transfer import IGNORE_INDEX, position_labels
-from ...positions import cluster_positions
 from ..base import Figure, PerImageMetric, register_metric
 from ..diffusability import (
     FAR_CELLS,

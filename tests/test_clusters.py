@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_eqvae.positions import Standardization, cluster_positions, to_rows
+from diffusers_eqvae.clusters import Standardization, cluster_positions, to_rows
 
 
 def test_standardised_features_have_unit_variance_and_constants_stay_finite():
@@ -50,7 +50,7 @@ def test_clusters_are_a_function_of_features_and_seed_and_nearest_to_their_means
 def test_clusters_are_the_tightest_of_several_starts(monkeypatch):
     features = torch.randn(1, 2, 10, 6, generator=torch.Generator().manual_seed(0))
     best = [spread_within(features, cluster_positions(features, 8, seed=seed)) for seed in range(6)]
-    monkeypatch.setattr("diffusers_eqvae.positions._RESTARTS", 1)
+    monkeypatch.setattr("diffusers_eqvae.clusters._RESTARTS", 1)
     single = [spread_within(features, cluster_positions(features, 8, seed=seed)) for seed in range(6)]
     assert all(several <= one for several, one in zip(best, single, strict=True)) and sum(best) < 0.98 * sum(single)
 
