@@ -1,8 +1,9 @@
 """How long a data set of many files takes to open, and how much memory it holds then.
 
-    python benchmarks/many_files.py --num_files 100000
+    python benchmarks/many_files.py --num_files 100000 [--tars]
 
-Files are 32 px PNGs of one colour each in 100 class folders, written to --directory and left there for the next time.
+Files are 32 px PNGs of one colour each in 100 class folders, or in tars of 10 000 with a .cls beside each, written to
+--directory and left there for the next time.
 Opening is `load_image_dataset` and the identity that a run compares: what every script does before its first step.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import io
 import os
 import resource
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +24,30 @@ from PIL import Image
 from diffusers_eqvae.data.image_datasets import load_image_dataset
 
 CLASSES = 100
+IN_A_TAR = 10_000
+
+
+def png(number: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32), (number % 256, number // 256 % 256, number // 65536)).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_tars(directory: Path, count: int) -> None:
+    for first in range(0, count, IN_A_TAR):
+        path = directory / f"{first // IN_A_TAR:05d}.tar"
+        if path.exists():
+            continue
+        directory.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for number in range(first, min(first + IN_A_TAR, count)):
+                for name, content in (
+                    (f"{number:07d}.png", png(number)),
+                    (f"{number:07d}.cls", b"%d" % (number % CLASSES)),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 def write_files(directory: Path, count: int) -> None:
@@ -31,30 +57,30 @@ def write_files(directory: Path, count: int) -> None:
         if path.exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        Image.new("RGB", (32, 32), (number % 256, number // 256 % 256, number // 65536)).save(content, "PNG")
-        path.write_bytes(content.getvalue())
+        path.write_bytes(png(number))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--num_files", type=int, default=100_000)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "eqvae_many_files")
+    parser.add_argument("--tars", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    directory = given.directory / str(given.num_files)
-    write_files(directory, given.num_files)
+    directory = given.directory / f"{given.num_files}{'_tars' * given.tars}"
+    (write_tars if given.tars else write_files)(directory, given.num_files)
+    columns = {"image_column": "png", "label_column": "cls"} if given.tars else {}
     rounds = []
     for _ in range(2):
         before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        source = load_image_dataset(train_data_dir=directory, require_labels=True)
+        source = load_image_dataset(train_data_dir=directory, require_labels=True, **columns)
         opened = time.perf_counter()
         identity = source.identity
         done = time.perf_counter()
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         rounds.append({"open": opened - begun, "identity": done - opened, "extra_peak_mib": grown})
         print(
-            f"{len(source)} files in {len(source.id2label)} classes: opened in {opened - begun:.1f} s, identity of "
+            f"{len(source)} images in {len(source.id2label)} classes: opened in {opened - begun:.1f} s, identity of "
             f"{len(identity)} entries in {done - opened:.1f} s, {grown:.0f} MiB more at the peak (pid {os.getpid()})"
         )
     save_result(given.output, device="cpu", arguments=vars(given), rounds=rounds)

@@ -14,11 +14,12 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..classes import in_order
+from ..classes import in_order, listed
 from .array_images import ARRAY_SUFFIX
 from .image_files import IMAGE_SUFFIXES, ImageFiles, class_folders, find_images
-from .label_files import read_label_files
-from .report import DataReport
+from .label_files import read_label_files, typed
+from .report import DataError, DataReport
+from .tar_files import read_tars
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def load_table(
     """One split of a local directory or file, or of a dataset on the Hub.
 
     A directory holds images, parquet files, webdataset tars, what `save_to_disk` wrote, or none of these and
-    arrays (.npy); a file is one parquet file or one tar. What is left out is noted in `report`.
+    arrays (.npy); a file is one parquet file or one tar. Of these, only parquet files are copied into the cache. What
+    is left out is noted in `report`.
 
     Raises:
         ValueError: nothing to read, a class folder without images, or an unknown split (the known ones are listed).
@@ -60,7 +62,7 @@ def load_table(
         builder = _BUILDERS.get(source.suffix.lower())
         if builder is None:
             raise ValueError(f"{source} is a file, and only a .parquet or .tar file is read: {_REMEDY}.")
-        return _choose(_build(builder, source, data_files=str(source), cache_dir=cache_dir), split, source)
+        return _read(builder, source, split, label_column, data_files=str(source), cache_dir=cache_dir)
     if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
         saved = datasets.load_from_disk(str(source))
         return _choose(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}, split, source)
@@ -68,13 +70,18 @@ def load_table(
     if kind in ("imagefolder", "arrays"):
         suffixes = IMAGE_SUFFIXES if kind == "imagefolder" else (ARRAY_SUFFIX,)
         return _image_folder(source.resolve(), split, label_column=label_column, report=report, suffixes=suffixes)
-    return _choose(_build(kind, source, data_dir=str(source), cache_dir=cache_dir), split, source)
+    return _read(kind, source, split, label_column, data_dir=str(source.resolve()), cache_dir=cache_dir)
 
 
-def _build(builder: str, source: Path, **options: Any) -> Any:
-    """What a builder of `datasets` makes of local files; whatever hinders it is a sentence that names them."""
+def _read(builder: str, source: Path, split: str, label_column: str, **options: Any) -> datasets.Dataset:
+    """Parquet files as `datasets` builds them, and tars where they lie; a sentence names what hinders that."""
     try:
-        return datasets.load_dataset(builder, **options)
+        if builder == "webdataset":
+            files = datasets.load_dataset_builder(builder, **options).config.data_files
+            return _tar_table(list(_choose(files, split, source)), label_column)
+        return _choose(datasets.load_dataset(builder, **options), split, source)
+    except DataError:
+        raise
     except Exception as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(
@@ -86,6 +93,26 @@ def _choose(splits: Mapping[Any, Any], split: str, source: Path | str) -> Any:
     if split not in splits:
         raise ValueError(f"There is no split {split!r} in {source}; it has {', '.join(map(str, splits))}.")
     return splits[split]
+
+
+def _tar_table(tars: list[str], label_column: str) -> datasets.Dataset:
+    """The samples of tars as a table of paths (see `read_tars`), with the labels of one column."""
+    columns = read_tars(tars, label_column)
+    features = {name: datasets.Value("string" if any(column) else "null") for name, column in columns.items()}
+    images = [name for name, column in columns.items() if name != label_column and any(column)]
+    if label_column in columns:
+        labels: list[Any] = columns[label_column]
+        if lacking := labels.count(None):
+            raise DataError(
+                f"{lacking} of the {len(labels)} samples in {listed(tars)} have no .{label_column}: each needs one, "
+                "or name another label column."
+            )
+        columns[label_column] = labels = typed(labels, f"A member .{label_column}")
+        features[label_column] = datasets.Value("int64" if isinstance(labels[0], int) else "string")
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    for name in images:
+        table = table.cast_column(name, datasets.Image())
+    return table
 
 
 def undecoded(table: datasets.Dataset, image_column: str) -> datasets.Dataset:

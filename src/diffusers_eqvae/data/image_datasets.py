@@ -22,6 +22,7 @@ from .array_images import Range, read_value_range
 from .image_files import DECODE_ERRORS, image_size, note_small, read_image
 from .latent_store import LatentStore
 from .report import DataError, DataReport
+from .tar_files import is_member, member_name, member_size, read_member
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +139,13 @@ class ImageSource:
         return ((self._name(index, record), _size(record)) for index, record in records)
 
     def _content(self, index: int) -> bytes:
-        record = self._record(index) or {}
-        if record.get("bytes") is not None:
-            return bytes(record["bytes"])
+        record = self._record(index)
         try:
-            return Path(record["path"]).read_bytes() if _size(record) else b""
-        except (KeyError, TypeError, OSError):
+            content = _image_of(record)
+            if isinstance(content, bytes):
+                return content
+            return Path(content).read_bytes() if _size(record) else b""
+        except (ValueError, OSError):
             return b""
 
     def _record(self, index: int) -> Any:
@@ -211,6 +213,7 @@ class ImageSource:
         path = record.get("path") if isinstance(record, dict) else None
         if not path:
             return f"row {index}"
+        path = member_name(path)
         prefix = f"{self.root}{os.sep}"  # of text: a `Path` of every file would take longer than all else
         return path.removeprefix(prefix) if path.startswith(prefix) else os.path.basename(path)
 
@@ -227,15 +230,19 @@ class ImageSource:
 
 
 def _image_of(record: Any) -> bytes | str:
-    """The bytes or the path of a dataset's row."""
+    """The bytes or the path of a dataset's row; bytes of an image in a tar."""
     if not isinstance(record, dict) or (record.get("bytes") is None and not record.get("path")):
         raise ValueError("the row holds no image")
-    return record["path"] if record.get("bytes") is None else bytes(record["bytes"])
+    if record.get("bytes") is not None:
+        return bytes(record["bytes"])
+    return read_member(record["path"]) if is_member(record["path"]) else record["path"]
 
 
 def _size(record: Any) -> int:
     """Of a row's file, 0 where it is not a regular one."""
     try:
+        if is_member(record["path"]):
+            return member_size(record["path"])
         status = os.stat(record["path"])
         return status.st_size if stat.S_ISREG(status.st_mode) else 0
     except (KeyError, TypeError, OSError):

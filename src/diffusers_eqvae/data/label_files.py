@@ -53,7 +53,7 @@ def read_label_files(root: Path, images: Sequence[str], label_column: str) -> li
             f"{listed(missing)}: complete the file, or move it away to take folders as classes."
         )
     logger.warning("The labels are those of %s in %s; folders are not classes.", listed(used), root)
-    return _typed([labels[path] for path in images], listed(used))
+    return typed([labels[path] for path in images], listed(used))
 
 
 def _dataset_json(file: Path) -> Iterator[tuple[str, Any]] | None:
@@ -94,8 +94,16 @@ def _json(file: Path, text: str) -> Any:
         raise DataError(f"{file} is not valid JSON ({error}): repair it, or move it away.") from error
 
 
-def _typed(labels: list[Any], file: str) -> list[Any]:
-    """All integers, also where they are written as text, or all text."""
+def typed(labels: list[Any], file: str) -> list[Any]:
+    """Labels as all integers, also where they are written as text, or all text.
+
+    Raises:
+        ValueError: anything else, which is named as what `file` holds.
+
+    Example:
+        >>> typed(["1", "0"], "metadata.csv")
+        [1, 0]
+    """
     if any(isinstance(each, bool) or not isinstance(each, int | str) or each == "" for each in labels):
         odd = next(each for each in labels if isinstance(each, bool) or not isinstance(each, int | str) or each == "")
         raise DataError(f"{file} must give one class id or name per image; it holds {odd!r}.")
