@@ -186,6 +186,22 @@ def test_the_code_of_the_concepts_gives_the_latents_back(tmp_path, tiny_autoenco
     assert torch.allclose(names["latents"], names["raw_latents"] * 0.5)  # its scaling_factor
 
 
+def test_a_codebook_begins_at_latents_by_the_code_of_the_page_on_tokens(tmp_path, tiny_vq_model, monkeypatch):
+    from diffusers_eqvae import VQModelEQ
+
+    asked = []
+    monkeypatch.setattr(VQModelEQ, "from_config", lambda config: asked.append(config) or tiny_vq_model)
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in blocks(ROOT / "docs" / "tokens.md", "python") if "save_pretrained" in block)
+    names = {"pixels": torch.rand(2, 3, 32, 32) * 2 - 1}
+    exec(compile(code, "tokens.md", "exec"), names)
+    assert asked[0]["num_vq_embeddings"] == 1024
+    latents = tiny_vq_model.encode(names["pixels"]).latents.movedim(1, -1).flatten(0, 2)
+    vectors = tiny_vq_model.quantize.embedding.weight
+    assert (vectors[:, None] == latents).all(-1).any(1).all()
+    assert (tmp_path / "runs" / "vq-start" / "config.json").is_file()
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_and_shows_what_it_says(capsys):
     """Its cells are plain Python, so that no kernel is needed."""
@@ -281,6 +297,7 @@ def test_no_page_and_no_help_needs_a_checkout():
     told = [ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md") if page.stem != "results"), *scripts]
     for path in told:  # the commands of results.md are those that ran
         found = re.findall(r"(?:python|launch|torchrun)\b[^`\n]* (?:training|pipelines)/\w+\.py", path.read_text())
+        found += [] if path in scripts else re.findall(r"[\"\s]training/configs/\w+\.\w+", path.read_text())
         assert not found, f"{path.name}: {found}; `eqvae COMMAND`, or `-m diffusers_eqvae.training.SCRIPT`"
 
 
