@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     run = TrainingRun(given.run, *given.settings, name="autoencoder")
 
     objective = build.build_objective(given)
-    images, held_out = build.load_images(given, objective)
+    images, held_out = build.load_images(given, objective, run.global_batch_size)
     examples = build.training_data(given, images, objective)
-    smallest_px = build.smallest_image_px(objective, given.data.resolution)
+    smallest_px = build.smallest_image_px(objective, images.shortest_px)
     seen = {"smallest_px": smallest_px, "channels": images.source.channels}
     perceptual = build.build_perceptual(given.losses, **seen)
     discriminator = build.build_discriminator(given.losses, **seen, compiled=given.run.compile)

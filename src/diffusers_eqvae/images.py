@@ -195,6 +195,16 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as `upright` gives them, of the header: `upright_size(Image.open("0001.jpg"))`.
+
+    What a PNG says of its orientation behind its pixels is not seen.
+    """
+    stated = image.format != "PNG" or "exif" in image.info  # else the search for it would decode all pixels
+    turned = stated and image.format != "TIFF" and orientation(image) >= 5  # a TIFF's size is that of upright pixels
+    return image.size[::-1] if turned else image.size
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB, rotated upright by its EXIF orientation: `to_rgb(Image.open("0001.jpg"))`.
 
@@ -230,44 +240,50 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return to_rgb(image).convert(MODES[channels])
 
 
-def adm_center_crop(image: AnyImage, size: int) -> AnyImage:
+def adm_center_crop(image: AnyImage, size: int | tuple[int, int]) -> AnyImage:
     """The centre square of (size, size) pixels as ADM (Dhariwal & Nichol 2021) prepares ImageNet.
 
     While the short side is at least twice `size` the image is downscaled by 2 with a box filter; then it is resized
-    (bicubic) so that the short side is `size`, and the middle is cut out.
+    (bicubic) so that the short side is `size`, and the middle is cut out. Of a rectangle (height, width), whatever is
+    said of a side holds of both: the image is resized to cover it.
 
     Example:
         >>> pixels = to_pixels(adm_center_crop(to_rgb(Image.open("0001.jpg")), 256))
     """
-    while min(image.size) >= 2 * size:
+    height, width = (size, size) if isinstance(size, int) else size
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def random_crop_resize(
     image: AnyImage,
-    size: int,
+    size: int | tuple[int, int],
     rng: np.random.Generator,
     min_fraction: float = 0.5,
     max_fraction: float = 1.0,
 ) -> AnyImage:
     """A random square of `min_fraction`..`max_fraction` of the short side, resized (bicubic) to (size, size).
 
-    The fraction and the place are uniform; this is the training crop of latent diffusion and EQ-VAE.
+    The fraction and the place are uniform; this is the training crop of latent diffusion and EQ-VAE. Of a rectangle
+    (height, width), the fraction is of the largest one of its form that the image holds.
 
     Raises:
         ValueError: fractions that do not satisfy 0 < min <= max <= 1.
     """
     if not 0 < min_fraction <= max_fraction <= 1:
         raise ValueError(f"Crop fractions must satisfy 0 < min <= max <= 1; got {min_fraction} and {max_fraction}.")
-    short = min(image.size)
-    side = max(1, round(short * rng.uniform(min_fraction, max_fraction)))
-    left = int(rng.integers(0, image.width - side + 1))
-    top = int(rng.integers(0, image.height - side + 1))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    height, width = (size, size) if isinstance(size, int) else size
+    # The narrower of the two: as wide as the image, or as high.
+    largest = min((image.width, image.width * height / width), (image.height * width / height, image.height))
+    fraction = rng.uniform(min_fraction, max_fraction)
+    across, down = (max(1, round(side * fraction)) for side in largest)
+    left = int(rng.integers(0, image.width - across + 1))
+    top = int(rng.integers(0, image.height - down + 1))
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + across, top + down))
 
 
 def to_pixels(image: AnyImage, channels: int = 3) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusers_eqvae.data.image_datasets import ImageSource, PixelDataset, load_image_dataset
 from diffusers_eqvae.data.order import DrawDataset
-from diffusers_eqvae.images import adm_center_crop, random_crop_resize, to_pixels, to_rgb, to_uint8
+from diffusers_eqvae.images import Bands, adm_center_crop, random_crop_resize, to_pixels, to_rgb, to_uint8
 from diffusers_eqvae.randomness import philox
 
 
@@ -129,6 +129,64 @@ def test_random_crop_is_a_square_of_half_to_all_of_the_short_side() -> None:
     assert whole.size == (20, 20)
     with pytest.raises(ValueError, match="fractions"):
         random_crop_resize(image(), 20, generator(0), 0.9, 0.5)
+
+
+SHAPES = [(40, 40), (24, 60), (60, 24), (32, 48)]
+
+
+def marked(size: tuple[int, int]) -> Bands:
+    """Red says how far to the right a pixel lies, in pixels of the image, and green how far down; as floats."""
+    across, down = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
+    return Bands([Image.fromarray(each.astype(np.float32)) for each in (across, down)])
+
+
+def spans(crop: Bands) -> tuple[float, float, float, float]:
+    """Pixels of the image per pixel of the crop, across and down, and where its middle lies; edges are resampled."""
+    across, down = (np.asarray(band, dtype=np.float64) for band in crop.bands)
+    row, column = crop.height // 2, crop.width // 2
+    horizontal = (across[row, -4] - across[row, 3]) / (crop.width - 7)
+    vertical = (down[-4, column] - down[3, column]) / (crop.height - 7)
+    middle = (across[row, 3] + across[row, -4]) / 2, (down[3, column] + down[-4, column]) / 2
+    return horizontal, vertical, *middle
+
+
+@pytest.mark.parametrize("size", [(100, 100), (97, 61), (61, 97), (333, 100), (90, 210)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_crop_stretches_an_image_or_shows_what_is_not_there(size, shape) -> None:
+    """Beyond the rounding of a crop's sides to whole pixels: of half a pixel each, and one for each halving."""
+    image, most = marked(size), min(size[0] / shape[1], size[1] / shape[0])
+    centre = adm_center_crop(image, shape)
+    horizontal, vertical, across, down = spans(centre)
+    assert centre.size == shape[::-1]
+    assert abs(horizontal / vertical - 1) < 2 / min(size) + 1 / min(shape)
+    assert max(horizontal, vertical) == pytest.approx(most, rel=0.03)
+    assert abs(across - size[0] / 2) <= 1.5 * most and abs(down - size[1] / 2) <= 1.5 * most
+    scales, places = [], []
+    for number in range(60):
+        crop = random_crop_resize(image, shape, generator(number))
+        horizontal, vertical, across, down = spans(crop)
+        assert crop.size == shape[::-1]
+        assert abs(horizontal / vertical - 1) < 0.5 / (horizontal * shape[1]) + 0.5 / (vertical * shape[0]) + 0.01
+        scales.append((horizontal + vertical) / 2 / most)
+        places.append((across, down))
+        for middle, scale, cut, side in zip((across, down), (horizontal, vertical), shape[::-1], size, strict=True):
+            assert scale * cut / 2 - 1 <= middle <= side - scale * cut / 2 + 1
+    assert 0.48 < min(scales) < 0.55 and 0.95 < max(scales) < 1.02
+    assert (np.ptp(places, axis=0) > 0.7 * (np.array(size) - 0.5 * most * np.array(shape[::-1]))).all()
+
+
+@pytest.mark.parametrize("size", [(100, 60), (64, 128), (31, 31), (20, 24), (77, 53)])
+def test_squares_are_cut_as_before_there_were_rectangles(size) -> None:
+    """A transcription of the crop of squares; healthy runs go on bit for bit."""
+    source = image(2, size)
+    for number in range(20):
+        random = generator(number)
+        side = max(1, round(min(size) * random.uniform(0.5, 1.0)))
+        left, top = int(random.integers(0, size[0] - side + 1)), int(random.integers(0, size[1] - side + 1))
+        expected = source.resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        assert random_crop_resize(source, 16, generator(number)).tobytes() == expected.tobytes()
+        assert random_crop_resize(source, (16, 16), generator(number)).tobytes() == expected.tobytes()
+    assert adm_center_crop(source, (16, 16)).tobytes() == adm_center_crop(source, 16).tobytes()
 
 
 def test_augmentation_is_a_function_of_the_draw() -> None:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from diffusers_eqvae.data.buckets import Buckets
 from diffusers_eqvae.data.order import (
+    BucketOrder,
     DrawDataset,
     DrawOrder,
     DrawSampler,
     collate_draws,
+    draw_loader,
 )
 
 
@@ -105,6 +108,92 @@ def test_golden_orders_on_every_platform_and_in_every_process() -> None:
 
 
 GOLDEN = "[2, 3, 4, 7, 5, 6, 1, 0]"
+
+
+# ------------------------------------------------------------------ buckets
+
+# Numbers of examples by bucket, and the size of a batch: ordinary, one bucket, buckets below a batch, all below one.
+FILLED = [((13, 7, 4), 3), ((10,), 4), ((9, 1, 5), 4), ((2, 1), 5), ((8, 8), 8)]
+
+
+def bucket_order(counts: tuple[int, ...], size: int, seed: int = 3) -> BucketOrder:
+    buckets = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    return BucketOrder(buckets, size, seed=seed)
+
+
+def shown(order: BucketOrder, batches: range) -> list[list[int]]:
+    size = order.batch_size
+    return [[order.index(batch * size + place) for place in range(size)] for batch in batches]
+
+
+@pytest.mark.parametrize(("counts", "size"), FILLED)
+def test_buckets_fill_as_the_plain_order_is_walked_through(counts, size) -> None:
+    order = bucket_order(counts, size)
+    plain, waiting, expected = DrawOrder(sum(counts), seed=3), [[] for _ in counts], []
+    for number in itertools.count():
+        example = plain.index(number)
+        waiting[order.buckets[example]].append(example)
+        if len(full := waiting[order.buckets[example]]) == size:
+            expected.append(full[:])
+            full.clear()
+            if len(expected) == 40:
+                break
+    assert shown(order, range(40)) == expected
+    # Any batch by its number alone, in whatever order they are asked for.
+    for batch in (39, 0, 21, 22, 5):
+        assert shown(bucket_order(counts, size), range(batch, batch + 1)) == [expected[batch]]
+
+
+@pytest.mark.parametrize(("counts", "size"), FILLED)
+def test_a_batch_is_of_one_bucket_and_every_example_is_shown_once_an_epoch(counts, size) -> None:
+    order = bucket_order(counts, size)
+    for epochs in (1, 2, 7):
+        batches = shown(order, range(sum(epochs * count // size for count in counts)))
+        assert all(len(set(order.buckets[batch])) == 1 for batch in batches)
+        times = np.bincount(np.array(batches, dtype=int).ravel(), minlength=sum(counts))
+        for bucket, count in enumerate(counts):
+            late = epochs - times[order.buckets == bucket]
+            assert late.sum() == epochs * count % size
+            assert set(late.tolist()) <= {0, 1} or count < size
+
+
+def test_one_bucket_is_the_plain_order() -> None:
+    order, plain = BucketOrder(np.zeros(10, dtype=int), 4, seed=5), DrawOrder(10, seed=5)
+    assert [order.index(number) for number in range(100)] == [plain.index(number) for number in range(100)]
+
+
+class Bucketed(Noisy):
+    """Ten examples of two shapes."""
+
+    buckets = Buckets(((2, 4), (3, 3)), np.array([0, 1, 1, 0, 1, 1, 0, 1, 1, 1]), np.zeros(10), batch_size=4)
+
+    def get(self, index: int, generator=None) -> dict:
+        return {**super().get(index, generator), "pixels": torch.zeros(self.buckets.shape(index))}
+
+
+def test_ranks_micro_batches_workers_and_restarts_change_no_bucket() -> None:
+    def read(count: int, batch_size: int = 4, **options) -> list[tuple[list, list, int]]:
+        loader = draw_loader(Bucketed(), batch_size, seed=9, **options)
+        rows = itertools.islice(loader, count)
+        return [(row["index"].tolist(), row["noise"].tolist(), tuple(row["pixels"].shape[1:])) for row in rows]
+
+    whole = read(6)
+    assert {shape for *_, shape in whole} == {(2, 4), (3, 3)}
+    assert read(6, num_workers=2) == whole
+    assert read(3, start_batch=3) == whole[3:]
+    ranks = [read(6, 2, rank=rank, world_size=2) for rank in range(2)]
+    accumulated = read(12, 2)
+    for step, (index, noise, shape) in enumerate(whole):
+        for halves in ([ranks[0][step], ranks[1][step]], accumulated[2 * step : 2 * step + 2]):
+            assert [index, noise] == [halves[0][part] + halves[1][part] for part in (0, 1)]
+            assert {half[2] for half in halves} == {shape}
+
+
+def test_batches_that_buckets_were_not_fitted_to_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"of batches of 4 images, .* multiple of the 6 .*; fit them to the size of a"
+    ):
+        draw_loader(Bucketed(), 3, seed=0, rank=0, world_size=2)
 
 
 @pytest.mark.parametrize(

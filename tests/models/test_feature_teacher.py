@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
     ViTConfig,
 )
 
+from diffusers_eqvae.data.buckets import bucket_shapes
 from diffusers_eqvae.models.feature_teacher import FeatureTeacher, teacher_difference, teacher_identity
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "image_size": 28}
@@ -106,7 +108,20 @@ def test_teacher_shows_448_px_as_32_tokens_per_side():
     with torch.device("meta"):
         teacher = FeatureTeacher(Dinov2Model(Dinov2Config(**(SMALL | {"patch_size": 14, "image_size": 518}))))
     assert teacher.input_size(256, 256) == (448, 448)
-    assert teacher.input_size(256, 384) == (448, 672)
+
+
+def test_teacher_sees_rectangles_as_large_as_squares(teacher):
+    """Of as many pixels, so that a latent cell is as large to it; stretched by no more than whole patches ask for."""
+    teacher = FeatureTeacher(teacher.model, image_size=448)
+    side = teacher.patch_size
+    for height, width in bucket_shapes(256, 8):
+        sizes = teacher.input_size(height, width)
+        assert all(size % side == 0 for size in sizes)
+        for size, shown in zip((height, width), sizes, strict=True):
+            assert abs(shown - size * 448 / math.sqrt(height * width)) <= side / 2
+    assert teacher.input_size(64, 192) == (259, 777)
+    pixels = torch.rand(1, 3, 64, 192)
+    assert FeatureTeacher(teacher.model, image_size=28)(pixels)[0].shape[-2:] == (2, 7)
 
 
 def test_unfit_teachers_are_refused(teacher):

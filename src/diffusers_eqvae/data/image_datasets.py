@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..classes import ClassTable, listed
 from ..images import AnyImage, adm_center_crop, evenly_spaced, random_crop_resize, to_pixels
 from ..provenance import SAMPLED_IMAGES, data_identity, require_same_data
 from .array_images import Range, read_value_range
+from .buckets import Buckets
 from .image_files import DECODE_ERRORS, image_size, note_small, read_image
 from .latent_store import LatentStore
 from .report import DataError, DataReport
@@ -198,9 +199,16 @@ class ImageSource:
             return image, None if self.labels is None else int(self.labels[used]), used
         raise DataError("None of the images can be read.")
 
-    def check(self, limit: int = START_CHECKS) -> None:
-        """Opens up to `limit` evenly spaced images (their headers only), so that bad data fails at the start."""
-        for index in evenly_spaced(len(self), limit):
+    def check(
+        self, limit: int = START_CHECKS, progress: Callable[[list[int]], Iterable[int]] = lambda indices: indices
+    ) -> None:
+        """Opens up to `limit` evenly spaced images (their headers only), so that bad data fails at the start.
+
+        None is opened twice; `progress` goes through their indices, such as a progress bar.
+        """
+        for index in progress(evenly_spaced(len(self), limit)):
+            if index in self.sizes or self._unreadable[index]:
+                continue
             record = self._record(index)
             try:
                 self.sizes[index] = image_size(_image_of(record), self.channels, self.value_range)
@@ -259,6 +267,7 @@ class PixelDataset(Dataset):
         random_flip: mirror half of the images left to right where a generator is given.
         features: a store of the same images whose features ("features.NAME" of those that it reads) stand beside them;
             then there are centre crops only, and mirror images where it holds them.
+        buckets: the shape of each image where a generator is given: (C, H, W) in the place of squares.
 
     Indexing (`dataset[i]`) is deterministic; `get(i, generator)` augments.
 
@@ -275,8 +284,10 @@ class PixelDataset(Dataset):
         random_crop: bool = False,
         random_flip: bool = False,
         features: LatentStore | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         self.source = source
+        self.buckets = buckets
         self.resolution = resolution
         self.random_crop = random_crop
         self.random_flip = random_flip
@@ -291,6 +302,7 @@ class PixelDataset(Dataset):
         require_same_data(store.settings.source, self.source.identity, whose=whose, remedy=remedy)
         for wrong, what in (
             (self.random_crop, "centre crops, and these are random ones"),
+            (self.buckets is not None, "squares, and these are rectangles"),
             (store.settings.resolution != self.resolution, f"{store.settings.resolution} px, not {self.resolution}"),
             (self.random_flip and store.settings.views < 2, "images that were not mirrored, and half of these are"),
         ):
@@ -299,8 +311,13 @@ class PixelDataset(Dataset):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of the source, whatever its images are cropped to."""
-        return self.source.identity
+        """Of the source, and of the buckets that its images lie in; whatever else they are cropped to."""
+        return self.source.identity | ({} if self.buckets is None else {"buckets": self.buckets.identity})
+
+    @property
+    def shortest_px(self) -> int:
+        """Of all sides of what `get` gives."""
+        return self.resolution if self.buckets is None else min(self.resolution, self.buckets.shortest_px)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -311,10 +328,11 @@ class PixelDataset(Dataset):
     def get(self, index: int, generator: np.random.Generator | None = None) -> dict[str, Any]:
         """The example at `index`, augmented from `generator`."""
         image, label = self.source.get(index)
+        size = self.resolution if generator is None or self.buckets is None else self.buckets.shape(index)
         if generator is not None and self.random_crop:
-            image = random_crop_resize(image, self.resolution, generator)
+            image = random_crop_resize(image, size, generator)
         else:
-            image = adm_center_crop(image, self.resolution)
+            image = adm_center_crop(image, size)
         mirrored = generator is not None and self.random_flip and generator.random() < 0.5
         if mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

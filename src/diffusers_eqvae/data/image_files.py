@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import MODES, AnyImage, evenly_spaced, to_channels
+from ..images import MODES, AnyImage, evenly_spaced, to_channels, upright_size
 from .array_images import Range, array_size, is_array, read_array, read_pages
 from .report import DataError, DataReport
 
@@ -208,7 +208,7 @@ def _require_usable(width: int, height: int, smallest: int = MIN_SIDE_PX) -> Non
 
 
 def image_size(source: Any, channels: int = 3, value_range: Range | None = None) -> tuple[int, int]:
-    """Width and height of an image that `read_image` reads, of its header.
+    """Width and height of an image that `read_image` reads, upright, of its header.
 
     Example:
         >>> image_size("photographs/daisy/0001.jpg")
@@ -219,7 +219,7 @@ def image_size(source: Any, channels: int = 3, value_range: Range | None = None)
         _require_usable(width, height)
         return width, height
     with open_image(source) as image:
-        return image.size
+        return upright_size(image)
 
 
 def read_image(source: Any, channels: int = 3, value_range: Range | None = None) -> AnyImage:

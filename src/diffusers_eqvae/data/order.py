@@ -3,7 +3,8 @@
 A run is one infinite sequence of *draws* n = 0, 1, 2, ... Draw n belongs to epoch e = n // N and shows the example
 permutation(seed, e)[n % N]; its augmentation is drawn from a generator seeded by (seed, n). Ranks take consecutive
 slices of that sequence, so two ranks with batch B see what one rank with batch 2B sees, and resuming is a matter of
-starting at a later batch.
+starting at a later batch. Where batches are to be of one shape, `BucketOrder` shows the same draws batch by batch, as
+their buckets fill.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..randomness import philox, random_words
 
 _EPOCH_STREAM = 1  # Keeps the order of epoch e apart from the augmentation of draw e.
-_CACHED_EPOCHS = 2  # Workers that prefetch straddle one epoch boundary.
+_CACHED_EPOCHS = 3  # Workers that prefetch straddle one epoch boundary, and so does a batch of a bucket.
 
 
 class DrawableDataset(Protocol):
@@ -66,6 +67,65 @@ class DrawOrder:
             if len(self._permutations) > _CACHED_EPOCHS:
                 self._permutations.popitem(last=False)
         return self._permutations[epoch]
+
+
+class BucketOrder(DrawOrder):
+    """The draws of `DrawOrder`, sorted into buckets as they come; a batch is shown when its bucket is full.
+
+    So every batch is of one bucket, and which comes next is as random as the images are. What is left in a bucket
+    when an epoch ends opens that bucket's first batch of the next one: no image is left out, and when the order of e
+    epochs has been walked through, each has been shown e times but fewer than a batch of every bucket, shown once
+    less. One bucket is `DrawOrder`, draw by draw.
+
+    Args:
+        buckets: (N,) the bucket of each example, from 0 on.
+        batch_size: of all ranks and micro-batches of a step together.
+        seed: in [0, 2^64).
+
+    Example:
+        >>> order = BucketOrder(np.array([0, 1, 0, 1, 0, 1, 0, 0]), 2, seed=42)
+        >>> [order.index(number) for number in range(8)]
+        [0, 2, 3, 5, 6, 4, 7, 2]
+    """
+
+    def __init__(self, buckets: np.ndarray, batch_size: int, *, seed: int) -> None:
+        super().__init__(len(buckets), seed=seed)
+        self.buckets, self.batch_size = buckets, batch_size
+        self._counts = np.bincount(buckets)
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def index(self, number: int) -> int:
+        """The example that draw `number` >= 0 shows: of the place number % batch_size in its batch."""
+        batch, place = divmod(number, self.batch_size)
+        epoch = batch * self.batch_size // self.num_examples
+        while self._filled(epoch + 1).sum() <= batch:  # what waits in its bucket is shown an epoch later
+            epoch += 1
+        bucket, earlier = self._epoch(epoch)[1][batch - self._filled(epoch).sum()]
+        own_epoch, position = divmod(int(earlier) * self.batch_size + place, int(self._counts[bucket]))
+        return int(self._epoch(own_epoch)[0][self._starts[bucket] + position])
+
+    def _filled(self, epoch: int) -> np.ndarray:
+        """How many batches each bucket has filled before an epoch."""
+        return epoch * self._counts // self.batch_size
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of an epoch, bucket by bucket and each in the order of `permutation`, (N,); and its batches as
+        they fill, (M, 2): the bucket, and how many batches that has filled before."""
+        if epoch not in self._epochs:
+            permutation = self.permutation(epoch)
+            places = np.argsort(self.buckets[permutation], kind="stable")
+            batches = []
+            for bucket, (first, last) in enumerate(zip(self._filled(epoch), self._filled(epoch + 1), strict=True)):
+                earlier = np.arange(first, last)
+                last_image = (earlier + 1) * self.batch_size - 1 - epoch * self._counts[bucket]
+                full_at = places[self._starts[bucket] + last_image]
+                batches.append(np.stack([full_at, np.full_like(earlier, bucket), earlier], axis=1))
+            table = np.concatenate(batches)
+            self._epochs[epoch] = permutation[places], table[np.argsort(table[:, 0])][:, 1:]
+            if len(self._epochs) > _CACHED_EPOCHS:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
 
 
 class DrawSampler:
@@ -121,7 +181,8 @@ class DrawDataset(Dataset):
 
     Args:
         dataset: has `__len__` and `get(index, generator)`; where it also has `get_many(indices, words)` (see
-            `LatentStore`), a whole batch is read in one call and comes back as one mapping of stacked tensors.
+            `LatentStore`), a whole batch is read in one call and comes back as one mapping of stacked tensors. Its
+            `buckets`, where it has some (see `data.buckets`), give the order.
         seed: the same as the sampler's.
 
     Use `collate_draws` as the loader's collate_fn; it takes both forms.
@@ -133,7 +194,8 @@ class DrawDataset(Dataset):
 
     def __init__(self, dataset: DrawableDataset, *, seed: int) -> None:
         self.dataset = dataset
-        self.order = DrawOrder(len(dataset), seed=seed)
+        buckets = getattr(dataset, "buckets", None)
+        self.order = DrawOrder(len(dataset), seed=seed) if buckets is None else buckets.order(seed=seed)
 
     def __getitem__(self, number: int) -> Any:
         if hasattr(self.dataset, "get_many"):
@@ -168,9 +230,16 @@ def draw_loader(
     **order: int,
 ) -> DataLoader:
     """Endless batches of `DrawDataset` in the order of `DrawSampler`, which `order` goes to; `collate` None stacks."""
+    draws, sampler = DrawDataset(dataset, seed=seed), DrawSampler(len(dataset), batch_size, seed=seed, **order)
+    together = batch_size * sampler.world_size
+    if isinstance(draws.order, BucketOrder) and draws.order.batch_size % together:
+        raise ValueError(
+            f"The buckets are those of batches of {draws.order.batch_size} images, which must be a multiple of the "
+            f"{together} that all ranks take at once; fit them to the size of a step."
+        )
     return DataLoader(
-        DrawDataset(dataset, seed=seed),
-        batch_sampler=DrawSampler(len(dataset), batch_size, seed=seed, **order),
+        draws,
+        batch_sampler=sampler,
         num_workers=num_workers,
         worker_init_fn=leave_interrupts,
         collate_fn=collate or collate_draws,

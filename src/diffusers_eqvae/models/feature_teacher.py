@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -27,16 +28,16 @@ class FeatureTeacher(nn.Module):
     """Patch and global features of DINOv2 (with or without registers), DINOv3 or SigLIP, from transformers.
 
     Images are brought to the model's mean and standard deviation (ImageNet's; .5 for SigLIP) and resized (bicubic,
-    without antialiasing) so that their short side is `image_size`: 448 px and patches of 14 give 32x32 tokens, one per
-    latent position of a 256 px image at f8 (ReaLS). Both happen in float32. Register tokens are dropped. SigLIP has no
-    CLS token, so its global feature is None. No parameter requires a gradient, no graph is kept, and the module never
-    leaves eval mode.
+    without antialiasing) to a square of `image_size`, or a rectangle of about as many pixels: 448 px and patches of 14
+    give 32x32 tokens, one per latent position of a 256 px image at f8 (ReaLS). Both happen in float32. Register tokens
+    are dropped. SigLIP has no CLS token, so its global feature is None. No parameter requires a gradient, no graph is
+    kept, and the module never leaves eval mode.
 
     Differs from the reference: VA-VAE feeds pixels in [-1, 1] without ImageNet's normalisation.
 
     Args:
         model: the transformers model.
-        image_size: short side in pixels of what the model sees; a multiple of its patch size.
+        image_size: side in pixels of the squares that the model sees; a multiple of its patch size.
         final_norm: give the tokens after the model's last LayerNorm, or (False) before it, as DINOv2's linear depth
             heads read them and an alignment network predicts them.
 
@@ -118,8 +119,8 @@ class FeatureTeacher(nn.Module):
         return super().train(False)
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) the model sees: short side `image_size`, long side the nearest multiple of the patch size."""
-        scale = self.image_size / min(height, width) / self.patch_size
+        """(H, W) the model sees: about the pixels of a square of `image_size`, in whole patches, hardly stretched."""
+        scale = self.image_size / math.sqrt(height * width) / self.patch_size
         return round(height * scale) * self.patch_size, round(width * scale) * self.patch_size
 
     @torch.no_grad()

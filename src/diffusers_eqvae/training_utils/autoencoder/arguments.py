@@ -167,6 +167,20 @@ class AutoencoderOptimizerArguments(OptimizerArguments):
 
 
 @dataclass
+class AutoencoderDataArguments(DataArguments):
+    """Which images to train on, and in which shapes."""
+
+    aspect_buckets: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on rectangles of at most so many shapes, each of at most --resolution^2 pixels; an image "
+            "goes to the nearest one (reads all headers). Unset: squares.",
+            "range": "(0, inf)",
+        },
+    )
+
+
+@dataclass
 class RegularizerArguments(Checked):
     """Which regularizers run; each brings its own options."""
 
@@ -231,7 +245,7 @@ class AutoencoderOptions(NamedTuple):
     lora: LoraArguments
     regularizing: RegularizerArguments
     evaluation: AutoencoderEvaluationArguments
-    data: DataArguments
+    data: AutoencoderDataArguments
     run: RunArguments
     methods: dict[str, Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ...autoencoders import (
     image_channels,
     load_autoencoder,
     require_fitting,
+    takes_any_size,
 )
 from ...conversion._discriminator import read_taming_discriminator
-from ...data.image_datasets import PixelDataset, load_image_dataset
+from ...data.buckets import Buckets
+from ...data.image_datasets import ImageSource, PixelDataset, load_image_dataset
 from ...data.latent_store import LatentStore
 from ...data.stored_images import StoredImages
 from ...files import read_json
@@ -36,6 +39,7 @@ from ...pretrained import looking_for
 from ...regularizers.base import Regularizer, build_regularizers, require_reach
 from ..arguments import warn_without_effect
 from ..command_line import read_model_config
+from ..console import progress_bar
 from ..lora import LORA
 from .arguments import AutoencoderArguments, AutoencoderLossArguments, AutoencoderOptions
 from .channels import refuse_unlearned_channels, with_latent_channels
@@ -110,8 +114,13 @@ def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
     vae.enable_gradient_checkpointing()
 
 
-def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> tuple[PixelDataset, Tensor]:
+def load_images(
+    given: AutoencoderOptions, objective: AutoencoderObjective, global_batch_size: int
+) -> tuple[PixelDataset, Tensor]:
     """Training images with the stored features that regularizers read, and the validation images (N, C, S, S).
+
+    Args:
+        global_batch_size: images per optimizer step, which are of one shape.
 
     Raises:
         ValueError: a resolution that the autoencoder's stride does not divide; see `load_image_dataset` for the rest.
@@ -131,6 +140,7 @@ def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> t
         random_crop=not data.center_crop,
         random_flip=data.random_flip,
         features=store,
+        buckets=None if data.aspect_buckets is None else _buckets(given, objective, source, global_batch_size),
     )
     if evaluation.validation_data_dir:
         source = load_image_dataset(
@@ -139,6 +149,37 @@ def load_images(given: AutoencoderOptions, objective: AutoencoderObjective) -> t
     chosen = PixelDataset(source, resolution=validation_px)
     count = min(evaluation.num_validation_images, len(chosen))
     return images, torch.stack([chosen[index]["pixel_values"] for index in range(count)])
+
+
+def _buckets(
+    given: AutoencoderOptions, objective: AutoencoderObjective, source: ImageSource, global_batch_size: int
+) -> Buckets:
+    """Those of --aspect_buckets; in a dry run the largest alone."""
+    vae, data = objective.model, given.data
+    squares = {"--latents_dir": given.model.latents_dir, "--features_dir": given.regularizing.features_dir}
+    for flag in (name for name, value in squares.items() if value):
+        raise ValueError(
+            f"--aspect_buckets trains on rectangles, and the store of {flag} holds what was made of squares; leave "
+            "one of them out."
+        )
+    if not takes_any_size(vae):
+        raise ValueError(
+            f"--aspect_buckets gives images of several sizes, and {type(vae).__name__} takes one; leave it out."
+        )
+    source.check(
+        len(source),
+        partial(progress_bar, desc="sizes of images", unit="image", disable=not logger.isEnabledFor(logging.INFO)),
+    )
+    buckets = Buckets.fit(
+        source.sizes,
+        len(source),
+        resolution=data.resolution,
+        stride=downsampling_factor(vae),
+        most=data.aspect_buckets or 0,
+        batch_size=global_batch_size,
+    )
+    logger.info("Shapes of at least a global batch of %d images: %s.", global_batch_size, buckets)
+    return buckets.largest() if given.run.dry_run else buckets
 
 
 def training_data(
@@ -332,26 +373,27 @@ def _load_discriminator(directory: str) -> PatchDiscriminator:
 def _check_smallest(who: str, needed_px: int, smallest_px: int, remedy: str) -> None:
     if smallest_px < needed_px:
         raise ValueError(
-            f"{who} needs images of at least {needed_px} px, but a regularizer's smallest has {smallest_px} px; raise "
+            f"{who} needs images of at least {needed_px} px, but the smallest here has {smallest_px} px; raise "
             f"--resolution, {remedy}, or give the term weight 0."
         )
 
 
-def smallest_image_px(objective: AutoencoderObjective, resolution: int) -> int:
-    """Shortest side of the smallest image that a regularizer makes of one of `resolution` pixels.
+def smallest_image_px(objective: AutoencoderObjective, shortest_px: int) -> int:
+    """Shortest side of the smallest image that a regularizer makes of one whose shorter side is `shortest_px`.
 
     Raises:
         ValueError: latents of a single position, which no regularizer can shrink.
     """
     scale = min((regularizer.smallest_scale() for regularizer in objective.regularizers.values()), default=1.0)
     if scale == 1.0:
-        return resolution
+        return shortest_px
     factor = downsampling_factor(objective.model)
-    side = resolution // factor
+    side = shortest_px // factor
     if side < 2:
         raise ValueError(
-            f"A regularizer that scales latents needs at least 2 positions a side, and --resolution {resolution} "
-            f"gives 1 at stride {factor}; use --resolution {2 * factor} or more, or leave scaling out."
+            f"A regularizer that scales latents needs at least 2 positions a side, and {shortest_px} px give 1 at "
+            f"stride {factor}; use --resolution {2 * factor} or more ({3 * factor} with --aspect_buckets), or leave "
+            "scaling out."
         )
-    require_fitting(resolution, objective.model, name="--resolution", smallest=2 * factor)
+    require_fitting(shortest_px, objective.model, name="--resolution", smallest=2 * factor)
     return max(int(side * scale), 1) * factor

@@ -56,6 +56,7 @@ def training_metadata(run: TrainingRun, given: AutoencoderOptions) -> dict[str, 
     chosen = [name for name in given.regularizing.regularizers if name != "none"]
     return {
         **settings_of(run),
+        **({} if given.data.aspect_buckets is None else {"aspect_buckets": given.data.aspect_buckets}),
         **({} if model.trainable == [WHOLE] else {"trainable": " ".join(model.trainable)}),
         **({} if model.latent_channels is None else {"latent_channels": model.latent_channels}),
         **({"lora": {"rank": given.lora.lora_rank, "alpha": given.lora.alpha}} if LORA in model.trainable else {}),
@@ -208,7 +209,12 @@ def save_autoencoder(
             },
         },
         training=training,
-        data={"dataset": data.name, "resolution_px": data.resolution, "report": images.source.report.to_json()},
+        data={
+            "dataset": data.name,
+            "resolution_px": data.resolution,
+            **({} if images.buckets is None else {"shapes": str(images.buckets)}),
+            "report": images.source.report.to_json(),
+        },
         evaluation=evaluation_metadata(run, figures, given),
         provenance=provenance,
     ).save(directory / METADATA_FILE)
