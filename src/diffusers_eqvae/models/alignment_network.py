@@ -59,7 +59,7 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
         teacher_type: its transformers type, e.g. "dinov2" or "dinov2_with_registers".
         teacher_hash: first 16 hex digits of the sha256 of its weights.
         teacher_layers: blocks, counted from 1, whose output is predicted.
-        teacher_image_size: short side in pixels of the images that it sees.
+        teacher_image_size: side in pixels of the squares that it sees.
 
     Example:
         >>> network = AlignmentNetwork(latent_channels=4, hidden_size=8, feature_size=6)
