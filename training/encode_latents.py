@@ -80,8 +80,9 @@ class EncodeArguments(Checked):
         default_factory=list,
         metadata={
             "reads": True,
-            "help": "Features stored beside the latents, for regularizers: vae_encoder (vae_repa), and vision models, "
-            "Hub names or directories (repa, alignment). A store that lacks them gets them from the same command.",
+            "help": "Features stored beside the latents, for regularizers: vae_encoder (vae_repa), and teachers (repa, "
+            "alignment): vision models, Hub names or directories, or NAME[=WEIGHTS] of a feature network that has a "
+            "feature map. A store that lacks them gets them from the same command.",
         },
     )
     features_grid: int | None = field(
@@ -191,7 +192,11 @@ def networks_of(arguments: EncodeArguments, data: ImageArguments, vae: torch.nn.
         warn_without_effect(arguments, own, "there are no --features")
     dtype, before_norm = DTYPES[arguments.features_dtype], arguments.features_before_norm
     options = {"grid": arguments.features_grid, "dtype": dtype, "before_norm": before_norm}
-    return torch.nn.ModuleList(feature_networks(arguments.features, vae, resolution=data.resolution, **options))
+    networks = feature_networks(arguments.features, vae, resolution=data.resolution, **options)
+    stored = [each.identity for network in networks for each in network.features.values()]
+    if networks and all(each.get("final_norm") is None for each in stored):
+        warn_without_effect(arguments, ["features_before_norm"], "no network of --features ends in a LayerNorm")
+    return torch.nn.ModuleList(networks)
 
 
 def settings_of(

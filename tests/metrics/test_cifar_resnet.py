@@ -13,7 +13,6 @@ from diffusers_eqvae.metrics.cifar_resnet import CifarBlock, CifarResNet
 from diffusers_eqvae.metrics.feature_networks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    cifar_resnet_features,
     load_feature_network,
 )
 
@@ -73,10 +72,10 @@ def test_other_weights_are_refused(tmp_path):
     ):
         torch.save(wrong, tmp_path / name)
         with pytest.raises(ValueError, match="must hold the weights of a ResNet for CIFAR-10"):
-            cifar_resnet_features(tmp_path / name)
+            load_feature_network("cifar_resnet", tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"resnet56-4bfd9763\.th, which is not.* https.*cifar_resnet=FILE"):
-        cifar_resnet_features(None)
-    with pytest.raises(ValueError, match="inception, dinov2, squeezenet, cifar_resnet"):
+        load_feature_network("cifar_resnet", None)
+    with pytest.raises(ValueError, match="there are cifar_resnet, dinov2, inception, squeezenet"):
         load_feature_network("resnet")
 
 
@@ -84,7 +83,7 @@ def test_other_weights_are_refused(tmp_path):
 def test_published_weights_know_their_classes(shared_data, file, accuracy):
     """Accuracy on 8000 images of the test split; 400 of them give it within four standard errors."""
     parquet = pytest.importorskip("pyarrow.parquet")
-    loaded = cifar_resnet_features(shared_data / "weights" / "cifar10_resnet" / file)
+    loaded = load_feature_network("cifar_resnet", shared_data / "weights" / "cifar10_resnet" / file)
     table = parquet.read_table(shared_data / "cifar10" / "test-00000-of-00001.parquet").to_pydict()
     chosen = range(0, 8000, 20)
     images_uint8 = [np.asarray(Image.open(io.BytesIO(table["image"][k]["bytes"])).convert("RGB")) for k in chosen]

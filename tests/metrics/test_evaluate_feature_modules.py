@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
 from diffusers_eqvae.metrics.evaluate_modules import module_path
-from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, cifar_resnet_features
+from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, load_feature_network
 from diffusers_eqvae.metrics.generation import evaluate_generation, evaluate_reconstruction, load_reference
 from diffusers_eqvae.metrics.image_sets import extract
 
@@ -46,7 +46,7 @@ def blurred(array: np.ndarray) -> np.ndarray:
 
 def test_rfid_in_batches_of_uint8_or_of_pixels(load, weights):
     images, metric = images_uint8(70), load("rfid")
-    network = cifar_resnet_features(weights)
+    network = load_feature_network("cifar_resnet", weights)
     collected = [extract(network, np.split(each, [30, 50])) for each in (blurred(images), images)]
     expected = evaluate_reconstruction(*collected, network).values()
     for part in np.split(images, [30, 50]):
@@ -85,7 +85,7 @@ def test_gfid_gives_all_that_the_network_and_the_reference_allow(load, weights, 
     for part in np.split(images_uint8(70), [30, 50]):
         metric.add_batch(predictions=part)
     result = metric.compute()
-    network = cifar_resnet_features(weights)
+    network = load_feature_network("cifar_resnet", weights)
     samples, reference = extract(network, np.split(images_uint8(70), [30, 50])), tmp_path / "reference.npz"
     expected = evaluate_generation(samples, load_reference(reference, network), network).values()
     assert {name: result[name] for name in expected} == expected
@@ -130,7 +130,7 @@ def test_gfid_crops_its_reference_and_takes_the_network_by_name(load, weights, t
         Image.fromarray(each).save(tmp_path / "images" / f"{index}.png")
     options = {"reference": str(tmp_path / "images"), "resolution": 8}
     result = load("gfid", **options).compute(predictions=images_uint8(9))
-    expected = load_reference(tmp_path / "images", cifar_resnet_features(weights), resolution=8)
+    expected = load_reference(tmp_path / "images", load_feature_network("cifar_resnet", weights), resolution=8)
     assert result["reference_hash"] == expected.hash and result["feature_network"] == "cifar10_resnet8"
     named = load("rfid", config="squeezenet", weights=str(tmp_path / "squeezenet.pth"))
     assert named.compute(predictions=images_uint8(2), references=images_uint8(2))["feature_network"] == "squeezenet1_1"

@@ -12,12 +12,11 @@ from torch import nn
 
 from diffusers_eqvae.metrics import feature_networks as features
 from diffusers_eqvae.metrics.feature_networks import (
-    InceptionFID,
     ModuleFeatures,
-    dinov2_features,
     load_feature_network,
-    squeezenet_features,
 )
+from diffusers_eqvae.metrics.networks.dinov2 import DINOv2Features
+from diffusers_eqvae.metrics.networks.inception import InceptionFID
 from diffusers_eqvae.provenance import weights_hash
 
 
@@ -114,7 +113,9 @@ def test_a_name_may_carry_its_weights(tmp_path):
     found = load_feature_network(f"squeezenet={tmp_path / 'a=b.pth'}")
     save_file(torch.load(tmp_path / "a=b.pth"), tmp_path / "c.safetensors")
     assert found.weights_hash == load_feature_network("squeezenet", tmp_path / "c.safetensors").weights_hash
-    with pytest.raises(ValueError, match="are inception, dinov2, squeezenet, cifar_resnet; got 'resnet'"):
+    with pytest.raises(
+        ValueError, match="no feature network 'resnet'; there are cifar_resnet, dinov2, inception, squeezenet"
+    ):
         load_feature_network("resnet=x.pth")
 
 
@@ -176,7 +177,7 @@ def test_dinov2_gives_its_global_feature(tmp_path):
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=28)
     model = Dinov2Model(config).eval()
     model.save_pretrained(tmp_path / "dinov2-tiny")
-    network = dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
+    network = DINOv2Features.from_file(str(tmp_path / "dinov2-tiny"), image_size=28)
     assert network.metric_name("fid") == "fd_dinov2_tiny"
     batch = images(2, 28)
     normalized = (batch.float() / 255 - torch.tensor(features.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
@@ -185,27 +186,27 @@ def test_dinov2_gives_its_global_feature(tmp_path):
     expected = model(pixel_values=normalized).pooler_output
     torch.testing.assert_close(network(batch)["features"], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="multiple of the patch size 14"):
-        dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=30)
+        DINOv2Features.from_file(str(tmp_path / "dinov2-tiny"), image_size=30)
     weights = tmp_path / "dinov2-tiny" / "model.safetensors"
     save_file({"other.weight": torch.zeros(3)}, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"dinov2-tiny must hold all weights of a dinov2; it lacks \d+ tensors"):
-        dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
+        DINOv2Features.from_file(str(tmp_path / "dinov2-tiny"), image_size=28)
     weights.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"model\.safetensors of .*dinov2-tiny are not those of a model"):
-        dinov2_features(str(tmp_path / "dinov2-tiny"), image_size=28)
+        DINOv2Features.from_file(str(tmp_path / "dinov2-tiny"), image_size=28)
 
 
 def test_dinov2_that_is_nowhere_says_how_to_get_it(tmp_path):
     for name in (str(tmp_path / "absent"), "facebook/dinov2-large"):
         with pytest.raises(FileNotFoundError, match=rf"{name}, which .* `hf download` to a directory"):
-            dinov2_features(name)
+            DINOv2Features.from_file(name)
 
 
 def test_squeezenet_from_a_file(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     network = torchvision.models.squeezenet1_1(weights=None)
     torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
-    network = squeezenet_features(tmp_path / "squeezenet.pth")
+    network = load_feature_network("squeezenet", tmp_path / "squeezenet.pth")
     outputs = network(images(1))
     assert outputs["features"].shape == (1, 512) and network.metric_name("fid") == "fd_squeezenet1_1"
     # torchvision's own size for these weights, reached without leaving [0, 1].
@@ -217,7 +218,7 @@ def test_squeezenet_from_a_file(tmp_path):
     levels = seen[0] * network.std + network.mean
     assert levels.min() > -1e-6 and levels.max() < 1 + 1e-6
     with pytest.raises(FileNotFoundError, match=r"squeezenet1_1-b8a52dc0.pth, and .* does not exist.*squeezenet=FILE"):
-        squeezenet_features(tmp_path / "absent.pth")
+        load_feature_network("squeezenet", tmp_path / "absent.pth")
 
 
 def test_a_network_without_parameters_serves_too():

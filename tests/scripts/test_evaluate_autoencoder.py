@@ -18,7 +18,7 @@ from diffusers_eqvae.autoencoders import decode, encode
 from diffusers_eqvae.images import adm_center_crop, to_pixels, to_uint8
 from diffusers_eqvae.metrics.autoencoder import measure_autoencoder
 from diffusers_eqvae.metrics.cifar_resnet import CifarResNet
-from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, cifar_resnet_features
+from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, load_feature_network
 from diffusers_eqvae.metrics.generation import evaluate_reconstruction
 from diffusers_eqvae.metrics.image_sets import extract
 from diffusers_eqvae.metrics.result_card import PROTOCOLS, ResultCard
@@ -225,7 +225,7 @@ def test_rfid_comes_from_the_same_pass(repository, vae, images, resnet, tmp_path
     assert all(calls[name] == 2 * calls_without[name] for name in ("encode", "decode"))
     measured = content["metrics"].pop("rfd_cifar10_resnet8")
     assert content["metrics"] == without
-    network = cifar_resnet_features(resnet)
+    network = load_feature_network("cifar_resnet", resnet)
     images = [adm_center_crop(Image.open(path).convert("RGB"), 32) for path in sorted(images.iterdir())]
     images_uint8 = np.stack([np.asarray(image) for image in images])
     model = AutoencoderKL.from_pretrained(vae).eval()

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_eqvae import extensions
 from diffusers_eqvae.autoencoders import encode, encoder_features
 from diffusers_eqvae.data.latent_store import LatentStore
+from diffusers_eqvae.data.teachers import NetworkTeacher
 from diffusers_eqvae.images import adm_center_crop, to_pixels
+from diffusers_eqvae.metrics.feature_networks import FEATURE_NETWORKS
 from diffusers_eqvae.models import feature_teacher
 from diffusers_eqvae.regularizers import REGULARIZERS, GeneratorRegularizer
 
@@ -213,7 +217,7 @@ def align(place, output, **options) -> dict:
 
 def aligned_store(place, name="aligned", **options):
     whole = {"features": [place / "dino"], "features_grid": 4, "features_before_norm": "true"}
-    return store(place, name, **whole, **options)
+    return store(place, name, **whole | options)
 
 
 def test_an_autoencoder_aligns_with_stored_features_as_with_the_teacher(place, monkeypatch):
@@ -251,3 +255,47 @@ def test_stored_features_that_do_not_fit_are_refused_before_the_first_step(place
     shutil.rmtree(place / "images" / "dog")
     with pytest.raises(ValueError, match=r"These are not the data of the store .*aligned: the number of images"):
         align(place, "refused", features_dir=path)
+
+
+NETWORK = '''
+import torch
+from diffusers_eqvae.metrics.feature_networks import ModuleFeatures, register_feature_network
+from safetensors.torch import load_file
+
+
+@register_feature_network("cells")
+class Cells(ModuleFeatures):
+    """A convolution of patches of 4 px, which leaves the border out."""
+
+    @classmethod
+    def from_file(cls, weights):
+        module = torch.nn.Conv2d(3, 6, 6, 4)
+        module.load_state_dict(load_file(weights))
+        return cls(module, name="cells", stride=4)
+'''
+
+
+def test_a_feature_network_of_a_users_own_is_a_teacher(place, monkeypatch, caplog):
+    """One file beside the command: alignment, vf and stored features by it, known again by its weights."""
+    (place / "my_cells.py").write_text(NETWORK)
+    for name in ("one", "two"):
+        save_file(torch.nn.Conv2d(3, 6, 6, 4).state_dict(), place / f"{name}.safetensors")
+    monkeypatch.setattr(FEATURE_NETWORKS, "_members", dict(FEATURE_NETWORKS._members))
+    monkeypatch.setattr(extensions, "_LOADED", dict(extensions._LOADED))
+    cells, extension = f"cells={place / 'one.safetensors'}", {"extension": place / "my_cells.py"}
+    given = {"alignment_teacher": cells, **extension}
+    path = aligned_store(place, features=[cells], **extension)
+    identity = LatentStore(path).settings.features["cells"].identity
+    assert identity["files"] == identity["teacher_hash"] and str(place) not in json.dumps(identity)
+    seen = align(place, "seen", **given)
+    with monkeypatch.context() as silent:
+        silent.setattr(NetworkTeacher, "forward", None)
+        assert_equal(seen, align(place, "stored", features_dir=path, **given))
+    assert "since no network of --features ends in a LayerNorm: --features_before_norm." in caplog.text
+    other = {"alignment_teacher": f"cells={place / 'two.safetensors'}"}
+    with pytest.raises(ValueError, match="not those of the teacher cells: teacher_hash"):
+        align(place, "refused", features_dir=path, **given | other)
+    both = {"regularizers": ["alignment", "vf"], "vf_teacher": other["alignment_teacher"], "vf_image_size": 16}
+    whole = align(place, "both", **given | both)
+    shutil.rmtree(place / "both" / "checkpoints" / "step-00000006")
+    assert_equal(whole, align(place, "both", resume_from_checkpoint="latest", **given | both))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autoencoders import downsampling_factor, last_encoder_layer
-from ..models.feature_teacher import FeatureTeacher, load_vision_model, teacher_identity
 from ..provenance import autoencoder_identity
 from .latent_format import FeatureSettings, feature_tensor
+from .teachers import identity_of, load_teacher, network_name
 
 ENCODER = "vae_encoder"
 
@@ -53,10 +53,10 @@ class EncoderFeatures(FeatureNetwork):
 
 
 class TeacherFeatures(FeatureNetwork):
-    """Patch features of a vision model, whose patches are the cells of a grid.
+    """Patch features of a teacher (`data.teachers.load_teacher`), whose patches are the cells of a grid.
 
     They are those after its last LayerNorm, as `repa` reads them, or those before it and with them the global feature
-    ("NAME.global"), as `alignment` does.
+    ("NAME.global"), as `alignment` does. A network that ends in no LayerNorm serves both.
 
     Example:
         >>> TeacherFeatures("facebook/dinov2-base", (16, 16), dtype="float16").features
@@ -67,13 +67,11 @@ class TeacherFeatures(FeatureNetwork):
         self, name_or_path: str | os.PathLike[str], grid: tuple[int, int], *, dtype: str, before_norm: bool = False
     ) -> None:
         super().__init__()
-        model = load_vision_model(name_or_path)
-        size = min(grid) * int(model.config.patch_size)
-        self.teacher = FeatureTeacher(model, image_size=size, final_norm=not before_norm)
-        identity = {**self.teacher.metadata, **teacher_identity(name_or_path), "final_norm": not before_norm}
+        self.teacher = load_teacher(name_or_path, grid=grid, final_norm=not before_norm)
+        identity = {**self.teacher.metadata, **identity_of(name_or_path), "final_norm": self.teacher.final_norm}
         name, channels = feature_name(name_or_path), self.teacher.feature_size
         self.name, self.features = name, {name: FeatureSettings((channels, *grid), dtype, identity)}
-        if before_norm and self.teacher.has_global:
+        if not self.teacher.final_norm and self.teacher.has_global:
             self.features[global_name(name)] = FeatureSettings((channels,), dtype, identity)
 
     def forward(self, pixels: Tensor, seen: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -83,13 +81,13 @@ class TeacherFeatures(FeatureNetwork):
 
 
 def feature_name(teacher: str | os.PathLike[str]) -> str:
-    """What the features of a vision model are called: the last part of its name or path.
+    """What the features of a teacher are called: the last part of its name or path, or the NAME of NAME=WEIGHTS.
 
     Example:
-        >>> feature_name("facebook/dinov2-base")
-        'dinov2-base'
+        >>> feature_name("facebook/dinov2-base"), feature_name("squeezenet=squeezenet1_1.pth")
+        ('dinov2-base', 'squeezenet')
     """
-    return Path(teacher).name or Path(teacher).resolve().name
+    return network_name(teacher) or Path(teacher).name or Path(teacher).resolve().name
 
 
 def global_name(name: str) -> str:
@@ -106,12 +104,12 @@ def feature_networks(
     dtype: str = "float16",
     before_norm: bool = False,
 ) -> list[FeatureNetwork]:
-    """The networks of these names: `vae_encoder`, or vision models of transformers, Hub names or directories.
+    """The networks of these names: `vae_encoder`, or teachers by name (`data.teachers.load_teacher`).
 
     Args:
         resolution: side of the images in pixels.
         grid: cells along a side; None takes one for every 2 x 2 latent positions, a transformer's patches of 2.
-        before_norm: of vision models, see `TeacherFeatures`.
+        before_norm: of teachers, see `TeacherFeatures`.
 
     Raises:
         ValueError: two of one name, or a grid that the latent positions are no multiple of.

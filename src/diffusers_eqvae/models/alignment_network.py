@@ -54,11 +54,11 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
             2512.10794), without a global feature.
         spatial_norm: gamma where the patch features are the teacher's normalised ones with iREPA's spatial
             normalisation (`losses.alignment.spatial_norm`), which no published head reads; None = as above.
-        norm_eps: of the teacher's last LayerNorm.
-        teacher: its Hub name, or the name of its directory.
-        teacher_type: its transformers type, e.g. "dinov2" or "dinov2_with_registers".
+        norm_eps: of the teacher's last LayerNorm; None where it has none: then features stay as they are.
+        teacher: its Hub name, or the name of its directory or network.
+        teacher_type: its transformers type, e.g. "dinov2" or "dinov2_with_registers"; else the network's name.
         teacher_hash: first 16 hex digits of the sha256 of its weights.
-        teacher_layers: blocks, counted from 1, whose output is predicted.
+        teacher_layers: blocks, counted from 1, whose output is predicted; None of a convolutional network's map.
         teacher_image_size: side in pixels of the squares that it sees.
 
     Example:
@@ -78,7 +78,7 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
         hidden_size: int = 2048,
         feature_size: int = 1024,
         global_feature: bool = True,
-        norm_eps: float = 1e-6,
+        norm_eps: float | None = 1e-6,
         teacher: str | None = None,
         teacher_type: str | None = None,
         teacher_hash: str | None = None,
@@ -113,8 +113,9 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
     def for_teacher(cls, teacher: FeatureTeacher, **options: Any) -> Self:
         """A new network that predicts the features of `teacher`; `options` are the other constructor arguments."""
         network = cls(**teacher.metadata, **options)
-        network.norm_weight.copy_(teacher.last_norm.weight)
-        network.norm_bias.copy_(teacher.last_norm.bias)
+        if teacher.last_norm is not None:
+            network.norm_weight.copy_(teacher.last_norm.weight)
+            network.norm_bias.copy_(teacher.last_norm.bias)
         return network
 
     @classmethod
@@ -188,7 +189,9 @@ class AlignmentNetwork(ComponentMixin, ConfigMixin):
         return AlignmentOutput(patch, None if features.cls is None else self.layer_norm(features.cls))
 
     def layer_norm(self, features: Tensor) -> Tensor:
-        """The teacher's last LayerNorm over dimension 1."""
+        """The teacher's last LayerNorm over dimension 1; features themselves, where it has none."""
+        if self.config.norm_eps is None:
+            return features.float()
         rows = features.movedim(1, -1).float()
         rows = F.layer_norm(
             rows, rows.shape[-1:], self.norm_weight.float(), self.norm_bias.float(), self.config.norm_eps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ class FeatureTeacher(nn.Module):
         (torch.Size([1, 768, 32, 32]), torch.Size([1, 768]))
     """
 
+    model: Any
     mean: Tensor
     std: Tensor
+    final_norm: bool | None
 
     def __init__(self, model: Any, *, image_size: int = 448, final_norm: bool = True):
         super().__init__()
@@ -64,15 +66,17 @@ class FeatureTeacher(nn.Module):
                 f"The teacher's image size must be a positive multiple of its patch size {config.patch_size}; got "
                 f"{image_size}."
             )
-        self.model: Any = model
-        self.image_size = image_size
         self.final_norm = final_norm
-        self.patch_size = int(config.patch_size)
         self.feature_size = int(config.hidden_size)
         self.has_global = config.model_type != _SIGLIP
         # Tokens come as [CLS, registers, patches].
         self.prefix_tokens = int(self.has_global) + int(getattr(config, "num_register_tokens", 0))
-        mean, std = MODEL_TYPES[config.model_type]
+        self._set(model, image_size, int(config.patch_size), *MODEL_TYPES[config.model_type])
+
+    def _set(self, model: Any, image_size: int, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        """What every teacher has: the frozen model, and how images are shown to it."""
+        self.model = model
+        self.image_size, self.patch_size = image_size, patch_size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -100,7 +104,7 @@ class FeatureTeacher(nn.Module):
         name = str(getattr(self.model.config, "_name_or_path", "") or "")
         return {
             "feature_size": self.feature_size,
-            "norm_eps": self.last_norm.eps,
+            "norm_eps": None if self.last_norm is None else self.last_norm.eps,
             "teacher": Path(name).name if Path(name).is_dir() else name or None,
             "teacher_type": self.model.config.model_type,
             "teacher_hash": weights_hash(self.model),
@@ -109,8 +113,8 @@ class FeatureTeacher(nn.Module):
         }
 
     @property
-    def last_norm(self) -> nn.LayerNorm:
-        """The LayerNorm after the last block."""
+    def last_norm(self) -> nn.LayerNorm | None:
+        """The LayerNorm after the last block, None of a network without one."""
         names = ("norm", "layernorm", "post_layernorm")
         return next(getattr(self.model, name) for name in names if hasattr(self.model, name))
 
@@ -123,6 +127,11 @@ class FeatureTeacher(nn.Module):
         scale = self.image_size / math.sqrt(height * width) / self.patch_size
         return round(height * scale) * self.patch_size, round(width * scale) * self.patch_size
 
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(h, w) of the features of images of the model's size: one for every patch."""
+        height, width = images.shape[-2:]
+        return height // self.patch_size, width // self.patch_size
+
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Patch features (B, D, h, w) and the global feature (B, D), float32, of pixels (B, 3 or 1, H, W) in [-1, 1];
@@ -131,15 +140,17 @@ class FeatureTeacher(nn.Module):
         images = ((pixels.float() + 1.0) / 2.0 - self.mean) / self.std
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-        images = images.to(next(self.model.parameters()).dtype)
+        return self.look(images.to(next(self.model.parameters(), self.mean).dtype))
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `forward` gives, of normalised images of the model's size and number format."""
         # The others fit their table of positions to the image by themselves.
         options = {} if self.has_global else {"interpolate_pos_encoding": True}
         if self.final_norm:
             tokens = self.model(pixel_values=images, **options).last_hidden_state.float()
         else:
             tokens = self.model(pixel_values=images, output_hidden_states=True, **options).hidden_states[-1].float()
-        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
-        patch = tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+        patch = tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid(images))
         return patch.contiguous(), tokens[:, 0] if self.has_global else None
 
 

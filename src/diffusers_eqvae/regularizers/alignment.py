@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..autoencoders import latent_channels
 from ..data.image_features import feature_name, global_name
 from ..data.latent_format import FeatureSettings, feature_tensor
+from ..data.teachers import load_teacher
 from ..losses.alignment import alignment_loss, spatial_norm
 from ..models.alignment_network import ALIGNMENT_FOLDER, AlignmentNetwork, AlignmentOutput
 from ..models.feature_teacher import FeatureTeacher
@@ -31,7 +32,8 @@ class AlignmentArguments(Checked):
         default="facebook/dinov2-with-registers-large",
         metadata={
             "reads": True,
-            "help": "Feature network of the alignment regularizer: a transformers name or directory.",
+            "help": "What latents are aligned with: a vision model, by its Hub name or directory, or "
+            "NAME[=WEIGHTS] of a feature network that has a feature map, such as squeezenet.",
         },
     )
     alignment_weight: float = field(
@@ -179,7 +181,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
 
         Features stored of all that it reads take the teacher's place, which is looked at then and not kept.
         """
-        teacher = FeatureTeacher.from_pretrained(
+        teacher = load_teacher(
             arguments.alignment_teacher, image_size=arguments.alignment_image_size, final_norm=False
         )
         network = AlignmentNetwork.beside(model)
@@ -251,7 +253,7 @@ class AlignmentRegularizer(AutoencoderRegularizer):
         return {ALIGNMENT_FOLDER: self.network}
 
 
-def _require_before_norm(final_norm: bool) -> None:
+def _require_before_norm(final_norm: bool | None) -> None:
     """Refuses features that an alignment network, which predicts them before the LayerNorm, cannot meet."""
     if final_norm:
         raise ValueError(

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..data.image_features import feature_name
 from ..data.latent_format import FeatureSettings, feature_tensor
+from ..data.teachers import identity_of, load_teacher
 from ..losses.alignment import spatial_norm
 from ..models.backbone import Backbone
 from ..models.feature_projector import FeatureProjector
-from ..models.feature_teacher import FeatureTeacher, load_vision_model, teacher_difference, teacher_identity
+from ..models.feature_teacher import FeatureTeacher, teacher_difference
 from ..options import Checked
 from ._hidden_alignment import HiddenAlignment, require_grid
 from .base import register_regularizer
@@ -32,7 +33,11 @@ class REPAArguments(Checked):
 
     repa_teacher: str = field(
         default="facebook/dinov2-base",
-        metadata={"reads": True, "help": "Feature network: a transformers name or directory."},
+        metadata={
+            "reads": True,
+            "help": "A vision model, by its Hub name or directory, or "
+            "NAME[=WEIGHTS] of a feature network that has a feature map, such as squeezenet.",
+        },
     )
     repa_weight: float = field(default=0.5, metadata={"help": "Weight of the alignment.", "range": "[0, inf)"})
     repa_layer: int = field(
@@ -112,8 +117,7 @@ class REPARegularizer(HiddenAlignment):
             require_grid(name, stored, model.token_grid)
             size = stored.shape[0]
         else:
-            vision = load_vision_model(arguments.repa_teacher)
-            teacher = FeatureTeacher(vision, image_size=min(model.token_grid) * int(vision.config.patch_size))
+            teacher = load_teacher(arguments.repa_teacher, grid=model.token_grid)
             size = teacher.feature_size
         projector = FeatureProjector(
             hidden_size=model.hidden_size,
@@ -144,12 +148,12 @@ class REPARegularizer(HiddenAlignment):
 
 def _require_teacher(stored: FeatureSettings, teacher: str) -> None:
     """Refuses stored features of another vision model, or of another of its layers."""
-    if difference := teacher_difference(stored.identity, teacher_identity(teacher)):
+    if difference := teacher_difference(stored.identity, identity_of(teacher)):
         raise ValueError(
             f"The stored features are those of another teacher: {difference}; name the one that made them, or store "
             "features of this one under a name of their own."
         )
-    if not stored.identity["final_norm"]:
+    if stored.identity["final_norm"] is False:
         raise ValueError(
             f"REPA compares with features after the teacher's last LayerNorm, and the stored ones of {teacher} are "
             "those before it, as alignment reads them; store them after it."

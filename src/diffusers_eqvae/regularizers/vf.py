@@ -13,9 +13,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..autoencoders import latent_channels
+from ..data.teachers import load_teacher
 from ..losses._checks import full_precision, require_equal_shapes
 from ..models.component import ComponentMixin
-from ..models.feature_teacher import FeatureTeacher
 from ..options import Checked
 from .base import AutoencoderRegularizer, AutoencoderState, register_regularizer
 
@@ -23,10 +23,23 @@ FOLDER = "vf_projection"
 
 
 class VFProjection(ComponentMixin, ConfigMixin):
-    """A linear map of every cell, raw latents (B, C, h, w) -> (B, D, h, w)."""
+    """A linear map of every cell, raw latents (B, C, h, w) -> (B, D, h, w).
+
+    Args:
+        latent_channels: C of the autoencoder.
+        feature_size: D of the teacher.
+        teacher: its name.
+        teacher_hash: first 16 hex digits of the sha256 of its weights.
+    """
 
     @register_to_config
-    def __init__(self, latent_channels: int = 4, feature_size: int = 1024) -> None:
+    def __init__(
+        self,
+        latent_channels: int = 4,
+        feature_size: int = 1024,
+        teacher: str | None = None,
+        teacher_hash: str | None = None,
+    ) -> None:
         super().__init__()
         self.projection = nn.Conv2d(latent_channels, feature_size, 1, bias=False)
 
@@ -40,12 +53,17 @@ class VFArguments(Checked):
 
     vf_teacher: str = field(
         default="facebook/dinov2-with-registers-large",
-        metadata={"reads": True, "help": "Feature network of vf: a transformers name or directory."},
+        metadata={
+            "reads": True,
+            "help": "What latents are compared with: a vision model, by its Hub name or directory, or "
+            "NAME[=WEIGHTS] of a feature network that has a feature map, such as squeezenet.",
+        },
     )
     vf_image_size: int = field(
         default=224,
         metadata={
-            "help": "Side in pixels of the images shown to the teacher: 14 for every latent position along one side.",
+            "help": "Side in pixels of the images shown to the teacher: its patch size (DINOv2: 14, squeezenet: 16) "
+            "for every latent position along one side.",
             "range": "(0, inf)",
         },
     )
@@ -108,10 +126,12 @@ class VFRegularizer(AutoencoderRegularizer):
 
     @classmethod
     def from_arguments(cls, arguments: VFArguments, model: nn.Module) -> Self:
-        teacher = FeatureTeacher.from_pretrained(arguments.vf_teacher, image_size=arguments.vf_image_size)
-        sizes = {"latent_channels": latent_channels(model), "feature_size": teacher.feature_size}
+        teacher = load_teacher(arguments.vf_teacher, image_size=arguments.vf_image_size)
+        needed = {"latent_channels": latent_channels(model), "feature_size": teacher.feature_size}
+        needed["teacher_hash"] = teacher.metadata["teacher_hash"]
         return cls(
-            VFProjection.saved_beside(model, FOLDER, **sizes) or VFProjection(**sizes),
+            VFProjection.saved_beside(model, FOLDER, **needed)
+            or VFProjection(**needed, teacher=teacher.metadata["teacher"]),
             teacher,
             weight=arguments.vf_weight,
             adaptive=arguments.vf_adaptive,

@@ -178,7 +178,9 @@ class TrainingRun:
         """
         module.requires_grad_(False).eval()
         if not measures_only:
-            self._ancestry.identify(type(module).__name__, module_identity(module))
+            before = sum(type(each) is type(module) for each in self.frozen)  # two teachers are two things
+            name = type(module).__name__ + (f" {before + 1}" if before else "")
+            self._ancestry.identify(name, module_identity(module))
         self.frozen.append(module.to(self.device))
         return module
 
