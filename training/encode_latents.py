@@ -80,9 +80,9 @@ class EncodeArguments(Checked):
         default_factory=list,
         metadata={
             "reads": True,
-            "help": "Features stored beside the latents, for regularizers: vae_encoder (vae_repa), and teachers (repa, "
-            "alignment): vision models, Hub names or directories, or NAME[=WEIGHTS] of a feature network that has a "
-            "feature map. A store that lacks them gets them from the same command.",
+            "help": "Features stored beside the latents, for regularizers: vae_encoder (vae_repa), and teachers "
+            "(repa, alignment): vision models, Hub names or directories, or NAME[=WEIGHTS] of a feature "
+            "network that has a feature map. A store that lacks them gets them from the same command.",
         },
     )
     features_grid: int | None = field(
