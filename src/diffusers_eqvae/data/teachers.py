@@ -19,8 +19,8 @@ class NetworkTeacher(FeatureTeacher):
     """The feature map of a network that images are measured with, as a teacher's patch features.
 
     It stands in for a vision foundation model where none is at hand; what is learnt of it is the network's name and
-    not DINOv2's. Images are brought to the size that `FeatureTeacher` says and to the network's mean and deviation. Its map
-    is resampled (bilinear, with antialiasing) to one position for every `stride` pixels: convolutions without padding
+    not DINOv2's. Images are resized as by `FeatureTeacher`, to the network's mean and deviation. Its map is
+    resampled (bilinear, with antialiasing) to one position for every `stride` pixels: convolutions without padding
     leave one or two less. The global feature is the average of the map, which the network itself gives. It ends in no
     LayerNorm, so that there is no before and after (`final_norm` is None).
 
