@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_WORKERS ?= 2
+# An environment with the oldest versions that setup.py allows: 6 GB with the torch of 2025.
+OLDEST ?= .venv-oldest
+OLDEST_TESTS ?= tests/laws tests/models tests/objectives tests/regularizers tests/losses tests/schedulers tests/pipelines
 OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-slow lint api links docs clean distclean
+.PHONY: demo test test-slow test-oldest lint api links docs clean distclean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/eqvae demo --output_dir runs/demo $(DEMO_ARGS)
@@ -15,6 +18,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(OFFLINE) $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) -m "slow and not gpu and not hub" $(TEST_ARGS)
+
+test-oldest: $(OLDEST)/.installed
+	$(OFFLINE) $(OLDEST)/bin/python -m pytest -n $(TEST_WORKERS) $(OLDEST_TESTS) $(TEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .
@@ -52,9 +58,16 @@ $(VENV)/.installed-docs: setup.py | $(VENV)/bin/python
 	$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
+# No cache: nothing else here ever asks for these versions.
+$(OLDEST)/.installed: setup.py
+	"$(PYTHON)" -m venv "$(OLDEST)"
+	grep -oE '[A-Za-z_-]+>=[0-9.]+' setup.py | sed 's/>=/==/' >"$(OLDEST)/constraints.txt"
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --no-cache-dir -e ".[dev]" -c "$(OLDEST)/constraints.txt"
+	@touch $@
+
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests training pipelines benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf "$(VENV)" src/*.egg-info
+	rm -rf "$(VENV)" "$(OLDEST)" src/*.egg-info

@@ -23,7 +23,7 @@ CORE = [
     "diffusers>=0.42.1",
     "transformers>=5",
     "accelerate>=1.15",
-    "huggingface_hub>=2",
+    "huggingface_hub>=1.32",
     "safetensors",
     "numpy",
     "pillow",

@@ -84,7 +84,6 @@ def test_teacher_is_the_model_on_normalised_bicubic_images(teacher, teacher_dire
 def test_teacher_gives_its_features_before_the_last_norm_too(teacher, teacher_directory):
     raw = FeatureTeacher.from_pretrained(teacher_directory, image_size=28, final_norm=False)
     norm = raw.last_norm
-    assert norm is next(module for name, module in raw.model.named_children() if name.endswith("norm"))
     for module in (norm, teacher.last_norm):
         module.weight.data.copy_(torch.arange(8) / 4)
     pixels = torch.rand(2, 3, 28, 28) * 2 - 1

@@ -113,6 +113,8 @@ def test_lora_trains_saves_and_loads(tmp_path):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # in diffusers' checkpointing
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_forward_and_backward_compile_as_one_graph(checkpointing):
+    if checkpointing and torch.__version__.startswith("2.6."):
+        pytest.skip("dynamo of torch 2.6 cannot trace the comparison of versions in diffusers' checkpointing")
     torch.compiler.reset()
     model = make(qk_norm=True).train()
     if checkpointing:

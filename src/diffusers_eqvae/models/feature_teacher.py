@@ -116,7 +116,10 @@ class FeatureTeacher(nn.Module):
     def last_norm(self) -> nn.LayerNorm | None:
         """The LayerNorm after the last block, None of a network without one."""
         names = ("norm", "layernorm", "post_layernorm")
-        return next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        model = getattr(
+            self.model, "vision_model", self.model
+        )  # where transformers 5.0 has all of SigLIP's vision model
+        return next(getattr(model, name) for name in names if hasattr(model, name))
 
     def train(self, mode: bool = True) -> FeatureTeacher:
         """Stays in eval mode whatever its parent does: features are targets, free of dropout and layer drop."""

@@ -25,7 +25,7 @@ def sincos_position_embedding(rows: int, columns: int, hidden_size: int) -> Tens
     by_column = encode(columns)[None].expand(rows, -1, -1)
     by_row = encode(rows)[:, None].expand(-1, columns, -1)
     table = torch.cat([by_column, by_row], dim=-1).reshape(1, rows * columns, hidden_size)
-    return table.to(dtype=torch.float32).to(torch.get_default_device())
+    return table.to(dtype=torch.float32).to(torch.empty(()).device)
 
 
 def rotary_angles(rows: int, columns: int, head_dim: int) -> Tensor:
@@ -40,7 +40,7 @@ def rotary_angles(rows: int, columns: int, head_dim: int) -> Tensor:
     by_row = (torch.arange(rows, device="cpu")[:, None] * frequencies)[:, None].expand(-1, columns, -1)
     by_column = (torch.arange(columns, device="cpu")[:, None] * frequencies)[None].expand(rows, -1, -1)
     angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
-    return angles.to(dtype=torch.float32).to(torch.get_default_device())
+    return angles.to(dtype=torch.float32).to(torch.empty(()).device)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
