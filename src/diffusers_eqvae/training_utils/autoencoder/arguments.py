@@ -253,7 +253,14 @@ class AutoencoderOptions(NamedTuple):
     def parse(cls, argv: list[str] | None, *, description: str | None, script: str) -> Self:
         """From a command line (sys.argv where there is none); see `command_line.parse`."""
         groups = [kind for name, kind in cls.__annotations__.items() if name != "methods"]
-        return cls(*parse(*groups, argv=argv, description=description, script=script, choices=autoencoder_choices))
+        given = cls(*parse(*groups, argv=argv, description=description, script=script, choices=autoencoder_choices))
+        squares = {"--latents_dir": given.model.latents_dir, "--features_dir": given.regularizing.features_dir}
+        for flag in (name for name, value in squares.items() if value and given.data.aspect_buckets):
+            raise ValueError(
+                f"--aspect_buckets trains on rectangles, and the store of {flag} holds what was made of squares; "
+                "leave one of them out."
+            )
+        return given
 
     @property
     def settings(self) -> tuple[Any, ...]:

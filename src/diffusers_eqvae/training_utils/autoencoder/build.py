@@ -156,12 +156,6 @@ def _buckets(
 ) -> Buckets:
     """Those of --aspect_buckets; in a dry run the largest alone."""
     vae, data = objective.model, given.data
-    squares = {"--latents_dir": given.model.latents_dir, "--features_dir": given.regularizing.features_dir}
-    for flag in (name for name, value in squares.items() if value):
-        raise ValueError(
-            f"--aspect_buckets trains on rectangles, and the store of {flag} holds what was made of squares; leave "
-            "one of them out."
-        )
     if not takes_any_size(vae):
         raise ValueError(
             f"--aspect_buckets gives images of several sizes, and {type(vae).__name__} takes one; leave it out."
