@@ -286,6 +286,28 @@ def random_crop_resize(
     return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + across, top + down))
 
 
+def augmented(
+    image: AnyImage,
+    size: int | tuple[int, int],
+    generator: np.random.Generator | None,
+    *,
+    random_crop: bool,
+    random_flip: bool,
+) -> tuple[AnyImage, bool]:
+    """A square of `size` px of an image, or a rectangle, and whether it is mirrored; ADM's crop without a generator.
+
+    Example:
+        >>> augmented(image, 256, None, random_crop=True, random_flip=True)[1]
+        False
+    """
+    if generator is not None and random_crop:
+        image = random_crop_resize(image, size, generator)
+    else:
+        image = adm_center_crop(image, size)
+    mirrored = generator is not None and random_flip and bool(generator.random() < 0.5)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image, mirrored
+
+
 def to_pixels(image: AnyImage, channels: int = 3) -> Tensor:
     """Pixels (C, H, W) float32 in [-1, 1]: x / 127.5 - 1, of one channel (grey), three, or four (with alpha).
 

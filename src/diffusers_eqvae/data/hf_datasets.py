@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from fsspec.core import url_to_fs
 
 from ..classes import in_order, listed
 from .array_images import ARRAY_SUFFIX
@@ -31,6 +33,7 @@ SPLIT_FOLDERS = {
 # What a directory may hold, as the builders of `datasets` are called; the earlier one where it holds as many of both.
 _KINDS = ("imagefolder", "parquet", "webdataset")
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+_ROWS_AT_ONCE = 8
 _REMEDY = "unpack an archive and name the folder, whose dataset.json, metadata.jsonl or class folders give the labels"
 
 
@@ -63,7 +66,7 @@ def load_table(
         if builder is None:
             raise ValueError(f"{source} is a file, and only a .parquet or .tar file is read: {_REMEDY}.")
         return _read(builder, source, split, label_column, data_files=str(source), cache_dir=cache_dir)
-    if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
+    if _is_saved(source):
         saved = datasets.load_from_disk(str(source))
         return _choose(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}, split, source)
     kind = _directory_kind(find_images(source), report)
@@ -87,6 +90,95 @@ def _read(builder: str, source: Path, split: str, label_column: str, **options: 
         raise ValueError(
             f"{source} cannot be read as {builder} ({reason}): write the files again, or name another directory."
         ) from error
+
+
+def open_stream(
+    source: Path | str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    image_column: str = "image",
+) -> tuple[list[tuple[str, int]], Callable[[int, int], Iterator[Any]]]:
+    """Names and sizes of the shards of one split, and rows(shard, first): the undecoded images of one in their order.
+
+    Args:
+        source: local parquet files, a name on the Hub, or http(s) addresses of .tar or .parquet files, of which
+            `{000..099}` in the name of one stands for a hundred.
+
+    Raises:
+        ValueError: what lies on this disk in another form; an unknown split or image column; what cannot be opened.
+
+    Example:
+        >>> shards, rows = open_stream(Path("tables"))
+        >>> next(rows(0, 5))["bytes"][:4]
+        b'\\xff\\xd8\\xff\\xe0'
+    """
+    options: dict[str, Any] = {"path": source, "name": config_name}
+    if isinstance(source, Path):
+        _require_parquet(source)
+        options = {"path": "parquet", "data_files" if source.is_file() else "data_dir": str(source.resolve())}
+    elif _is_address(source):
+        kind = _BUILDERS.get(os.path.splitext(source)[1].lower())
+        if kind is None:
+            raise ValueError(f"{source} must end in .tar or .parquet to be streamed; name such files.")
+        options = {"path": kind, "data_files": expand(source)}
+    try:
+        builder = datasets.load_dataset_builder(**options, cache_dir=cache_dir)
+        files = list(_choose(builder.config.data_files or {}, split, source))
+        table = builder.as_streaming_dataset(split)
+        sizes = url_to_fs(files[0])[0].sizes(files)
+    except Exception as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"{source} cannot be opened as a stream: {reason}") from error
+    images, root = undecoded(table, image_column), f"{source.resolve()}{os.sep}" if isinstance(source, Path) else ""
+    if images.num_shards != len(files):
+        raise ValueError(f"{source} is not made of tars or tables, and only these are streamed; download it.")
+
+    def rows(shard: int, first: int) -> Iterator[Any]:
+        one = images.shard(num_shards=len(files), index=shard)
+        # By `iter`, which gives every worker of a DataLoader everything.
+        batches = (one.skip(first) if first else one).iter(_ROWS_AT_ONCE)
+        return (record for batch in batches for record in batch[image_column])
+
+    # Without a commit on the Hub, which also changes with what is no data.
+    names = [re.sub(r"@\w+", "", file.removeprefix(root)) for file in files]
+    return list(zip(names, sizes, strict=True)), rows
+
+
+def _require_parquet(source: Path) -> None:
+    """Refuses to stream what is on this disk and read where it lies."""
+    kind = _BUILDERS.get(source.suffix.lower()) if source.is_file() else "saved"
+    if source.is_dir() and not _is_saved(source):
+        kind = _directory_kind(find_images(source), DataReport())
+    if kind != "parquet":
+        raise ValueError(
+            f"{source} is read where it lies, in any order and without a copy; of what is on this disk, only parquet "
+            "files are streamed. Read it without streaming."
+        )
+
+
+def _is_saved(source: Path) -> bool:
+    """Whether `save_to_disk` wrote a directory."""
+    return (source / "dataset_dict.json").is_file() or (source / "state.json").is_file()
+
+
+def _is_address(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
+def expand(address: str) -> list[str]:
+    """The addresses that `{000..099}` in one stands for.
+
+    Example:
+        >>> expand("https://host/{08..10}.tar")
+        ['https://host/08.tar', 'https://host/09.tar', 'https://host/10.tar']
+    """
+    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", address)
+    if found is None:
+        return [address]
+    before, first, last, after = found.groups()
+    return [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
 
 
 def _choose(splits: Mapping[Any, Any], split: str, source: Path | str) -> Any:

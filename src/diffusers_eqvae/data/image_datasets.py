@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..classes import ClassTable, listed
-from ..images import AnyImage, adm_center_crop, evenly_spaced, random_crop_resize, to_pixels
+from ..images import AnyImage, augmented, evenly_spaced, to_pixels
 from ..provenance import SAMPLED_IMAGES, data_identity, require_same_data
 from .array_images import Range, read_value_range
 from .buckets import Buckets
@@ -322,6 +322,14 @@ class PixelDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def first(self, count: int) -> Iterator[Tensor]:
+        """Centre crops (C, S, S) of the first `count` images."""
+        return (self[index]["pixel_values"] for index in range(min(count, len(self))))
+
+    def evenly(self, count: int) -> Iterator[Tensor]:
+        """Centre crops (C, S, S) of `count` evenly spaced images."""
+        return (self[index]["pixel_values"] for index in evenly_spaced(len(self), count))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.get(index)
 
@@ -329,13 +337,8 @@ class PixelDataset(Dataset):
         """The example at `index`, augmented from `generator`."""
         image, label = self.source.get(index)
         size = self.resolution if generator is None or self.buckets is None else self.buckets.shape(index)
-        if generator is not None and self.random_crop:
-            image = random_crop_resize(image, size, generator)
-        else:
-            image = adm_center_crop(image, size)
-        mirrored = generator is not None and self.random_flip and generator.random() < 0.5
-        if mirrored:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        options = {"random_crop": self.random_crop, "random_flip": self.random_flip}
+        image, mirrored = augmented(image, size, generator, **options)
         example: dict[str, Any] = {"pixel_values": to_pixels(image, self.source.channels)}
         if self.features is not None:
             stored = self.features.get_many([index], view=int(mirrored))

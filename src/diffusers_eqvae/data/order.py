@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -227,9 +227,16 @@ def draw_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     seed: int,
+    place: Sequence[int] | None = None,
     **order: int,
-) -> DataLoader:
-    """Endless batches of `DrawDataset` in the order of `DrawSampler`, which `order` goes to; `collate` None stacks."""
+) -> Iterable[Any]:
+    """Endless batches of `DrawDataset` in the order of `DrawSampler`, which `order` goes to; `collate` None stacks.
+
+    A stream makes its own loader of them, which begins to read at `place` (see `data.image_streams`).
+    """
+    if hasattr(dataset, "loader"):
+        options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory, "place": place}
+        return dataset.loader(batch_size, seed=seed, **options, **order)
     draws, sampler = DrawDataset(dataset, seed=seed), DrawSampler(len(dataset), batch_size, seed=seed, **order)
     together = batch_size * sampler.world_size
     if isinstance(draws.order, BucketOrder) and draws.order.batch_size % together:

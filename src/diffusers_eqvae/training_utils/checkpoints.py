@@ -182,6 +182,7 @@ class Ancestry:
         skipped: {"in_a_row", "total", "steps"}: what the checkpoint's run counted.
         best: what the checkpoint's run noted of the best one, see `BestCheckpoint`.
         changes: [{"step", "name", "before", "after"}]: what was allowed to change, and when.
+        loader: of the run's data; its `place`, where it has one, is kept.
     """
 
     def __init__(
@@ -196,6 +197,7 @@ class Ancestry:
         self.checkpoint, self.facts, self.allowed, self.warn = checkpoint, facts, tuple(allowed), warn
         self._then = {} if checkpoint is None else read_marker(checkpoint)
         self._identities: dict[str, Any] = {}
+        self.loader: Any = None
         self.step: int = self._then.get("step", 0)
         self.skipped: dict[str, int] = self._then.get("skipped", {})
         self.best: dict[str, Any] | None = self._then.get("best")
@@ -224,10 +226,17 @@ class Ancestry:
         if heavy := [_difference(key, then.get(key), now.get(key)) for key in differing if key not in light]:
             self._consent({name: (f"{name} is not the one", ", ".join(heavy), None, None)})
 
+    @property
+    def place(self) -> list[int] | None:
+        """Where the checkpoint's run read a stream; None where it read none, or another than this run."""
+        then = self._then.get("identities", {}).get("stream")
+        return self._then.get("place") if then == self._identities.get("stream") else None
+
     def record(self, *, skipped: Mapping[str, int], best: Mapping[str, Any] | None) -> dict[str, Any]:
         """What complete.json says beside the step."""
         own = {"identities": self._identities, "changes": self.changes, "skipped": dict(skipped), "best": best}
-        return {**self.facts, **own, "ancestors": self._line}
+        stands = {"place": list(self.loader.place)} if hasattr(self.loader, "place") else {}
+        return {**self.facts, **own, **stands, "ancestors": self._line}
 
     def wrote(self, checkpoint: Path) -> None:
         """Makes a checkpoint that the run wrote an ancestor of the next one."""

@@ -28,8 +28,8 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from ..data.report import DataError
 from ..directories import OutputDirectory
 from ..extensions import loaded_extensions
 from ..options import inputs_of, reading_options
@@ -42,6 +42,7 @@ from .checkpoint_writer import CheckpointWriter
 from .checkpoints import Ancestry, find_checkpoint, publish, read_module
 from .console import start_logging
 from .dry_run import dry_run
+from .examples import rank_loader
 from .launch import STOPPED, StopSignal, build_accelerator, claim, compile_in_place, wrap
 from .nonfinite import NonfiniteGuard, require_finite, too_many_in_a_row
 from .optimization import (
@@ -197,35 +198,16 @@ class TrainingRun:
 
     def loader(
         self, dataset: Any, *, batch_size: int | None = None, collate: Callable[[list[Any]], Any] | None = None
-    ) -> DataLoader:
+    ) -> Iterable[Any]:
         """Endless micro-batches of this rank, starting where a resumed run stopped without reading what came before.
 
         Args:
-            dataset: has len() and `get(index, generator)`; the NumPy generator is seeded by (seed, draw number). Its
-                `identity`, where it has one, is compared with that of the run that is resumed.
+            dataset: has len() and `get(index, generator)`, whose NumPy generator is seeded by (seed, draw number), or
+                is a `PixelStream`. Its `identity`, where it has one, is compared with that of the resumed run.
             batch_size: per rank and micro-batch; None takes --train_batch_size.
             collate: as in DataLoader; None stacks.
         """
-        from ..data.order import draw_loader
-
-        if identity := getattr(dataset, "identity", None):
-            self._ancestry.identify("data", identity)
-        batch_size = batch_size or self.arguments.train_batch_size
-        accumulation = self.arguments.gradient_accumulation_steps
-        if self.max_train_steps is None:
-            per_step = batch_size * accumulation * self.accelerator.num_processes
-            self.max_train_steps = math.ceil(self.arguments.num_train_epochs * len(dataset) / per_step)
-        return draw_loader(
-            dataset,
-            batch_size,
-            collate=collate,
-            num_workers=self.arguments.dataloader_num_workers,
-            pin_memory=self.device.type == "cuda",
-            seed=self.arguments.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            start_batch=self.step * accumulation,
-        )
+        return rank_loader(self, self._ancestry, dataset, batch_size=batch_size, collate=collate)
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yields micro-batches on the device until max_train_steps; does the bookkeeping between them.
@@ -365,13 +347,14 @@ class TrainingRun:
         """How many steps had NaN or infinite gradients; waits for the device."""
         return self._guard.read()[1]
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, *, wait: bool = True) -> None:
         """Writes the state after `step` steps, unless it is there already; refuses weights that are not finite."""
         if self._writer.step != self.step:
             require_finite(self.modules.values(), step=self.step, output_dir=self.output_dir)
             self._save()
         self._writer.step = self.step
-        self.accelerator.wait_for_everyone()
+        if wait:
+            self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
         if self.is_main:
@@ -386,7 +369,12 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def _next_batch(self, batches: Iterator[Any]) -> Any:
-        batch = send_to_device(self._tracking.fetch(batches), self.device, non_blocking=True)
+        try:
+            batch = send_to_device(self._tracking.fetch(batches), self.device, non_blocking=True)
+        except DataError:
+            if self.arguments.checkpointing_steps and self._micro == 0:
+                self.save_checkpoint(wait=False)  # other ranks may have their batches
+            raise
         self.randomness.at(self.step, self._micro)
         reseed_global(self.arguments.seed, self.accelerator.process_index, self.step, self._micro)
         return batch

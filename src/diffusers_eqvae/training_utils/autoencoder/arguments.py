@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
+from ...data.image_streams import ImageStream, load_image_stream
 from ...options import Checked
 from ...regularizers.base import AutoencoderRegularizer
-from ..arguments import DataArguments, OptimizerArguments, RunArguments
+from ..arguments import DataArguments, OptimizerArguments, RunArguments, warn_without_effect
 from ..command_line import Choice, parse, regularizer_choice
 from ..lora import LoraArguments
 from ..optimizers import OptimizerName
@@ -168,8 +169,23 @@ class AutoencoderOptimizerArguments(OptimizerArguments):
 
 @dataclass
 class AutoencoderDataArguments(DataArguments):
-    """Which images to train on, and in which shapes."""
+    """Which images to train on, in which shapes, and whether they are kept."""
 
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the images as they come and keep no copy: of --dataset_name (on the Hub, or http(s) "
+            "addresses of .tar or .parquet files such as HOST/{000..099}.tar), or of parquet files in "
+            "--train_data_dir. Every process reads all of the stream. Needs --max_train_steps."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={
+            "help": "Images of a stream that are mixed at a time; each process holds up to twice as many, as files.",
+            "range": "(0, inf)",
+        },
+    )
     aspect_buckets: int | None = field(
         default=None,
         metadata={
@@ -178,6 +194,28 @@ class AutoencoderDataArguments(DataArguments):
             "range": "(0, inf)",
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.streaming:
+            warn_without_effect(self, ["shuffle_buffer_size"], "images are not read with --streaming")
+            return
+        warn_without_effect(self, ["label_column"], "--streaming reads no labels")
+        for name in ("skip_small", "aspect_buckets"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} looks at all images first, which --streaming cannot; leave one out.")
+
+    def stream(self, *, channels: int) -> ImageStream:
+        """The images as they come; raises as `load_image_stream` does."""
+        return load_image_stream(
+            self.dataset_name,
+            self.dataset_config_name,
+            self.train_data_dir,
+            split=self.split,
+            image_column=self.image_column,
+            cache_dir=self.cache_dir,
+            channels=channels,
+        )
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ...autoencoders import (
 from ...conversion._discriminator import read_taming_discriminator
 from ...data.buckets import Buckets
 from ...data.image_datasets import ImageSource, PixelDataset, load_image_dataset
+from ...data.image_streams import ImageStream, PixelStream
 from ...data.latent_store import LatentStore
 from ...data.stored_images import StoredImages
 from ...files import read_json
@@ -116,7 +117,7 @@ def _enable_gradient_checkpointing(vae: ModelMixin) -> None:
 
 def load_images(
     given: AutoencoderOptions, objective: AutoencoderObjective, global_batch_size: int
-) -> tuple[PixelDataset, Tensor]:
+) -> tuple[PixelDataset | PixelStream, Tensor]:
     """Training images with the stored features that regularizers read, and the validation images (N, C, S, S).
 
     Args:
@@ -130,25 +131,39 @@ def load_images(
     for name, value in (("resolution", data.resolution), ("validation_resolution", validation_px)):
         require_fitting(value, objective.model, name=f"--{name}")
     channels = require_channels(objective.model)
-    source = data.load(channels=channels)
-    store = LatentStore(given.regularizing.features_dir) if given.regularizing.features_dir else None
-    if store is not None:
-        store.read_features(*(name for each in objective.regularizers.values() for name in each.features))
-    images = PixelDataset(
-        source,
-        resolution=data.resolution,
-        random_crop=not data.center_crop,
-        random_flip=data.random_flip,
-        features=store,
-        buckets=None if data.aspect_buckets is None else _buckets(given, objective, source, global_batch_size),
-    )
+    crops = {"random_crop": not data.center_crop, "random_flip": data.random_flip}
+    images: PixelDataset | PixelStream
+    if data.streaming:
+        stream = _stream(given, channels)
+        images = PixelStream(stream, resolution=data.resolution, block_size=data.shuffle_buffer_size, **crops)
+    else:
+        source = data.load(channels=channels)
+        store = LatentStore(given.regularizing.features_dir) if given.regularizing.features_dir else None
+        if store is not None:
+            store.read_features(*(name for each in objective.regularizers.values() for name in each.features))
+        buckets = None if data.aspect_buckets is None else _buckets(given, objective, source, global_batch_size)
+        images = PixelDataset(source, resolution=data.resolution, features=store, buckets=buckets, **crops)
     if evaluation.validation_data_dir:
         source = load_image_dataset(
             train_data_dir=evaluation.validation_data_dir, cache_dir=data.cache_dir, channels=channels
         )
-    chosen = PixelDataset(source, resolution=validation_px)
-    count = min(evaluation.num_validation_images, len(chosen))
-    return images, torch.stack([chosen[index]["pixel_values"] for index in range(count)])
+        chosen: PixelDataset | PixelStream = PixelDataset(source, resolution=validation_px)
+    else:
+        chosen = type(images)(images.source, resolution=validation_px)  # type: ignore[arg-type]
+    return images, torch.stack(list(chosen.first(evaluation.num_validation_images)))
+
+
+def _stream(given: AutoencoderOptions, channels: int) -> ImageStream:
+    """That of --streaming, which has no images that stand beside the rows of a store."""
+    stores = {"--latents_dir": given.model.latents_dir, "--features_dir": given.regularizing.features_dir}
+    for flag in (name for name, value in stores.items() if value):
+        raise ValueError(
+            f"{flag} holds what belongs to images by their number, which those of --streaming have not; leave one of "
+            "them out."
+        )
+    if given.run.max_train_steps is None:
+        raise ValueError("--streaming does not say how many images an epoch has; give --max_train_steps.")
+    return given.data.stream(channels=channels)
 
 
 def _buckets(
@@ -177,14 +192,14 @@ def _buckets(
 
 
 def training_data(
-    given: AutoencoderOptions, images: PixelDataset, objective: AutoencoderObjective
-) -> PixelDataset | StoredImages:
+    given: AutoencoderOptions, images: PixelDataset | PixelStream, objective: AutoencoderObjective
+) -> PixelDataset | PixelStream | StoredImages:
     """The images, or the latents of --latents_dir with them.
 
     Raises:
         ValueError: an encoder that is trained; a store of another autoencoder, of other images, or of other crops.
     """
-    if given.model.latents_dir is None:
+    if given.model.latents_dir is None or isinstance(images, PixelStream):
         return images
     if not keeps_latents(objective.model):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from ...autoencoders import autoencoder_location, encode, evaluating, load_autoencoder
 from ...data.image_datasets import PixelDataset
-from ...images import CAPTIONS, evenly_spaced
+from ...data.image_streams import PixelStream
+from ...images import CAPTIONS
 from ...inspection.compatibility import NotComparable, compatibility
 from ...latents import LatentNormalization, LatentStatistics
 from ...model_card import METADATA_FILE, RunMetadata, stated_license
@@ -81,14 +83,15 @@ def evaluation_metadata(run: TrainingRun, figures: Mapping[str, float], given: A
     return {"metrics": metrics, "images": drawn_images(run.output_dir, run.step, "comparison", **shown)}
 
 
-def measure_normalization(vae: ModelMixin, images: PixelDataset, num_samples: int) -> LatentStatistics:
-    """Mean and standard deviation of the raw latents of evenly spaced images, posterior variance included."""
-    statistics = LatentStatistics()
-    chosen = evenly_spaced(len(images), num_samples)
-    batches = [chosen[start : start + NORMALIZATION_BATCH] for start in range(0, len(chosen), NORMALIZATION_BATCH)]
+def measure_normalization(vae: ModelMixin, images: PixelDataset | PixelStream, num_samples: int) -> LatentStatistics:
+    """Mean and standard deviation of the raw latents of images all over the data, posterior variance included."""
+    statistics, pixels_of = LatentStatistics(), images.evenly(num_samples)
+    batches = iter(lambda: list(islice(pixels_of, NORMALIZATION_BATCH)), [])
+    most = num_samples if isinstance(images, PixelStream) else min(num_samples, len(images))
+    shown: dict[str, Any] = {"desc": "latent mean and std", "unit": "batch", "total": -(-most // NORMALIZATION_BATCH)}
     with evaluating(vae), torch.no_grad():
-        for indices in progress_bar(batches, desc="latent mean and std", unit="batch"):
-            pixels = torch.stack([images[index]["pixel_values"] for index in indices])
+        for batch in progress_bar(batches, **shown):
+            pixels = torch.stack(batch)
             posterior = encode(vae, pixels.to(vae.device))
             statistics.update(posterior.mean, posterior.logvar)
     return statistics
@@ -96,7 +99,7 @@ def measure_normalization(vae: ModelMixin, images: PixelDataset, num_samples: in
 
 def settle_normalization(
     vae: ModelMixin,
-    images: PixelDataset,
+    images: PixelDataset | PixelStream,
     evaluation: AutoencoderEvaluationArguments,
     *,
     pretrained: bool,
@@ -157,7 +160,7 @@ def save_autoencoder(
     *,
     latents_kept: bool,
     discriminator: nn.Module | None,
-    images: PixelDataset,
+    images: PixelDataset | PixelStream,
     held_out: Tensor,
     figures: Mapping[str, float],
 ) -> None:
@@ -213,6 +216,7 @@ def save_autoencoder(
             "dataset": data.name,
             "resolution_px": data.resolution,
             **({} if images.buckets is None else {"shapes": str(images.buckets)}),
+            **({"stream": images.identity} if isinstance(images, PixelStream) else {}),
             "report": images.source.report.to_json(),
         },
         evaluation=evaluation_metadata(run, figures, given),
