@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import types
@@ -179,3 +180,15 @@ def test_the_report_names_the_app_with_words_that_it_takes(tmp_path):
         each: str(tmp_path / "a demo" / each) for each in ("autoencoder_plain", "autoencoder_eq")
     }
     assert arguments.pipeline == str(tmp_path / "a demo" / "sit_eq")
+
+
+def test_the_report_s_longer_run_is_that_of_the_committed_cards(pytestconfig):
+    root = pytestconfig.rootpath
+    cards = [
+        json.loads((root / "docs" / "results" / f"kodak-{name}.json").read_text())["metrics"]
+        for name in ("plain", "eq", "eq-decoder")
+    ]
+    page = (root / "model_cards" / "demo_report.html").read_text()
+    for name in ("psnr", "psnr_rotated_latent", "psnr_halved_latent"):
+        cells = "".join(f"<td>{card[name]:.2f}</td>" for card in cards)
+        assert f"<td>{METRICS[name][0]}</td>{cells}<td>dB</td>" in page

@@ -91,6 +91,7 @@ def write_report(output_dir: Path, autoencoder: str, branches: Sequence[Sequence
         "demo_report.html",
         title="Rotate the latent, get the rotated image",
         verdict=verdict(figures, distances),
+        steps=_resolved(output_dir)["max_train_steps"],
         rows=rows,
         figures={name: _embedded(output_dir / name) for name in FIGURES},
         commands=[(stage.name, stage.record["seconds"], "eqvae " + shlex.join(stage.command)) for stage in stages],
@@ -165,14 +166,17 @@ def generation_distance(output_dir: Path, branch: str, autoencoder: str) -> tupl
 
 @torch.no_grad()
 def comparison(output_dir: Path, runs: Sequence[str] = tuple(BRANCHES)) -> list[Column]:
-    """Held-out images, and what the branches decode of their transformed latents, beside the transformed images."""
+    """Held-out images, and what the branches decode of their transformed latents, beside the transformed images.
+
+    What a small screen shows first is the point of it: the rotated latents.
+    """
     pixels = _shown_pixels(output_dir)
     vaes = {branch: load_autoencoder(str(output_dir / f"autoencoder_{branch}")) for branch in runs}
     columns = [Column("image", pixels)]
-    taus: list[tuple[str, Tau | None]] = [("decoded", None)]
     stride = downsampling_factor(next(iter(vaes.values())))
     size = (pixels.shape[-2] // stride, pixels.shape[-1] // stride)
-    taus += [("latent rotated", rotation(size, 1)), ("latent halved", scaling(size, 0.5))]
+    taus: list[tuple[str, Tau | None]] = [("latent rotated", rotation(size, 1)), ("latent halved", scaling(size, 0.5))]
+    taus.append(("latent as it is", None))
     for name, tau in taus:
         target = pixels if tau is None else tau.apply_to_pixels(pixels, stride)
         for branch, vae in vaes.items():

@@ -47,7 +47,7 @@ TOKENS_A_SIDE = 8
 Flags: TypeAlias = dict[str, Any]
 REGULARIZERS: dict[str, Flags] = {
     "plain": {"regularizers": "none"},
-    "eq": {"regularizers": "equivariance", "p_equivariance": 0.5, "p_low_resolution": 0.1},
+    "eq": {"regularizers": "equivariance", "p_equivariance": 0.2, "p_low_resolution": 0.0},
 }
 TRAINING: Flags = {
     "lr_scheduler": "cosine",
@@ -102,7 +102,7 @@ class DemoArguments(Checked):
     )
     resolution: int = field(default=64, metadata={"help": "Side of the images in pixels.", "range": "(0, inf)"})
     finetuning_steps: int = field(
-        default=500, metadata={"help": "Steps of each fine-tuned copy.", "range": "(0, inf)"}
+        default=1000, metadata={"help": "Steps of each fine-tuned copy.", "range": "(0, inf)"}
     )
     transformer_steps: int = field(default=800, metadata={"help": "Steps of each transformer.", "range": "(0, inf)"})
     num_samples: int = field(
