@@ -169,6 +169,18 @@ def test_a_coarser_grid_averages(teacher):
     assert penalty(AlignmentRegularizer(network, ramp), mean, torch.zeros(1, 3, 28, 28)).abs() < 1e-5
 
 
+def test_features_of_a_rectangle_lie_where_its_latents_do(regularizer):
+    """What the teacher says of a place, as how far down and to the right that is, is met by the latents there."""
+
+    def places(height: int, width: int) -> torch.Tensor:
+        sides = ((torch.arange(side) + 0.5) / side for side in (height, width))
+        return torch.stack(torch.meshgrid(*sides, indexing="ij"))
+
+    found = regularizer._on_latent_grid(places(12, 21)[None], torch.zeros(1, 4, 6, 10))[0]
+    assert found.shape == (2, 6, 10)
+    assert (found - places(6, 10))[:, 1:-1, 1:-1].abs().max() < 0.005
+
+
 @pytest.fixture
 def arguments(teacher, tmp_path) -> AlignmentArguments:
     teacher.model.save_pretrained(tmp_path / "teacher")
