@@ -28,7 +28,8 @@ from diffusers_eqvae.equivariance import rotation, scaling
 from diffusers_eqvae.latents import LatentNormalization, LatentStatistics
 from diffusers_eqvae.models.autoencoder_kl_eq import AutoencoderKLEQ
 from diffusers_eqvae.models.transformer_sit import SiTTransformer2DModel
-from diffusers_eqvae.objectives.autoencoder import AutoencoderObjective, LastLayer
+from diffusers_eqvae.objectives._last_layer import LastLayer
+from diffusers_eqvae.objectives.autoencoder import AutoencoderObjective
 from diffusers_eqvae.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from diffusers_eqvae.provenance import autoencoder_identity, require_same_autoencoder
 from diffusers_eqvae.randomness import StepRandomness

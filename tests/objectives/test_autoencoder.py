@@ -9,11 +9,11 @@ from diffusers_eqvae.autoencoders import last_decoder_layer
 from diffusers_eqvae.equivariance import TauDistribution
 from diffusers_eqvae.losses.perceptual import LPIPS
 from diffusers_eqvae.models.discriminator import PatchDiscriminator
+from diffusers_eqvae.objectives._last_layer import LastLayer
 from diffusers_eqvae.objectives.autoencoder import (
     AutoencoderLossWeights,
     AutoencoderObjective,
     AutoencoderStep,
-    LastLayer,
 )
 from diffusers_eqvae.randomness import StepRandomness
 from diffusers_eqvae.regularizers import AutoencoderRegularizer, EquivarianceRegularizer
@@ -221,6 +221,84 @@ def test_adaptive_penalty_has_the_gradient_norm_of_the_reconstruction():
         / torch.autograd.grad(output["terms"]["square"], weight)[0].norm()
     )
     assert torch.isclose(logs["square_weight"], expected, rtol=1e-3)
+
+
+class Predicted(AutoencoderRegularizer):
+    """A layer of its own predicts latents: an adaptive penalty with weights."""
+
+    adaptive = True
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.weight, self.layer = weight, nn.Conv2d(4, 4, 1)
+
+    def penalty(self, state, batch, draw):
+        return (self.layer(state.raw_latents) - 1).square().mean()
+
+
+def walks(vae) -> list[int]:
+    """Counts the gradients that come to what the decoder's first layer gave."""
+    counted: list[int] = []
+
+    def watch(layer, taken, output) -> None:
+        output.register_hook(lambda gradient: counted.append(1))
+
+    vae.decoder.conv_in.register_forward_hook(watch)
+    return counted
+
+
+@pytest.mark.parametrize(("discriminator", "expected_walks"), [(0.0, 1), (0.5, 2)])
+def test_adaptive_penalties_cost_one_walk_through_the_decoder_at_most(discriminator, expected_walks):
+    """And every gradient is that of nll + w g + kl + sum of ratio_i * penalty_i, each differentiated by itself.
+
+    Without a discriminator the walk that trains the decoder also gives nll's gradient at the encoder's last layer; a
+    discriminator needs one of its own, and two penalties share it.
+    """
+    weights = AutoencoderLossWeights(discriminator=discriminator, kl=1e-2)
+    regularizers = {"equivariance": EquivarianceRegularizer(2), "square": LatentSquare(0.5, adaptive=True)}
+    regularizers["predicted"] = Predicted(2.0)
+    vae, objective, judge, perceptual, step = make_parts(regularizers=regularizers, weights=weights, norm="group")
+    batch, draw = make_batch(), draw_of_kind(objective, "equivariance")
+    vae.requires_grad_(True)
+
+    reference = plain.plain_generator_loss(
+        objective, judge, perceptual, last_decoder_layer(vae).weight, batch, draw, weights
+    )
+    output = objective(batch, draw)
+    ((reconstruction, target, _),) = output["decodings"]
+    nll = (reconstruction - target).abs().sum() / len(target)
+    nll = nll + target[0].numel() * perceptual(reconstruction, target).mean()
+    last = vae.encoder.conv_out.weight
+    at_last = torch.autograd.grad(nll, last, retain_graph=True)[0].norm()
+    for name in ("square", "predicted"):
+        own = torch.autograd.grad(output["terms"][name], last, retain_graph=True)[0].norm()
+        reference = reference + regularizers[name].weight * at_last / (own + 1e-4) * output["terms"][name]
+    reference.backward()
+    expected = [parameter.grad.clone() for parameter in objective.parameters()]
+    objective.zero_grad()
+
+    counted = walks(vae)
+    loss, _, _ = step(batch, draw, step=0)
+    loss.backward()
+    assert len(counted) == expected_walks
+    for parameter, right in zip(objective.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, right, rtol=1e-3, atol=1e-5 * float(right.norm()) + 1e-6)
+
+
+def test_a_weight_before_and_behind_the_encoders_end_gets_both_gradients():
+    """A decoder that shares a weight with the encoder is not walked in two parts."""
+    weights = AutoencoderLossWeights(discriminator=0, kl=0)
+    found = []
+    for adaptive in (True, False):
+        vae = make_vae()
+        vae.decoder.mid_block.resnets[0].conv1.weight = vae.encoder.mid_block.resnets[0].conv1.weight
+        regularizers = {"square": LatentSquare(1e-9, adaptive=adaptive)}
+        _, objective, _, _, step = make_parts(vae=vae, regularizers=regularizers, weights=weights)
+        loss, _, _ = step(make_batch(), plain_draw(objective), step=0)
+        loss.backward()
+        found.append(gradients(vae))
+    assert_close(found[0], found[1], 1e-4)
 
 
 def test_regularizers_compose():

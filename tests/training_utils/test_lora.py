@@ -14,7 +14,7 @@ from torch import nn
 from diffusers_eqvae import AutoencoderKLEQ
 from diffusers_eqvae.autoencoder_classes import class_of
 from diffusers_eqvae.autoencoders import decode, encode, last_decoder_layer
-from diffusers_eqvae.objectives.autoencoder import LastLayer
+from diffusers_eqvae.objectives._last_layer import LastLayer
 from diffusers_eqvae.provenance import autoencoder_identity
 from diffusers_eqvae.training_utils.autoencoder.trainable import freeze_all_but, keeps_latents
 from diffusers_eqvae.training_utils.lora import LoraArguments, adaptable, adapters, add_adapters, fused, save_adapter

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.grad import conv2d_weight
 
 from ..autoencoders import (
     Decoded,
@@ -29,13 +26,15 @@ from ..autoencoders import (
     latent_channels,
     require_handled,
 )
+from ..losses._checks import full_precision
 from ..losses.adversarial import adaptive_weight
 from ..losses.reconstruction import kl_loss, reconstruction_loss
 from ..randomness import StepRandomness
 from ..regularizers.base import AutoencoderRegularizer, AutoencoderState, require_compatible
 from ..tokens import CodebookUsage, codebook, decode_with_terms, has_codebook
 from ._adversarial import AdversarialGame, ScoreMeans, total
-from .base import Objective, register_objective, tie_idle
+from ._last_layer import LastLayer
+from .base import Objective, reached_by, register_objective, tie_idle
 
 # A summed reconstruction outweighs a mean penalty by C * H * W alone, so VQGAN's limit of 1e4 would bind here.
 MAX_PENALTY_RATIO = 1e8
@@ -180,59 +179,6 @@ class AutoencoderLossWeights:
     augment: tuple[str, ...] = ()
 
 
-class LastLayer:
-    """The gradient at a layer's weight, found from what goes in and what comes out, trained or not."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer: Any = layer
-        self.calls: list[tuple[Tensor, Tensor]] = []
-        self._replaying = False
-        layer.register_forward_hook(self._keep)
-
-    @torch.compiler.disable  # traced, it would be compiled anew for every size that was kept before
-    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.is_grad_enabled() and not self._replaying:
-            output.requires_grad_()  # it does, unless nothing but an adapter on this very layer learns
-            self.calls.append((inputs[0].detach(), output))
-
-    def weight_gradient(self, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> Tensor:
-        """d <outputs, gradients> / d weight, summed over the layer's calls; the graph is kept."""
-        found = torch.autograd.grad(
-            outputs, [output for _, output in self.calls], gradients, retain_graph=True, allow_unused=True
-        )
-        if all(gradient is None for gradient in found):
-            raise ValueError(
-                "An adaptive weight compares gradients at the last layer, and the term does not depend on that; use a "
-                "fixed weight (adaptive off)."
-            )
-        plain = type(self.layer).forward is nn.Conv2d.forward  # a subclass may pad by itself
-        total = torch.zeros_like(self.layer.weight)
-        for (taken, output), gradient in zip(self.calls, found, strict=True):
-            if gradient is not None:
-                at_weight = self._of_convolution if plain else self._of_any
-                total += at_weight(taken.to(output.dtype), gradient.to(output.dtype))
-        return total
-
-    def _of_convolution(self, taken: Tensor, gradient: Tensor) -> Tensor:
-        """Without a second forward."""
-        layer, padding = self.layer, self.layer.padding
-        if layer.padding_mode != "zeros":
-            taken, padding = F.pad(taken, layer._reversed_padding_repeated_twice, layer.padding_mode), 0
-        geometry = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
-        return conv2d_weight(taken, layer.weight.shape, gradient, padding=padding, **geometry)
-
-    def _of_any(self, taken: Tensor, gradient: Tensor) -> Tensor:
-        named = self.layer.named_parameters(recurse=False)
-        weights = {name: value.detach().to(taken.dtype).requires_grad_() for name, value in named}
-        self._replaying = True
-        try:
-            with torch.enable_grad():
-                output = functional_call(self.layer, weights, (taken,))
-        finally:
-            self._replaying = False
-        return torch.autograd.grad(output, weights["weight"], gradient)[0]
-
-
 class AutoencoderStep:
     """Turns one micro-batch into the generator's and the discriminator's loss: `Objective.total` where networks judge.
 
@@ -310,10 +256,12 @@ class AutoencoderStep:
             logs |= {"loss/generator": adversarial, "adversarial_weight": weight, **found}
 
         loss: Tensor = output["idle"]
-        for reconstruction, gradient in zip(reconstructions, gradients, strict=True):
-            loss = loss + (reconstruction * gradient).sum()
+        adapting = {name for name, term in output["terms"].items() if self._adapts(name, term)}
+        linear, at_end = self._through_decoder(reconstructions, gradients, nll_gradients, with_nll=bool(adapting))
+        for part in linear:
+            loss = loss + part
         for name, term in output["terms"].items():
-            factor = self._term_weight(name, term, reconstructions, nll_gradients)
+            factor = self._term_weight(name, term, reconstructions, at_end if name in adapting else None)
             loss = loss + factor * term if factor is not None else loss
             logs |= {f"loss/{name}": term}
             if name in self.inner.regularizers:
@@ -351,8 +299,44 @@ class AutoencoderStep:
         )
         return self.weights.discriminator * adaptive_weight(nll, adversarial)
 
+    def _adapts(self, name: str, term: Tensor) -> bool:
+        """Whether a term's weight follows the reconstruction's gradient in this step."""
+        if self.encoder_end is None or name not in self.inner.regularizers:
+            return False
+        regularizer: Any = self.inner.regularizers[name]
+        return bool(regularizer.adaptive and term.requires_grad and self.encoder_end.calls)
+
+    def _through_decoder(
+        self,
+        reconstructions: list[Tensor],
+        gradients: Sequence[Tensor],
+        nll_gradients: Sequence[Tensor],
+        *,
+        with_nll: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Scalars whose gradient is that of <reconstructions, gradients>, and nll's at the encoder's last layer.
+
+        Where nothing but nll is judged both are one walk: its gradients at that layer's output and at every weight
+        behind it stand for the reconstructions, and the backward of the loss begins there. A discriminator sends
+        another gradient through the decoder than nll's, and so does a weight that is before and behind that layer.
+        """
+        plain = [(image * gradient).sum() for image, gradient in zip(reconstructions, gradients, strict=True)]
+        end = self.encoder_end
+        if end is None or not with_nll:
+            return plain, None
+        behind = reached_by(reconstructions, short_of=end.outputs)
+        if gradients is not nll_gradients or behind & reached_by(end.outputs):
+            return plain, self.average(end.weight_gradient(reconstructions, nll_gradients))
+        places = [*end.outputs, *(weight for weight in self.inner.parameters() if id(weight) in behind)]
+        found = torch.autograd.grad(reconstructions, places, nll_gradients, retain_graph=True, allow_unused=True)
+        pairs = [(place, gradient) for place, gradient in zip(places, found, strict=True) if gradient is not None]
+        linear = [
+            torch.dot(full_precision(place).flatten(), full_precision(gradient).flatten()) for place, gradient in pairs
+        ]
+        return linear, self.average(end.at_weight(found[: len(end.calls)]))
+
     def _term_weight(
-        self, name: str, term: Tensor, reconstructions: list[Tensor], nll_gradients: Sequence[Tensor]
+        self, name: str, term: Tensor, reconstructions: list[Tensor], nll: Tensor | None
     ) -> Tensor | float | None:
         """The KL's weight, 1 for a codebook's terms, and a regularizer's own, times the ratio of gradients where it
         is adaptive (VA-VAE, ReaLS): |grad nll| / |grad penalty| at the encoder's last layer. None leaves it out."""
@@ -361,10 +345,8 @@ class AutoencoderStep:
         if name not in self.inner.regularizers:
             return 1.0
         regularizer: Any = self.inner.regularizers[name]
-        end = self.encoder_end
-        if end is None or not (regularizer.adaptive and term.requires_grad and end.calls):
+        if nll is None or self.encoder_end is None:
             per_element = regularizer.mean_over_elements and self.weights.reduction == "sum"
             return regularizer.weight * (reconstructions[0][0].numel() if per_element else 1)
-        nll = self.average(end.weight_gradient(reconstructions, nll_gradients))
-        own = self.average(end.weight_gradient(term))
+        own = self.average(self.encoder_end.weight_gradient(term))
         return regularizer.weight * adaptive_weight(nll, own, max_weight=MAX_PENALTY_RATIO)

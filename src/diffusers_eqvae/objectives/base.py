@@ -269,10 +269,11 @@ def tie_idle(module: nn.Module, outputs: Iterable[Tensor]) -> Tensor:
     return 0.0 * torch.stack([weight.sum() for weight in idle]).sum()
 
 
-def reached_by(outputs: Iterable[Tensor]) -> set[int]:
-    """Identities of the leaves that the outputs' gradients reach."""
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen, leaves = set(pending), {id(output) for output in outputs if output.is_leaf}
+def reached_by(outputs: Iterable[Tensor], *, short_of: Iterable[Tensor] = ()) -> set[int]:
+    """Identities of the leaves that the outputs' gradients reach, without passing through tensors `short_of` them."""
+    ends = {tensor.grad_fn for tensor in short_of}
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None and output.grad_fn not in ends]
+    seen, leaves = {*pending, *ends}, {id(output) for output in outputs if output.is_leaf}
     while pending:
         node = pending.pop()
         leaf = getattr(node, "variable", None)
