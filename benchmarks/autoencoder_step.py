@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--only", choices=("steps", "alignment"), help="leave the other half out")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     return parser.parse_args()
 
@@ -84,12 +85,20 @@ class Rival:
     Args:
         networks: autoencoder, discriminator and LPIPS.
         regularizers: by name.
+        judged: whether the discriminator takes part.
     """
 
-    def __init__(self, networks: tuple[Any, ...], batch: dict[str, Tensor], regularizers: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        networks: tuple[Any, ...],
+        batch: dict[str, Tensor],
+        regularizers: dict[str, Any],
+        *,
+        judged: bool = True,
+    ) -> None:
         vae, self.discriminator, self.perceptual = networks
         self.vae = copy.deepcopy(vae)  # a step keeps what goes through its last layers
-        self.batch, self.weights = batch, AutoencoderLossWeights()
+        self.batch, self.weights = batch, AutoencoderLossWeights(discriminator=0.5 if judged else 0)
         self.objective = AutoencoderObjective(self.vae, regularizers).to(batch["pixel_values"].device)
         parts = {"perceptual": self.perceptual, "discriminator": self.discriminator}
         self.step = AutoencoderStep(self.objective, self.objective, weights=self.weights, **parts)
@@ -101,8 +110,10 @@ class Rival:
         for draw in draws:
             loss, discriminator_loss, _ = self.step(self.batch, draw, 0)
             loss.backward()
-            discriminator_loss.backward(inputs=list(self.discriminator.parameters()))
-        return gradients(self.vae, self.discriminator)
+            if discriminator_loss is not None:
+                discriminator_loss.backward(inputs=list(self.discriminator.parameters()))
+        judges = [self.discriminator] if self.weights.discriminator else []
+        return gradients(self.vae, *judges)
 
     def plain(self, draws: list[dict[str, Any]]) -> Tensor:
         shared, total = (self.objective, self.discriminator, self.perceptual), 0
@@ -132,18 +143,26 @@ def cost_of_alignment(networks: tuple[Any, ...], batch: dict[str, Tensor], optio
     teacher = build_teacher(pixels.shape[-1] // downsampling_factor(vae)).to(pixels.device)
     patch, cls = teacher(pixels)
 
-    def aligned(source: Any, adaptive: bool) -> Rival:
+    def aligned(source: Any, adaptive: bool, judged: bool = True) -> Rival:
         network = AlignmentNetwork.for_teacher(teacher, latent_channels=4)
         regularizer = AlignmentRegularizer(network, source, adaptive=adaptive)
         stored = dict(zip((f"features.{name}" for name in regularizer.features), (patch, cls), strict=False))
-        return Rival(networks, batch | stored, {"alignment": regularizer})
+        return Rival(networks, batch | stored, {"alignment": regularizer}, judged=judged)
 
-    rivals = {"without": Rival(networks, batch, {})}
-    rivals |= {"fixed weight": aligned(teacher, False), "adaptive weight": aligned(teacher, True)}
-    rivals |= {"stored features, fixed weight": aligned("teacher", False)}
+    rivals = {
+        "without": Rival(networks, batch, {}),
+        "without, no discriminator": Rival(networks, batch, {}, judged=False),
+        "fixed weight": aligned(teacher, False),
+        "adaptive weight": aligned(teacher, True),
+        "adaptive weight, no discriminator": aligned(teacher, True, judged=False),
+        "stored features, fixed weight": aligned("teacher", False),
+    }
     steps: dict[str, Step] = {name: (lambda each=each: each.ours(each.draws(1))) for name, each in rivals.items()}
     medians = median_seconds({**steps, "teacher": lambda: teacher(pixels)}, warmup=1, **options)
-    added = {name: (medians[name] - medians["without"]) / medians["teacher"] for name in list(rivals)[1:]}
+    added = {}
+    for name in list(rivals)[2:]:
+        base = medians["without, no discriminator" if "no discriminator" in name else "without"]
+        added[name] = (medians[name] - base) / medians["teacher"]
     return {"seconds": medians, "added_teacher_forwards": added}
 
 
@@ -158,18 +177,19 @@ def main() -> None:
     )
     batch = {"pixel_values": torch.rand(arguments.batch_size, 3, side, side, device=device) * 2 - 1}
     options = {"device": device, "repetitions": arguments.repetitions}
-    equivariance = Rival(networks, batch, {"equivariance": EquivarianceRegularizer(downsampling_factor(networks[0]))})
-    found: dict[str, Any] = {
-        "without tau": compare(Rival(networks, batch, {}), 1, options),
-        "equivariance": compare(equivariance, arguments.draws, options),
-    }
-    for name, wanted in WANTED.items():
-        row = found[name]
-        said = f"{row['ratio']:.3f} of the plain step (wanted <= {wanted})"
-        print(f"{name}: {said}, gradients differ by {row['gradient_difference']:.1e} (wanted <= 1e-5)")
-    found["alignment"] = cost_of_alignment(networks, batch, options)
-    for name, forwards in found["alignment"]["added_teacher_forwards"].items():
-        print(f"alignment, {name}: adds {forwards:.2f} forwards of its teacher (wanted <= 1)")
+    found: dict[str, Any] = {}
+    if arguments.only != "alignment":
+        tau = EquivarianceRegularizer(downsampling_factor(networks[0]))
+        found["without tau"] = compare(Rival(networks, batch, {}), 1, options)
+        found["equivariance"] = compare(Rival(networks, batch, {"equivariance": tau}), arguments.draws, options)
+        for name, wanted in WANTED.items():
+            row = found[name]
+            said = f"{row['ratio']:.3f} of the plain step (wanted <= {wanted})"
+            print(f"{name}: {said}, gradients differ by {row['gradient_difference']:.1e} (wanted <= 1e-5)")
+    if arguments.only != "steps":
+        found["alignment"] = cost_of_alignment(networks, batch, options)
+        for name, forwards in found["alignment"]["added_teacher_forwards"].items():
+            print(f"alignment, {name}: adds {forwards:.2f} forwards of its teacher (wanted <= 1)")
     parameters = sum(parameter.numel() for parameter in networks[0].parameters())
     save_result(arguments.output, device=device, arguments=vars(arguments), parameters=parameters, **found)
 
