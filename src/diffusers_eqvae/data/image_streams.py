@@ -217,7 +217,16 @@ class PixelStream:
 
     def loader(self, batch_size: int, *, num_workers: int = 0, pin_memory: bool = False, **order: Any) -> StreamLoader:
         """Endless batches as `data.order.draw_loader` gives them; `order` goes to `StreamDraws`."""
-        return StreamLoader(StreamDraws(self, batch_size, **order), num_workers=num_workers, pin_memory=pin_memory)
+        draws = StreamDraws(self, batch_size, **order)
+        if draws.start_batch:
+            place, shards = draws.place, DrawOrder(len(self.source.shards), seed=draws.seed)
+            logger.info(
+                "The stream goes on in epoch %d in the shard %s, which is read over again up to row %d.",
+                place.epoch,
+                self.source.shards[shards.permutation(place.epoch)[place.shard]],
+                place.row,
+            )
+        return StreamLoader(draws, num_workers=num_workers, pin_memory=pin_memory)
 
 
 class StreamDraws(IterableDataset):
