@@ -214,10 +214,10 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_block_alike_everywhere(ca
         assert number in block and number not in damaged and (number == right or right in damaged)
     assert "Skipped image row 4 of 0.parquet" in caplog.text and "Skipped image row 0 of 3.parquet" in caplog.text
     assert "2 images cannot be read and were replaced" in str(images.source.report.notes["unreadable"])
-    ranks = [
-        shown(11, pixels(Shards(damaged=damaged)), rank=rank, world_size=2, num_workers=rank) for rank in range(2)
-    ]
-    assert flat([list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]) == draws[:22]
+    for world_size in (2, 3):
+        images, order = pixels(Shards(damaged=damaged)), {"world_size": world_size}
+        ranks = [shown(7, images, rank=rank, num_workers=rank % 2, **order) for rank in range(world_size)]
+        assert flat([flat(list(parts)) for parts in zip(*ranks, strict=True)]) == draws[: 7 * world_size]
 
 
 def test_too_many_unreadable_images_are_an_error():
