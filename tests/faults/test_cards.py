@@ -136,6 +136,7 @@ def test_reports_escape_what_they_show(case, tmp_path, tiny_autoencoder_kl):
         "demo_report.html",
         title=text,
         verdict=[text],
+        steps=text,
         rows=[(text,) * 5],
         figures=dict.fromkeys(("comparison.png", "samples.png", "curves.png"), text),
         commands=[(text, 1.0, text)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -216,8 +217,8 @@ class Pixels:
     def __len__(self) -> int:
         return 16
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index)) * 2 - 1}
+    def evenly(self, count: int) -> Iterator[torch.Tensor]:
+        return (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(each)) * 2 - 1 for each in range(16))
 
 
 @pytest.mark.parametrize(
