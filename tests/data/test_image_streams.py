@@ -8,11 +8,14 @@ import itertools
 import logging
 from collections.abc import Iterator
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffusers_eqvae.data.image_streams import ImageStream, PixelStream, StreamDraws
+from diffusers_eqvae.data.image_datasets import PixelDataset, load_image_dataset
+from diffusers_eqvae.data.image_streams import ImageStream, PixelStream, StreamDraws, load_image_stream
 from diffusers_eqvae.images import evenly_spaced
 
 COUNTS = (7, 0, 4, 1, 9, 2)  # of the shards; 23 images in all
@@ -268,3 +271,31 @@ def test_evenly_takes_the_first_images_of_shards_all_over_and_no_more_than_asked
 def test_draws_are_an_iterable_dataset_that_says_where_it_stands():
     place, skipped, batch = next(iter(StreamDraws(pixels(), 2, seed=3)))
     assert tuple(place) == (0, 0, 0, 0, 0) and skipped == [] and len(numbers(batch)) == 2
+
+
+def test_where_nothing_can_be_read_at_the_beginning_it_is_said():
+    every = pixels(Shards((40,), damaged=dict.fromkeys(range(40), b"x")))
+    for take in (every.first, every.evenly):
+        with pytest.raises(ValueError, match=r"row 0 of 0\.parquet.* cannot be read.*mend the stream"):
+            list(take(8))
+    few = pixels(Shards((40,), damaged=dict.fromkeys((0, 2, 5), b"x")))
+    assert len(list(few.first(8))) == 8
+
+
+def test_parquet_files_are_streamed_with_the_stated_range_and_without_what_lies_beside_them(tmp_path):
+    values = np.full((8, 8), 1000, np.uint16)
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "PNG")
+    rows = [{"image": {"bytes": content.getvalue(), "path": None}}] * 3
+    datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()})).to_parquet(
+        tmp_path / "0.parquet"
+    )
+    (tmp_path / "LICENSE").write_text("free")
+    plain = load_image_stream(train_data_dir=tmp_path, channels=1)
+    (tmp_path / "value_range.json").write_text('{"black": 0, "white": 4000}')
+    stated = load_image_stream(train_data_dir=tmp_path, channels=1)
+    at_hand = load_image_dataset(train_data_dir=tmp_path, channels=1, cache_dir=str(tmp_path / "cache"))
+    pixel = next(PixelStream(stated, resolution=8).first(1))
+    assert torch.equal(pixel, PixelDataset(at_hand, resolution=8)[0]["pixel_values"])
+    assert torch.allclose(pixel, torch.tensor(-0.5)) and stated.shards == ["0.parquet"]
+    assert stated.identity["value_range"] == [0, 4000] and "value_range" not in plain.identity

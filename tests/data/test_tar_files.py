@@ -168,3 +168,19 @@ def test_text_labels_and_unreadable_images(tmp_path, caplog):
         source = load_image_dataset(train_data_dir=tmp_path, image_column="png", label_column="txt")
     assert source.id2label == {0: "cat", 1: "owl"} and source.labels.tolist() == [0, 1] * 4
     assert source.unreadable == {5: "0.tar::5.png"} and "Skipped image 0.tar::5.png" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_is_refused_by_name_and_not_left_out(tmp_path, kind):
+    tar = write_tar(tmp_path / "0.tar", samples(0, 2))
+    with tarfile.open(tar, "a") as archive:
+        entry = tarfile.TarInfo("0002.png")
+        entry.type, entry.linkname = kind, "0001.png"
+        archive.addfile(entry)
+    with pytest.raises(ValueError, match=r"0\.tar .*\(0002\.png is a link; .*tar --dereference --hard-dereference"):
+        load(tmp_path)
+
+
+def test_other_files_beside_tars_are_no_tars(tmp_path):
+    (shards(tmp_path) / "LICENSE").write_text("free")
+    assert len(load(tmp_path)) == 9

@@ -62,10 +62,10 @@ def load_table(
     if not isinstance(source, Path):
         return _choose(datasets.load_dataset(source, config_name, cache_dir=cache_dir), split, source)
     if source.is_file():
-        builder = _BUILDERS.get(source.suffix.lower())
+        builder = _builder_of(source)
         if builder is None:
             raise ValueError(f"{source} is a file, and only a .parquet or .tar file is read: {_REMEDY}.")
-        return _read(builder, source, split, label_column, data_files=str(source), cache_dir=cache_dir)
+        return _read(builder, source, split, label_column, cache_dir)
     if _is_saved(source):
         saved = datasets.load_from_disk(str(source))
         return _choose(saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}, split, source)
@@ -73,16 +73,16 @@ def load_table(
     if kind in ("imagefolder", "arrays"):
         suffixes = IMAGE_SUFFIXES if kind == "imagefolder" else (ARRAY_SUFFIX,)
         return _image_folder(source.resolve(), split, label_column=label_column, report=report, suffixes=suffixes)
-    return _read(kind, source, split, label_column, data_dir=str(source.resolve()), cache_dir=cache_dir)
+    return _read(kind, source, split, label_column, cache_dir)
 
 
-def _read(builder: str, source: Path, split: str, label_column: str, **options: Any) -> datasets.Dataset:
+def _read(builder: str, source: Path, split: str, label_column: str, cache_dir: str | None) -> datasets.Dataset:
     """Parquet files as `datasets` builds them, and tars where they lie; a sentence names what hinders that."""
     try:
+        files = _files(builder, source, split)
         if builder == "webdataset":
-            files = datasets.load_dataset_builder(builder, **options).config.data_files
-            return _tar_table(list(_choose(files, split, source)), label_column)
-        return _choose(datasets.load_dataset(builder, **options), split, source)
+            return _tar_table(files, label_column)
+        return datasets.load_dataset(builder, data_files={split: files}, split=split, cache_dir=cache_dir)
     except DataError:
         raise
     except Exception as error:
@@ -90,6 +90,19 @@ def _read(builder: str, source: Path, split: str, label_column: str, **options: 
         raise ValueError(
             f"{source} cannot be read as {builder} ({reason}): write the files again, or name another directory."
         ) from error
+
+
+def _files(builder: str, source: Path, split: str) -> list[str]:
+    """The parquet files or tars of one split; what else lies in their directory is none of them."""
+    if source.is_file():
+        return _choose({"train": [str(source)]}, split, source)
+    found = datasets.load_dataset_builder(builder, data_dir=str(source.resolve())).config.data_files or {}
+    kept = {name: [each for each in files if _builder_of(each) == builder] for name, files in found.items()}
+    return _choose({name: files for name, files in kept.items() if files}, split, source)
+
+
+def _builder_of(file: Path | str) -> str | None:
+    return _BUILDERS.get(os.path.splitext(file)[1].lower())
 
 
 def open_stream(
@@ -117,9 +130,9 @@ def open_stream(
     options: dict[str, Any] = {"path": source, "name": config_name}
     if isinstance(source, Path):
         _require_parquet(source)
-        options = {"path": "parquet", "data_files" if source.is_file() else "data_dir": str(source.resolve())}
+        options = {"path": "parquet", "data_files": {split: _files("parquet", source, split)}}
     elif _is_address(source):
-        kind = _BUILDERS.get(os.path.splitext(source)[1].lower())
+        kind = _builder_of(source)
         if kind is None:
             raise ValueError(f"{source} must end in .tar or .parquet to be streamed; name such files.")
         options = {"path": kind, "data_files": expand(source)}
@@ -148,7 +161,7 @@ def open_stream(
 
 def _require_parquet(source: Path) -> None:
     """Refuses to stream what is on this disk and read where it lies."""
-    kind = _BUILDERS.get(source.suffix.lower()) if source.is_file() else "saved"
+    kind = _builder_of(source) if source.is_file() else "saved"
     if source.is_dir() and not _is_saved(source):
         kind = _directory_kind(find_images(source), DataReport())
     if kind != "parquet":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +19,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
+from ..classes import listed
 from ..images import AnyImage, augmented, evenly_spaced, to_pixels
 from ..provenance import data_identity
 from ..randomness import philox
+from .array_images import Range, read_value_range
 from .image_datasets import MAX_UNREADABLE_SHARE, MIN_UNREADABLE_ALLOWED
 from .image_files import DECODE_ERRORS, read_image
 from .order import DrawOrder, leave_interrupts
@@ -63,6 +64,7 @@ class ImageStream:
         shards: names and sizes in bytes.
         rows: rows(shard, first) gives the records {"bytes": ..., "path": ...} of one from row `first` on.
         channels: that images are read with.
+        value_range: what is black and white in them, where value_range.json states it.
 
     Of what a run reads, more than 1 % of unreadable images (at least 3 are allowed) are an error.
 
@@ -77,8 +79,10 @@ class ImageStream:
         rows: Callable[[int, int], Iterable[Any]],
         *,
         channels: int = 3,
+        value_range: Range | None = None,
     ) -> None:
         self.shards, self.rows, self.channels = [name for name, _ in shards], rows, channels
+        self.value_range = value_range
         self.skipped: dict[str, None] = {}
         self._seen, self._report = 0, DataReport()
         sampled = [_content(row.record) for row in islice(self.read(0), _SAMPLED_ROWS)]
@@ -89,6 +93,7 @@ class ImageStream:
             )
         whole = data_identity(len(shards), files=shards, labels=None, classes={}, sampled=sampled)
         self.identity = {"shards": len(shards), "files": whole["files"], "sampled": whole["sampled"]}
+        self.identity |= {} if value_range is None else {"value_range": list(value_range)}
 
     def read(self, shard: int, first: int = 0) -> Iterator[Row]:
         """The rows of a shard from `first` on; whatever breaks off is an error that names the shard."""
@@ -125,15 +130,21 @@ class ImageStream:
     def image(self, candidates: Iterable[Row]) -> tuple[AnyImage, list[str]]:
         """The first image that can be read, and the names of those before it that cannot."""
         skipped: list[str] = []
-        for name, record in candidates:
-            try:
-                return read_image(_content(record), self.channels), skipped
-            except DataError:
-                raise  # which would be said of every image
-            except DECODE_ERRORS as error:
-                logger.warning("Skipped image %s: %s", name, error)
-                skipped.append(name)
+        for row in candidates:
+            if (image := self.decoded(row)) is not None:
+                return image, skipped
+            skipped.append(row.name)
         raise DataError(f"None of the images {', '.join(skipped)} can be read; mend the stream.")
+
+    def decoded(self, row: Row) -> AnyImage | None:
+        """Of one row; None, and a warning, where it cannot be read."""
+        try:
+            return read_image(_content(row.record), self.channels, self.value_range)
+        except DataError:
+            raise  # which would be said of every image
+        except DECODE_ERRORS as error:
+            logger.warning("Skipped image %s: %s", row.name, error)
+            return None
 
     def count(self, seen: int, skipped: Iterable[str]) -> None:
         """Notes images that were shown, and those that could not be read among them."""
@@ -203,9 +214,20 @@ class PixelStream:
         return islice(self._readable(rows), count)
 
     def _readable(self, rows: Iterable[Row]) -> Iterator[Tensor]:
+        """Of these rows those that can be read; more that cannot, beyond a few, are an error."""
+        found, broken = 0, list[str]()
         for row in rows:
-            with suppress(DataError):
-                yield self._pixels(self.source.image([row])[0], None)
+            if (image := self.source.decoded(row)) is not None:
+                found += 1
+                yield self._pixels(image, None)
+            else:
+                broken.append(row.name)
+            if len(broken) > found + MIN_UNREADABLE_ALLOWED:
+                break
+        else:
+            if found:
+                return
+        raise DataError(f"Of {found + len(broken)} images {listed(broken)} cannot be read; mend the stream.")
 
     def example(self, draw: int, candidates: Iterable[Row], *, seed: int) -> tuple[dict[str, Tensor], list[str]]:
         """What draw n shows, and the names of images that could not be read for it."""
@@ -354,4 +376,5 @@ def load_image_stream(
         cache_dir=cache_dir,
         image_column=image_column,
     )
-    return ImageStream(shards, rows, channels=channels)
+    value_range = read_value_range(Path(given)) if Path(given).is_dir() else None
+    return ImageStream(shards, rows, channels=channels, value_range=value_range)

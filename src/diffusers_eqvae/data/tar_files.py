@@ -54,7 +54,7 @@ def members(tar: str) -> Iterator[tuple[str, int, int]]:
     Plain headers are parsed here, 20 times faster than by `tarfile`, and all others there.
 
     Raises:
-        tarfile.TarError: not a tar, a damaged header, or a tar whose end is missing.
+        tarfile.TarError: not a tar, a damaged header, a tar whose end is missing, or a link in it.
     """
     with open(tar, "rb") as file, tarfile.TarFile(fileobj=file) as archive:
         offset, end = 0, os.fstat(file.fileno()).st_size
@@ -72,6 +72,10 @@ def members(tar: str) -> Iterator[tuple[str, int, int]]:
                 member = tarfile.TarInfo.fromtarfile(archive)
             except tarfile.HeaderError as error:
                 raise tarfile.ReadError(f"{error} at byte {offset} of {end}; it may be cut off") from error
+            if member.issym() or member.islnk():
+                raise tarfile.ReadError(
+                    f"{member.name} is a link; pack the files themselves, tar --dereference --hard-dereference"
+                )
             if member.isreg():
                 yield member.name, member.offset_data, member.size
             offset = archive.offset
