@@ -74,7 +74,7 @@ def members(tar: str) -> Iterator[tuple[str, int, int]]:
                 raise tarfile.ReadError(f"{error} at byte {offset} of {end}; it may be cut off") from error
             if member.issym() or member.islnk():
                 raise tarfile.ReadError(
-                    f"{member.name} is a link; pack the files themselves, tar --dereference --hard-dereference"
+                    f"{member.name} is a link; pack the files themselves, by tar's dereference and hard-dereference"
                 )
             if member.isreg():
                 yield member.name, member.offset_data, member.size
